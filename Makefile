@@ -1,0 +1,33 @@
+# Two commands for a fresh machine: `make demo` (add TINY=1 for the two-minute version) and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
+export TORCH_EXTENSIONS_DIR
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo [TINY=1]   install into $(VENV) and fine-tune a real model with SalientLoRA on 2 processes"
+	@echo "make test            install into $(VENV) and run the test suite"
+	@echo "make lint            ruff and mypy"
+
+$(BIN)/.installed-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable ".[$*]"
+	touch $@
+
+demo: $(BIN)/.installed-demo
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/demo/demo.py $(if $(TINY),--tiny)
+
+test: $(BIN)/.installed-test
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+lint: $(BIN)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check salient_ds eval tests launch
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

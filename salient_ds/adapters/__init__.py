@@ -1,0 +1,1 @@
+"""Adapter modules: pure torch, no process group in sight."""

@@ -1,0 +1,242 @@
+"""The orthogonality penalty of SVD-form and two-scale adapters, added through its analytic gradient.
+
+Shape legend: M = adapted matrices, R = rank, I/O = in/out features; a factor is A (R, I) or B (O, R).  Two-scale
+form: k = inner width, factors A (k, I), B (R, k), aa (k, R), bb (O, k).
+
+The gradient of ||A A^T - I||_F with respect to A is 2 (A A^T - I) A / ||A A^T - I||_F.  It is added where A's own
+gradient is formed: under ZeRO-3 A is gathered there anyway, so the penalty costs no communication, needs no term in
+the loss, and runs exactly once per backward pass also when the forward is recomputed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+TwoScaleFactors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A (k, I), B (R, k), aa (k, R), bb (O, k)."""
+
+TINY = 1e-12  # the norm is not differentiable at 0: below this the gradient is taken as 0, as autograd's subgradient
+
+
+class OrthogonalityPenalty:
+    """Controller shared by all adapters of a model; the training loop arms it for one backward pass per step.
+
+    Forms (``coefficient`` c, M matrices):
+        mean_norm: c / (2 M) * sum_k (||A_k A_k^T - I||_F + ||B_k^T B_k - I||_F), as in the released code of AdaLoRA,
+            SalientLoRA and PEFT.
+        squared: c * sum_k (||A_k A_k^T - I||_F^2 + ||B_k^T B_k - I||_F^2), as in the papers (AdaLoRA Eq. 4).
+
+    Two-scale adapters have five terms per matrix instead of two (``terms``), see :func:`two_scale_residuals`.
+
+    Rows switched off by ``mask_R`` leave both the Gram matrix and the identity it is compared with, so that a masked
+    adapter has the penalty of the smaller one.
+    """
+
+    def __init__(
+        self, num_modules: int, coefficient: float, form: Literal["mean_norm", "squared"], terms: int = 2
+    ) -> None:
+        self.num_modules = num_modules
+        self.terms = terms
+        self.coefficient = coefficient
+        self.form = form
+        self.armed = False
+        self.gradient_scale = 1.0
+        self.norms_M2: Tensor | None = None
+        """Norm of every term in the last armed pass, (M, terms)."""
+
+    def arm(self, gradient_scale: float, device: torch.device) -> None:
+        """Add the penalty's gradient in the next backward pass, times ``gradient_scale`` (the fp16 loss scale)."""
+        self.armed = True
+        self.gradient_scale = gradient_scale
+        self.norms_M2 = torch.zeros(self.num_modules, self.terms, device=device)
+
+    def disarm(self) -> None:
+        self.armed = False
+
+    def attach(self, factor: Tensor, mask_R: Tensor | None, rank_axis: int, slot: tuple[int, int]) -> Tensor:
+        """Return ``factor`` unchanged, with the penalty's gradient hooked to its backward when armed.
+
+        ``factor`` must be the leaf parameter itself: ZeRO-3 re-gathers a saved parameter for backward, not a view.
+        """
+        if not self.armed:
+            return factor
+        out: Tensor = _AddPenaltyGradient.apply(factor, mask_R, rank_axis, slot, self)
+        return out
+
+    def attach_two_scale(self, factors: TwoScaleFactors, mask_R: Tensor | None, module: int) -> TwoScaleFactors:
+        """As :meth:`attach`, for the four factors (A, B, aa, bb) of a two-scale adapter at once."""
+        if not self.armed:
+            return factors
+        out: TwoScaleFactors = _AddTwoScaleGradient.apply(*factors, mask_R, module, self)
+        return out
+
+    def value(self) -> Tensor:
+        """The penalty of the last armed pass, coefficient included (0-dim tensor)."""
+        assert self.norms_M2 is not None, "value() before the first armed backward pass"
+        if self.form == "squared":
+            return self.coefficient * self.norms_M2.square().sum()
+        return self.coefficient * self.norms_M2.mean()
+
+    def gradient_factor(self, norm: Tensor) -> Tensor:
+        """Multiplier of (A A^T - I) A in the gradient, given the norm of the residual."""
+        if self.form == "squared":
+            return torch.full_like(norm, 4.0 * self.coefficient * self.gradient_scale)
+        weight = 2.0 * self.coefficient * self.gradient_scale / (self.terms * self.num_modules)
+        return torch.where(norm > TINY, weight / norm.clamp_min(TINY), 0.0)
+
+
+def gram_residual(factor: Tensor, mask_R: Tensor | None, rank_axis: int) -> Tensor:
+    """A A^T - I (or B^T B - I) in fp32, with masked rows taken out of both terms; shape (R, R)."""
+    wide = factor if rank_axis == 0 else factor.t()
+    if mask_R is not None:
+        wide = wide * mask_R.unsqueeze(1).to(wide.dtype)
+    if wide.is_cuda and wide.dtype != torch.float32:
+        # bf16 operands, fp32 sum and result: products of two bf16 numbers are exact in fp32
+        residual_RR = torch.mm(wide, wide.t(), out_dtype=torch.float32)
+    else:
+        wide = wide.float()
+        residual_RR = wide @ wide.t()
+    ones = torch.ones_like(residual_RR[0]) if mask_R is None else mask_R.float()
+    residual_RR.diagonal().sub_(ones)
+    return residual_RR
+
+
+class _AddPenaltyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        factor: Tensor,
+        mask_R: Tensor | None,
+        rank_axis: int,
+        slot: tuple[int, int],
+        penalty: OrthogonalityPenalty,
+    ) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.mask_R, ctx.rank_axis, ctx.slot, ctx.penalty = mask_R, rank_axis, slot, penalty
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
+        (factor,) = ctx.saved_tensors
+        penalty: OrthogonalityPenalty = ctx.penalty
+        residual_RR = gram_residual(factor.detach(), ctx.mask_R, ctx.rank_axis)
+        norm = residual_RR.norm()
+        assert penalty.norms_M2 is not None
+        penalty.norms_M2[ctx.slot] = norm
+        if penalty.coefficient == 0:
+            return grads[0], None, None, None, None
+        left = (residual_RR * penalty.gradient_factor(norm)).to(factor.dtype)
+        detached = factor.detach()
+        extra = left @ detached if ctx.rank_axis == 0 else detached @ left
+        if ctx.mask_R is not None:
+            keep = ctx.mask_R.to(extra.dtype)
+            extra = extra * (keep.unsqueeze(1) if ctx.rank_axis == 0 else keep)
+        return grads[0] + extra, None, None, None, None
+
+
+@dataclass(frozen=True)
+class TwoScaleResiduals:
+    """The five terms of one two-scale adapter, fp32; B and aa without their masked ranks."""
+
+    A_kk: Tensor
+    """A A^T - I."""
+    B: Tensor
+    """B^T B - I (k, k), or B B^T - I (R, R) if R < k."""
+    aa: Tensor
+    """aa aa^T - I (k, k), or aa^T aa - I (R, R) if R < k."""
+    bb_kk: Tensor
+    """bb^T bb - I."""
+    inner_kk: Tensor
+    """aa B: how far the two planes are from orthogonal, in their own coordinates."""
+
+    def norms(self) -> Tensor:
+        """Frobenius norms of the four own terms and of the cross term bb aa B A, (5,)."""
+        own = [r.norm() for r in (self.A_kk, self.B, self.aa, self.bb_kk)]
+        # ||bb X A||^2 = <X, (bb^T bb) X (A A^T)>: the dense product is never formed
+        cross = (self.inner_kk * self.pushed_kk()).sum().clamp_min(0).sqrt()
+        return torch.stack([*own, cross])
+
+    def pushed_kk(self) -> Tensor:
+        """(bb^T bb) (aa B) (A A^T), half the gradient of the squared cross term with respect to aa B."""
+        eye_kk = torch.eye(len(self.A_kk), device=self.A_kk.device)
+        return (self.bb_kk + eye_kk) @ self.inner_kk @ (self.A_kk + eye_kk)
+
+
+def two_scale_residuals(factors: TwoScaleFactors, mask_R: Tensor | None) -> TwoScaleResiduals:
+    """What the penalty of LoRA^2 measures: every factor's own orthogonality, and that of the two planes to each other.
+
+    The planes are those of the two LoRAs B A and bb aa inside the R-dimensional space that they share: the cross
+    term is ||(A^T B^T)(aa^T bb^T)||_F = ||bb aa B A||_F, zero if and only if (for full A and bb) they are orthogonal.
+
+    Differs from the reference: its regulariser always raises; it would have asked B^T B and aa aa^T to be the
+    identity also where R < k, which their rank rules out (here the feasible side is taken), and it forms the cross
+    product from detached tensors without using it. Both planes have dimension min(k, R), so that the cross term can
+    vanish together with the others only if R >= 2 k; below, it has a floor of sqrt(2 k - R), or sqrt(R) if R <= k.
+    """
+    A_kI, B_Rk, aa_kR, bb_Ok = factors
+    if mask_R is not None:
+        B_Rk, aa_kR = B_Rk * mask_R.unsqueeze(1).to(B_Rk.dtype), aa_kR * mask_R.to(aa_kR.dtype)
+    narrow = len(B_Rk) < len(A_kI)
+    inner_mask = mask_R if narrow else None
+    return TwoScaleResiduals(
+        A_kk=gram_residual(A_kI, None, 0),
+        B=gram_residual(B_Rk, inner_mask, 0 if narrow else 1),
+        aa=gram_residual(aa_kR, inner_mask, 1 if narrow else 0),
+        bb_kk=gram_residual(bb_Ok, None, 1),
+        inner_kk=aa_kR.float() @ B_Rk.float(),
+    )
+
+
+class _AddTwoScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        A_kI: Tensor,
+        B_Rk: Tensor,
+        aa_kR: Tensor,
+        bb_Ok: Tensor,
+        mask_R: Tensor | None,
+        module: int,
+        penalty: OrthogonalityPenalty,
+    ) -> TwoScaleFactors:
+        ctx.save_for_backward(A_kI, B_Rk, aa_kR, bb_Ok)
+        ctx.mask_R, ctx.module, ctx.penalty = mask_R, module, penalty
+        return A_kI.view_as(A_kI), B_Rk.view_as(B_Rk), aa_kR.view_as(aa_kR), bb_Ok.view_as(bb_Ok)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        penalty: OrthogonalityPenalty = ctx.penalty
+        factors = tuple(factor.detach() for factor in ctx.saved_tensors)
+        residuals = two_scale_residuals(factors, ctx.mask_R)
+        norms_5 = residuals.norms()
+        assert penalty.norms_M2 is not None
+        penalty.norms_M2[ctx.module] = norms_5
+        if penalty.coefficient == 0:
+            return (*grads, None, None, None)
+        extras = _two_scale_gradient(factors, residuals, penalty.gradient_factor(norms_5), ctx.mask_R)
+        return (*(grad + extra for grad, extra in zip(grads, extras, strict=True)), None, None, None)
+
+
+def _two_scale_gradient(
+    factors: TwoScaleFactors, residuals: TwoScaleResiduals, weight_5: Tensor, mask_R: Tensor | None
+) -> TwoScaleFactors:
+    """Gradient of the weighted terms with respect to A, B, aa, bb, in the factors' dtype."""
+    A_kI, B_Rk, aa_kR, bb_Ok = factors
+    own_A, own_B, own_aa, own_bb, cross = weight_5.unbind()
+    cross = cross / 2  # the own terms are quadratic in their factor, the cross term is linear in each
+    inner_kk, pushed_kk = residuals.inner_kk, residuals.pushed_kk()
+    eye_kk = torch.eye(len(A_kI), device=A_kI.device)
+    left_A = own_A * residuals.A_kk + cross * inner_kk.T @ (residuals.bb_kk + eye_kk) @ inner_kk
+    right_bb = own_bb * residuals.bb_kk + cross * inner_kk @ (residuals.A_kk + eye_kk) @ inner_kk.T
+    narrow = len(B_Rk) < len(A_kI)
+    B, aa = B_Rk.float(), aa_kR.float()
+    extra_B = own_B * (residuals.B @ B if narrow else B @ residuals.B) + cross * aa.T @ pushed_kk
+    extra_aa = own_aa * (aa @ residuals.aa if narrow else residuals.aa @ aa) + cross * pushed_kk @ B.T
+    if mask_R is not None:
+        extra_B, extra_aa = extra_B * mask_R.unsqueeze(1), extra_aa * mask_R
+    dtype = A_kI.dtype
+    return left_A.to(dtype) @ A_kI, extra_B.to(dtype), extra_aa.to(dtype), bb_Ok @ right_bb.to(dtype)

@@ -1,0 +1,158 @@
+"""Adapters around one frozen linear layer.
+
+Shape legend: I = in features, O = out features, R = initial rank, x_BI = any leading axes, then I.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from salient_ds.adapters.orthogonality import OrthogonalityPenalty
+
+
+@dataclass(frozen=True)
+class FactorAddress:
+    """Where one factor lives: elements [offset, offset + prod(shape)) of a flat view of ``parameter``."""
+
+    parameter: nn.Parameter
+    offset: int
+    shape: tuple[int, ...]
+    rank_axis: int | None
+
+
+class RankedLinear(nn.Module, ABC):
+    """A frozen ``nn.Linear`` plus a trainable low-rank update whose rows can be switched off.
+
+    ``rank_mask_R`` is a bool buffer: DeepSpeed casts float buffers to the training precision, bool ones it leaves alone.
+    It is not saved with the model; the checkpoint stores the decision itself.
+    """
+
+    rank_mask_R: Tensor
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__()
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+        self.base = base
+        self.rank = rank
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.gated = False
+        self.register_buffer("rank_mask_R", torch.ones(rank, dtype=torch.bool), persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some model code looks at ``module.weight.dtype`` (T5)."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @abstractmethod
+    def factors(self) -> dict[str, FactorAddress]:
+        """Addresses of the trainable factors by short name ("A", "E", "B")."""
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def _address(parameter: nn.Parameter, shape: tuple[int, ...], rank_axis: int | None) -> FactorAddress:
+    return FactorAddress(parameter, 0, shape, rank_axis)
+
+
+class SVDLinear(RankedLinear):
+    """y = W0 x + b + scaling * B diag(E * mask) A dropout(x)  (AdaLoRA Eq. 3; SalientLoRA section 3).
+
+    E starts at zero, so a fresh adapter leaves the base model's output exactly as it is. Evaluated right to left:
+    two thin products, never the dense update. Differs from the reference: the multiplier is alpha / r, without the
+    1e-5 that its code adds to r.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        init_std: float = 0.02,
+        generator: torch.Generator | None = None,
+        penalty: OrthogonalityPenalty | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(base, rank, scaling, dropout)
+        shape_A, shape_B = (rank, base.in_features), (base.out_features, rank)
+        self.lora_A = nn.Parameter(_normal(shape_A, init_std, generator).to(device, dtype))
+        self.lora_E = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(_normal(shape_B, init_std, generator).to(device, dtype))
+        self._penalty = [penalty] if penalty is not None else []  # in a list: not a submodule
+        self.penalty_slot = 0
+
+    def factors(self) -> dict[str, FactorAddress]:
+        rank, wide, tall = self.rank, self.base.in_features, self.base.out_features
+        return {
+            "A": _address(self.lora_A, (rank, wide), 0),
+            "E": _address(self.lora_E, (rank,), 0),
+            "B": _address(self.lora_B, (tall, rank), 1),
+        }
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        A_RI, B_OR, E_R = self.lora_A, self.lora_B, self.lora_E
+        if self._penalty and self.training:
+            mask_R = self.rank_mask_R if self.gated else None
+            A_RI = self._penalty[0].attach(A_RI, mask_R, 0, (self.penalty_slot, 0))
+            B_OR = self._penalty[0].attach(B_OR, mask_R, 1, (self.penalty_slot, 1))
+        if self.gated:
+            E_R = E_R * self.rank_mask_R
+        inner_BR = F.linear(self.dropout(x_BI).to(A_RI.dtype), A_RI)
+        update_BO = F.linear(inner_BR * (E_R * self.scaling), B_OR)
+        base_BO: Tensor = self.base(x_BI)
+        return base_BO + update_BO.to(base_BO.dtype)
+
+
+class PlainLinear(RankedLinear):
+    """y = W0 x + b + scaling * B A dropout(x), B = 0 at the start (LoRA, Hu et al. 2022)."""
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(base, rank, scaling, dropout)
+        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform with a = sqrt(5), as LoRA's released code
+        uniform = torch.rand(rank, base.in_features, generator=generator) * 2 * bound - bound
+        self.lora_A = nn.Parameter(uniform.to(device, dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
+
+    def factors(self) -> dict[str, FactorAddress]:
+        rank, wide, tall = self.rank, self.base.in_features, self.base.out_features
+        return {"A": _address(self.lora_A, (rank, wide), 0), "B": _address(self.lora_B, (tall, rank), 1)}
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        inner_BR = F.linear(self.dropout(x_BI).to(self.lora_A.dtype), self.lora_A) * self.scaling
+        base_BO: Tensor = self.base(x_BI)
+        return base_BO + F.linear(inner_BR, self.lora_B).to(base_BO.dtype)
+
+
+def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,194 @@
+"""Options of the rank-allocation methods, with presets where a paper and its released code disagree. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Method(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class SalientOptions:
+    """Every point where the SalientLoRA paper (Ke et al., NeurIPS 2024) and its released code disagree."""
+
+    schedule: Literal["paper", "reference"]
+    """paper: n_t and n_f count the allocation phase only; reference: the code's denominator n_i + n_f."""
+    final_prune: bool
+    """A last event at the end of the allocation phase that leaves exactly the target budget."""
+    leaf_influence: float
+    """Influence reported for a value with no out-edge: 1 (paper) or 0 (code)."""
+    combine: Literal["mix", "sum"]
+    """mix: lambda * magnitude + (1 - lambda) * influence (paper); sum: plain sum (code)."""
+    normalisation: Literal["printed", "released", "robust"]
+    """printed: none; released: magnitude per module, influence over all values; robust: percentiles over live values."""
+    magnitude: Literal["absolute", "signed"]
+    """|sigma| (code) or sigma (as printed in the paper)."""
+    loss_weights: Literal["per_module", "global"]
+    """Weigh a value's history by its own matrix' orthogonality loss (paper) or by the global one (code)."""
+    apply_at: Literal["now", "next_step"]
+    """When a decision takes effect: right after the event (paper) or after the next optimizer step (code)."""
+    ties: Literal["exact", "threshold"]
+    """exact: budget met exactly, ties broken by (score, module, row); threshold: all values at the threshold go (code)."""
+    nan_scores: Literal["zero", "reference"]
+    """zero: 0/0 counts as 0 and pruned rows are not ranked; reference: NaN ranks as the largest score and is masked."""
+    pruned_vectors: Literal["zero", "train"]
+    """zero: rows of A and B are zeroed and leave the regulariser (paper); train: only E is masked (code)."""
+
+
+SALIENT_PRESETS: dict[str, SalientOptions] = {
+    "paper": SalientOptions(
+        schedule="paper", final_prune=True, leaf_influence=1.0, combine="mix", normalisation="released",
+        magnitude="absolute", loss_weights="per_module", apply_at="now", ties="exact", nan_scores="zero",
+        pruned_vectors="zero",
+    ),
+    "reference": SalientOptions(
+        schedule="reference", final_prune=False, leaf_influence=0.0, combine="sum", normalisation="released",
+        magnitude="absolute", loss_weights="global", apply_at="next_step", ties="threshold", nan_scores="reference",
+        pruned_vectors="train",
+    ),
+}  # fmt: skip
+
+
+class SalientLoRAConfig(_Method):
+    name: Literal["salientlora"] = "salientlora"
+    preset: Literal["paper", "reference"] = "paper"
+    """Starting point of the options below; any of them that is set here wins over the preset."""
+    target_rank: float | None = Field(None, gt=0)
+    """Mean rank per matrix at the end of allocation."""
+    target_total: int | None = Field(None, gt=0)
+    """Instead of target_rank: the total number of singular values kept."""
+    initial_warmup: float = Field(0, ge=0)
+    """Steps before allocation starts (n_i; a fraction of all steps if below 1)."""
+    final_warmup: float = Field(0, ge=0)
+    """Steps after allocation ends (a fraction of all steps if below 1)."""
+    window_initial: int = Field(10, ge=2)
+    """First window length T_i (steps)."""
+    window_final: int = Field(200, ge=2)
+    """Last window length T_f (steps)."""
+    beta: float = Field(0.9, gt=0, le=1)
+    """Correlation threshold of a dependency."""
+    gamma: float = 2.0
+    """Slope threshold of a dependency; must be above 1."""
+    lambda_: float = Field(0.7, ge=0, le=1, alias="lambda")
+    """Share of the magnitude in the mixed score."""
+    schedule: Literal["paper", "reference"] | None = None
+    final_prune: bool | None = None
+    leaf_influence: Literal[0, 1] | None = None
+    combine: Literal["mix", "sum"] | None = None
+    normalisation: Literal["printed", "released", "robust"] | None = None
+    magnitude: Literal["absolute", "signed"] | None = None
+    loss_weights: Literal["per_module", "global"] | None = None
+    apply_at: Literal["now", "next_step"] | None = None
+    ties: Literal["exact", "threshold"] | None = None
+    nan_scores: Literal["zero", "reference"] | None = None
+    pruned_vectors: Literal["zero", "train"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SalientLoRAConfig:
+        if self.gamma <= 1:
+            raise ValueError(
+                f"method.gamma={self.gamma:g} must be above 1: only then does the variance grow along every edge, so that "
+                "the dependency graph has no cycle and the influence is defined (the paper uses 2)"
+            )
+        if (self.target_rank is None) == (self.target_total is None):
+            raise ValueError("set exactly one of method.target_rank (mean per matrix) and method.target_total")
+        if self.window_final < self.window_initial:
+            raise ValueError(
+                f"method.window_final={self.window_final} is below method.window_initial={self.window_initial}: "
+                "windows grow during training, swap or raise them"
+            )
+        return self
+
+    def options(self) -> SalientOptions:
+        """The preset's options, overridden by those that are set explicitly."""
+        preset = SALIENT_PRESETS[self.preset]
+        chosen: dict[str, Any] = {}
+        for field in fields(SalientOptions):
+            own = getattr(self, field.name)
+            chosen[field.name] = getattr(preset, field.name) if own is None else own
+        return SalientOptions(**chosen)
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """Every point where the AdaLoRA paper (Zhang et al., ICLR 2023) and its released code disagree about decisions.
+
+    LoRA^2's code is a copy of AdaLoRA's in these. (A third point, the form of the penalty, is
+    ``adapter.orthogonality.form``.)
+    """
+
+    moment: Literal["paper", "reference"]
+    """Weight in |weight * gradient|: where the gradient was taken (paper), or after the step (code)."""
+    ties: Literal["exact", "threshold"]
+    """exact: budget met exactly, the lower row wins a tie; threshold: all values at the threshold go (code)."""
+
+
+SENSITIVITY_PRESETS: dict[str, SensitivityOptions] = {
+    "standard": SensitivityOptions(moment="reference", ties="exact"),
+    "paper": SensitivityOptions(moment="paper", ties="exact"),
+    "reference": SensitivityOptions(moment="reference", ties="threshold"),
+}
+
+
+class _BySensitivity(_Method):
+    """What AdaLoRA and LoRA^2 have in common: the smoothed sensitivity and the cubic budget."""
+
+    preset: Literal["standard", "paper", "reference"] = "standard"
+    """Starting point of `moment` and `ties`: standard is the released code with budgets met exactly."""
+    target_rank: float | None = Field(None, gt=0)
+    """Mean rank per matrix at the end of allocation; equal to adapter.rank it prunes nothing (LoRA in SVD form)."""
+    target_total: int | None = Field(None, gt=0)
+    """Instead of target_rank: the total number of singular values kept."""
+    initial_warmup: float = Field(0, ge=0)
+    """Steps before the budget starts to fall (t_i; a fraction of all steps if below 1)."""
+    final_warmup: float = Field(0, ge=0)
+    """Steps at the end with fixed ranks (t_f; a fraction of all steps if below 1)."""
+    interval: int = Field(10, ge=1)
+    """Steps between allocations (Delta_T; the AdaLoRA paper uses 1, 10 or 100 by task)."""
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed sensitivity."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed deviation from it (uncertainty)."""
+    moment: Literal["paper", "reference"] | None = None
+    ties: Literal["exact", "threshold"] | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.target_rank is None) == (self.target_total is None):
+            raise ValueError("set exactly one of method.target_rank (mean per matrix) and method.target_total")
+        return self
+
+    def options(self) -> SensitivityOptions:
+        """The preset's options, overridden by those that are set explicitly."""
+        preset = SENSITIVITY_PRESETS[self.preset]
+        return SensitivityOptions(self.moment or preset.moment, self.ties or preset.ties)
+
+
+class AdaLoRAConfig(_BySensitivity):
+    name: Literal["adalora"] = "adalora"
+
+
+class LoRA2Config(_BySensitivity):
+    name: Literal["lora2"] = "lora2"
+    inner_width: int = Field(8, ge=1)
+    """Width k of the two outer factors, which all ranks share; bounds the rank of an update (released code: 8)."""
+
+    def parameters(self, in_features: int, out_features: int, rank: int) -> int:
+        """Trainable elements of one adapter: k (in + out) + 2 k r + r."""
+        return self.inner_width * (in_features + out_features + 2 * rank) + rank
+
+
+class LoRAConfig(_Method):
+    name: Literal["lora"] = "lora"
+    form: Literal["plain", "svd"] = "plain"
+    """plain: B A with B = 0 at the start (LoRA); svd: B diag(E) A with E = 0, the same form as the adaptive methods."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (rank-stabilised LoRA) instead of alpha / r."""
+
+
+MethodConfig = SalientLoRAConfig | AdaLoRAConfig | LoRA2Config | LoRAConfig

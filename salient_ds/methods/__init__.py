@@ -1,0 +1,1 @@
+"""One file per rank-allocation method, by composition."""

@@ -1,0 +1,116 @@
+"""The directory of one run: who may write it, what is in it, where a run continues."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+OWN_FILES = ("run.yaml", "ds_config.json", "allocations.jsonl", "allocations.png", "metrics.jsonl", "run.json",
+             "checkpoints", "adapter", "ranks.png", "summary.json", ".shared", ".lock")  # fmt: skip
+
+
+class RunDirectoryError(RuntimeError):
+    """The run directory cannot be used as asked; says what is in it and what to do."""
+
+
+@dataclass
+class RunDirectory:
+    """Paths of a run. Open it with :func:`claim` on the main process only."""
+
+    path: Path
+    _lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def allocations(self) -> Path:
+        return self.path / "allocations.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def write_resolved(self, run: dict[str, Any], ds_config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Keep what this run really used: configuration, DeepSpeed JSON, and facts found at start."""
+        import yaml
+
+        (self.path / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+        (self.path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def claim(path: Path, resume: Literal["never", "auto"] | str, overwrite: bool) -> RunDirectory:
+    """Take the directory for this process until it ends (also by kill -9: the lock is the kernel's).
+
+    Raises:
+        RunDirectoryError: in use by another run, or not empty and neither resumed nor overwritten.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"output_dir {path} is a file: choose another path")
+    present = sorted(p.name for p in path.iterdir() if p.name != ".lock") if path.is_dir() else []
+    foreign = [name for name in present if name not in OWN_FILES]
+    if present and "run.yaml" not in present and foreign:
+        raise RunDirectoryError(
+            f"output_dir {path} is not a run directory (it holds {', '.join(foreign[:3])}): choose another one"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    run = RunDirectory(path, _take_lock(path))
+    if present and resume == "never":
+        if not overwrite:
+            raise RunDirectoryError(
+                f"output_dir {path} already holds a run ({', '.join(present[:4])}): continue it with --resume auto, "
+                "replace it with --overwrite, or choose another output_dir"
+            )
+        _remove_own(path)
+    return run
+
+
+def _take_lock(path: Path) -> IO[str]:
+    handle = open(path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        raise RunDirectoryError(
+            f"output_dir {path} is in use by {owner}: wait for it, stop it, or choose another output_dir"
+        ) from error
+    handle.seek(0)
+    handle.truncate()
+    handle.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    handle.flush()
+    return handle
+
+
+def _remove_own(path: Path) -> None:
+    for name in OWN_FILES:
+        target = path / name
+        if name == ".lock":
+            continue
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif target.exists():
+            target.unlink()
+
+
+def shared_by_all(path: Path, is_main: bool, token: str) -> bool:
+    """Whether this process sees the file that the main process wrote: several nodes need a common file system."""
+    marker = path / ".shared"
+    if is_main:
+        marker.write_text(token)
+        return True
+    try:
+        return marker.read_text() == token
+    except OSError:
+        return False

@@ -1,0 +1,73 @@
+"""Optimizer, learning-rate schedule and DeepSpeed engine of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.config import TrainConfig
+from salient_ds.salience.budget import steps_or_fraction
+
+
+def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: singular values by themselves (no decay), everything else.
+
+    Singular values share a group so that they lie side by side in the optimizer's flat buffer: one slice shows or masks
+    them all.
+    """
+    sigmas = {
+        id(address.parameter)
+        for adapter in adapted.adapters.values()
+        for factor, address in adapter.factors().items()
+        if factor == "E"
+    }
+    trainable = [p for p in adapted.model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) not in sigmas], "weight_decay": train.weight_decay, "name": "factors"},
+        {"params": [p for p in trainable if id(p) in sigmas], "weight_decay": 0.0, "name": "singular_values"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_factory(train: TrainConfig, fused: bool) -> Callable[[Any], torch.optim.Optimizer]:
+    """AdamW for ZeRO JSON files without an ``optimizer`` section."""
+
+    def build(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=fused or None)
+
+    return build
+
+
+def scheduler_factory(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    """The learning-rate schedule over applied steps."""
+    from transformers.optimization import get_scheduler
+
+    warmup = steps_or_fraction(train.lr_warmup, total_steps)
+    name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
+
+    def build(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        schedule: LRScheduler = get_scheduler(name, optimizer, warmup, total_steps)
+        return schedule
+
+    return build
+
+
+def build_engine(
+    adapted: AdaptedModel, train: TrainConfig, ds_config: dict[str, Any], total_steps: int, device: torch.device
+) -> Any:
+    """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left)."""
+    import deepspeed
+
+    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
+    own = None if "optimizer" in ds_config else optimizer_factory(train, device.type == "cuda" and not offloaded)
+    return deepspeed.initialize(
+        model=adapted.model,
+        model_parameters=parameter_groups(adapted, train),
+        optimizer=own,
+        lr_scheduler=scheduler_factory(train, total_steps),
+        config=ds_config,
+    )[0]

@@ -1,0 +1,274 @@
+"""Checkpoints of the trainable state that any ZeRO stage and process count can read.
+
+Every process writes the elements it owns (fp32 masters, Adam moments, statistics), named by parameter and first
+element; a reader asks for any range and gets it from whichever files hold it. DeepSpeed's own format is not used: it is
+tied to stage and process count, and its universal form loses the step count of several parameter groups at stage 3.
+
+A checkpoint is *whole* once its directory carries the final name: it is written as ``step-N.partial``, checked on all
+processes, listed in ``manifest.json`` and renamed. A failed or killed save leaves the earlier ones untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from salient_ds.methods.base import RankDecision
+from salient_ds.zero.collectives import all_succeeded, world
+from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.zero.layouts import full_shape, sync_copies
+from salient_ds.zero.shard_files import (
+    FORMAT,
+    CheckpointError,
+    ShardReader,
+    find_checkpoints,
+    part_name,
+    shard_key,
+)
+
+def save(
+    engine: AllocatingEngine, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int
+) -> Path:
+    """Write one checkpoint; called by all processes after a step.
+
+    Args:
+        folder: the run's ``checkpoints`` directory, on a file system that all processes share.
+        identity: what a resuming run must have in common (method, model, layout).
+        extra: small state of the training loop, equal on all processes.
+        keep: how many whole checkpoints to keep.
+
+    Raises:
+        CheckpointError: on all processes, if any of them could not write (disk full); older checkpoints survive.
+    """
+    rank, size = world()
+    final = folder / f"step-{engine.step:08d}"
+    partial = folder / f"step-{engine.step:08d}.partial"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    failure: OSError | None = None
+    if all_succeeded(_try_mkdir(partial), engine.device):
+        try:
+            _write_shard(engine, partial, rank, size)
+            if rank == 0:
+                torch.save(_shared_state(engine, extra), partial / "shared.pt")
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            failure = error if isinstance(error, OSError) else OSError(str(error))
+        except Exception as error:  # safetensors has its own error type for I/O
+            failure = OSError(str(error))
+    else:
+        failure = OSError(f"cannot create {partial}")
+    written = all_succeeded(failure is None, engine.device)
+    if written and rank == 0:
+        failure = _seal(partial, final, identity, engine, size)
+    if not all_succeeded(failure is None, engine.device):
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        all_succeeded(True, engine.device)  # removed before anybody looks or tries again
+        whole = find_checkpoints(folder)
+        last = f"the last whole one is {whole[-1]}" if whole else "there is no earlier one"
+        raise CheckpointError(
+            f"checkpoint of step {engine.step} was not written ({failure or 'another process failed'}); {last}. "
+            f"Free space under {folder} and continue with --resume auto"
+        )
+    if rank == 0:
+        for old in find_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _try_mkdir(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return True
+    except OSError:
+        return False
+
+
+def _seal(partial: Path, final: Path, identity: dict[str, Any], engine: AllocatingEngine, size: int) -> OSError | None:
+    try:
+        files = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+        manifest = {
+            "format": FORMAT,
+            "step": engine.step,
+            "processes": size,
+            "identity": identity,
+            "parameters": {n: list(full_shape(p)) for n, p in engine.shards.parameters.items()},
+            "adapters": _describe_adapters(engine),
+            "files": files,
+        }
+        with open(partial / "manifest.json", "w") as out:
+            json.dump(manifest, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        return None
+    except OSError as error:
+        return error
+
+
+def _describe_adapters(engine: AllocatingEngine) -> list[dict[str, Any]]:
+    """What an export needs to know without the model: path, scaling, form and parameter names of every adapter."""
+    names = {id(p): n for n, p in engine.shards.parameters.items()}
+    return [
+        {
+            "name": name,
+            "form": type(adapter).__name__,
+            "rank": adapter.rank,
+            "scaling": adapter.scaling,
+            "factors": {f: names[id(a.parameter)] for f, a in adapter.factors().items()},
+            "shapes": {f: list(a.shape) for f, a in adapter.factors().items()},
+        }
+        for name, adapter in engine.adapted.adapters.items()
+    ]
+
+
+def _write_shard(engine: AllocatingEngine, path: Path, rank: int, size: int) -> None:
+    tensors: dict[str, Tensor] = {}
+    shards = engine.shards
+    if rank == 0 or not shards.replicated:
+        for fragment in shards.layout.fragments:
+            tensors[shard_key("master", fragment.name, fragment.lo)] = shards.master(fragment)
+            for moment, value in shards.moments(fragment).items():
+                tensors[shard_key(moment, fragment.name, fragment.lo)] = value
+        for statistic, part, value in engine.method.local_state():
+            tensors[shard_key(statistic, part_name(part), part.lo)] = value
+    name = path / f"shard-{rank:05d}-of-{size:05d}.safetensors"
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, name)
+    torch.save(_process_state(engine), path / f"process-{rank:05d}.pt")
+    for written in (name, path / f"process-{rank:05d}.pt"):
+        with open(written, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _process_state(engine: AllocatingEngine) -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu_rng": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(engine.device)
+    return state
+
+
+def _shared_state(engine: AllocatingEngine, extra: dict[str, Any]) -> dict[str, Any]:
+    inner = engine.engine
+    force = engine.in_force
+    return {
+        "step": engine.step,
+        "latest": _pack(force.latest),
+        "held": _pack(force.held),
+        "pending": [_pack(d) for d in force.pending],
+        "method": engine.method.shared_state(),
+        "optimizer_steps": _optimizer_steps(engine),
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.basic_optimizer.param_groups],
+        "scheduler": inner.lr_scheduler.state_dict() if inner.lr_scheduler is not None else None,
+        "counters": {k: getattr(inner, k) for k in ("global_steps", "global_samples", "skipped_steps")},
+        "loss_scaler": _loss_scaler(inner),
+        "extra": extra,
+    }
+
+
+def _pack(decision: RankDecision) -> dict[str, Any]:
+    return {k: getattr(decision, k) for k in ("step", "budget", "mask_N", "threshold", "hold")}
+
+
+def _optimizer_steps(engine: AllocatingEngine) -> int | None:
+    """How often the basic optimizer stepped (the same for every buffer), None before the first step."""
+    for state in engine.engine.basic_optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return None
+
+
+def _scaler_of(inner: Any) -> Any:
+    return getattr(inner.optimizer, "loss_scaler", None) or getattr(inner.optimizer, "loss_scale_config", None)
+
+
+def _loss_scaler(inner: Any) -> dict[str, Any]:
+    scaler = _scaler_of(inner)
+    plain = (int, float, bool, str, type(None))
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, plain)} if scaler is not None else {}
+
+
+def load(engine: AllocatingEngine, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Restore everything that :func:`save` wrote and return its ``extra``.
+
+    Raises:
+        CheckpointError: damaged, or from another method, model or adapter shape (every difference is named).
+    """
+    reader = ShardReader(path)
+    _check_identity(reader.manifest, identity, engine, path)
+    shared = reader.shared()
+    for fragment in engine.shards.layout.fragments:
+        engine.shards.master(fragment).copy_(reader.read("master", fragment.name, fragment.lo, fragment.numel))
+    _load_optimizer(engine, reader, shared)
+    sync_copies(engine.engine)
+    engine.step = shared["step"]
+    force = engine.in_force
+    force.latest, held = RankDecision(**shared["latest"]), RankDecision(**shared["held"])
+    force.pending = [RankDecision(**d) for d in shared["pending"]]
+    if not bool(held.mask_N.all()):
+        engine.apply(held)
+    engine.method.load_state(shared["method"], reader.read_part)
+    rank, size = world()
+    if size == reader.manifest["processes"]:
+        process = reader.process(rank)
+        torch.set_rng_state(process["cpu_rng"])
+        if "cuda_rng" in process and engine.device.type == "cuda":
+            torch.cuda.set_rng_state(process["cuda_rng"], engine.device)
+    extra: dict[str, Any] = shared["extra"]
+    return extra
+
+
+def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], engine: AllocatingEngine, path: Path) -> None:
+    saved = manifest["identity"]
+    wrong = [f"{k}: {saved.get(k)!r} there, {v!r} here" for k, v in identity.items() if saved.get(k) != v]
+    shapes = {n: list(full_shape(p)) for n, p in engine.shards.parameters.items()}
+    if not wrong and shapes != manifest["parameters"]:
+        names = shapes.keys() | manifest["parameters"].keys()
+        changed = sorted(n for n in names if shapes.get(n) != manifest["parameters"].get(n))
+        wrong.append(f"trainable parameters differ, for example {changed[:3]}")
+    if wrong:
+        raise CheckpointError(
+            f"{path} belongs to another run ({'; '.join(wrong)}): resume with the configuration it was made with, or "
+            "choose another output_dir"
+        )
+
+
+def _load_optimizer(engine: AllocatingEngine, reader: ShardReader, shared: dict[str, Any]) -> None:
+    inner = engine.engine
+    if shared["optimizer_steps"] is not None:
+        for buffer in engine.shards.layout.buffers:
+            inner.basic_optimizer.state[buffer] = _fresh_state(inner.basic_optimizer, buffer, shared["optimizer_steps"])
+        for fragment in engine.shards.layout.fragments:
+            for moment, target in engine.shards.moments(fragment).items():
+                target.copy_(reader.read(moment, fragment.name, fragment.lo, fragment.numel))
+    for group, saved in zip(inner.basic_optimizer.param_groups, shared["groups"], strict=True):
+        group.update(saved)  # the scheduled learning rate too: a scheduler's own load does not set it
+    if inner.lr_scheduler is not None and shared["scheduler"] is not None:
+        inner.lr_scheduler.load_state_dict(shared["scheduler"])
+    for name, value in shared["counters"].items():
+        setattr(inner, name, value)
+    # Accumulation may differ here: the next micro-batch is the first of a step again.
+    inner.micro_steps = inner.global_steps * inner.gradient_accumulation_steps()
+    scaler = _scaler_of(inner)
+    for name, value in shared["loss_scaler"].items():
+        if hasattr(scaler, name):  # another stage may keep its scale elsewhere, or none (bf16, fp32)
+            setattr(scaler, name, value)
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, buffer: Tensor, steps: int) -> dict[str, Any]:
+    """Adam state of ``buffer`` after ``steps`` steps with zero moments; ``step`` in the optimizer's own type."""
+    step: Any = steps  # DeepSpeed's FusedAdam and CPUAdam count with a Python int
+    if type(optimizer).__module__.startswith("torch."):
+        fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        step = torch.tensor(float(steps), dtype=torch.float32, device=buffer.device if fused else "cpu")
+    zeros = {key: torch.zeros_like(buffer.data) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": step, **zeros}
+

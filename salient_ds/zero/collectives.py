@@ -1,0 +1,56 @@
+"""The few collectives an allocation needs, each packed into one call."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(global rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.device) -> dict[str, Tensor]:
+    """Sum each tensor over all processes with ONE all-reduce, in the widest dtype among them (fp32 or fp64).
+
+    Args:
+        tensors: the same names and shapes on every process.
+        contribute: False counts this process' values as zeros (replicated statistics are counted once).
+    """
+    if not tensors:
+        return {}
+    names = sorted(tensors)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
+    flat = torch.cat([tensors[n].reshape(-1).to(device, dtype) for n in names])
+    if not contribute:
+        flat.zero_()
+    if world()[1] > 1:
+        dist.all_reduce(flat)
+    pieces = flat.split([tensors[n].numel() for n in names])
+    return {n: p.view(tensors[n].shape) for n, p in zip(names, pieces, strict=True)}
+
+
+def all_equal(digest: str, device: torch.device) -> bool:
+    """Whether every process holds the same hexadecimal digest (one small all-gather)."""
+    size = world()[1]
+    if size == 1:
+        return True
+    mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(gathered, mine)
+    return all(torch.equal(mine, other) for other in gathered)
+
+
+def sum_numbers(values: list[float], device: torch.device) -> list[float]:
+    """Sum a few numbers over all processes (fp64, one all-reduce)."""
+    packed = torch.tensor(values, dtype=torch.float64, device=device)
+    if world()[1] > 1:
+        dist.all_reduce(packed)
+    return [float(v) for v in packed]
+
+
+def all_succeeded(ok: bool, device: torch.device) -> bool:
+    """True when every process reports success: decides together, so that no process waits for a failed one."""
+    return sum_numbers([0.0 if ok else 1.0], device)[0] == 0.0

@@ -1,0 +1,249 @@
+"""A DeepSpeed engine that decides ranks while it trains."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.methods.base import Method, RankDecision
+from salient_ds.salience.budget import Event
+from salient_ds.zero.collectives import all_equal, packed_sum, sum_numbers, world
+from salient_ds.zero.layouts import loss_scale
+from salient_ds.zero.shards import LocalView, ShardMap
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass: model inputs on the device, and how many targets its mean loss averages over."""
+
+    inputs: dict[str, Tensor]
+    num_targets: int
+    indices: tuple[int, ...]
+    """Rows of the training data, named when the loss is not finite."""
+
+
+@dataclass(frozen=True)
+class EventReport:
+    """An allocation that took place, and where its time went (seconds)."""
+
+    decision: RankDecision
+    event: Event
+    gather: float
+    solve: float
+    apply: float
+    changed: int
+    """Rows switched on or off."""
+
+
+@dataclass
+class StepReport:
+    loss: float
+    """Mean task loss over the targets of the global batch, without the orthogonality penalty."""
+    grad_norm: float
+    skipped: bool
+    """No update: non-finite gradients. Statistics and schedule did not move."""
+    penalty: float | None = None
+    event: EventReport | None = None
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; raised on every process before the step was taken."""
+
+    def __init__(self, step: int, indices: list[int]) -> None:
+        self.step, self.indices = step, indices
+        super().__init__(f"the loss of step {step} is not finite; rows of the training data: {indices}")
+
+
+@dataclass
+class _InForce:
+    """Decisions by stage: the last one taken, and the one that masks (they differ for one step if delayed)."""
+
+    latest: RankDecision
+    held: RankDecision
+    pending: list[RankDecision] = field(default_factory=list)
+
+
+class AllocatingEngine:
+    """Wraps a DeepSpeed engine and a :class:`Method`.
+
+    Observation and masking happen in the step post hook of the *basic* torch optimizer: it sees the new fp32 master and
+    the averaged, unscaled, clipped gradient as local slices, before the low-precision copy and the all-gather, and it
+    does not fire for skipped steps. So a value zeroed there is zero in master, copy and on every process for free.
+    """
+
+    def __init__(self, engine: Any, adapted: AdaptedModel, method: Method, device: torch.device) -> None:
+        self.engine = engine
+        self.adapted = adapted
+        self.method = method
+        self.device = device
+        self.step = 0
+        """Applied optimizer steps so far (DeepSpeed's global_steps also counts skipped ones)."""
+        self.shards = ShardMap(engine, adapted)
+        everything = RankDecision(0, adapted.layout.total, torch.ones(adapted.layout.total, dtype=torch.bool))
+        self.in_force = _InForce(everything, everything)
+        self._events = {event.step: event for event in method.events}
+        self._hold: dict[int, list[Tensor]] = {}
+        method.attach(adapted.layout, list(self.shards.views.values()))
+        if method.needs_before:
+            engine.basic_optimizer.register_step_pre_hook(self._before_optimizer)
+        engine.basic_optimizer.register_step_post_hook(self._after_optimizer)
+
+    # The order of one step, as a table of contents.
+    def train_step(self, micro_batches: Iterable[MicroBatch], global_targets: int) -> StepReport:
+        """One optimizer step over ``micro_batches`` of this process.
+
+        Args:
+            micro_batches: exactly ``gradient_accumulation_steps`` of them.
+            global_targets: targets in the whole global batch: every target weighs the same on any number of processes.
+
+        Raises:
+            NonFiniteLoss: on all processes, before parameters changed.
+        """
+        batches = list(micro_batches)
+        assert len(batches) == self.engine.gradient_accumulation_steps(), "one micro-batch per accumulation step"
+        loss = self._forward_backward(batches, global_targets)
+        self.engine.step()
+        skipped = not self.engine.was_step_applied()
+        report = StepReport(loss, self._grad_norm(), skipped)
+        penalty = self._end_penalty()
+        if not skipped:
+            self.step += 1
+            self._settle_pending()
+            self.method.end_step(self.step, None if penalty is None else penalty.norms_M2)
+            event = self._events.get(self.step)
+            report.event = self._allocate(event) if event is not None else None
+        if penalty is not None:
+            report.penalty = float(penalty.value())
+        return report
+
+    def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> float:
+        scale = world()[1] * len(batches) / max(global_targets, 1)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.engine.train()
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            if last:
+                self._arm_penalty()
+            loss = self.engine(**batch.inputs).loss
+            # a micro-batch without any target has a mean of 0/0: it contributes nothing but keeps the graph whole
+            weighted = loss * (batch.num_targets * scale) if batch.num_targets else loss.nan_to_num() * 0.0
+            self.engine.backward(weighted)
+            if batch.num_targets:
+                total += loss.detach().double() * batch.num_targets
+            if not last:
+                self.engine.step()
+        mine = float(total) / max(global_targets, 1)
+        loss_sum, broken = sum_numbers([mine if math.isfinite(mine) else 0.0, float(not math.isfinite(mine))], self.device)
+        if broken:
+            self._end_penalty()
+            raise NonFiniteLoss(self.step + 1, self._gather_indices(batches if not math.isfinite(mine) else []))
+        return loss_sum
+
+    def _gather_indices(self, batches: list[MicroBatch]) -> list[int]:
+        mine = [i for batch in batches for i in batch.indices]
+        everyone: list[Any] = [mine]
+        if world()[1] > 1:
+            everyone = [None] * world()[1]
+            torch.distributed.all_gather_object(everyone, mine)
+        return sorted(i for part in everyone for i in part)
+
+    def _arm_penalty(self) -> None:
+        penalty = self.adapted.penalty
+        if penalty is not None and (penalty.coefficient > 0 or self.method.needs_penalty):
+            penalty.arm(loss_scale(self.engine), self.device)
+
+    def _end_penalty(self) -> Any:
+        penalty = self.adapted.penalty
+        if penalty is None or not penalty.armed:
+            return None
+        penalty.disarm()
+        return penalty
+
+    def _grad_norm(self) -> float:
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @torch.no_grad()
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for _, view in self._stepped_views(optimizer):
+            self.method.before(view, self.step + 1)
+
+    @torch.no_grad()
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.in_force.pending:
+            self._set_hold(self.in_force.pending[0])
+        for index, view in self._stepped_views(optimizer):
+            for piece, drop in zip(view.sigma_slices(), self._hold.get(index, []), strict=False):
+                piece.masked_fill_(drop, 0)
+            self.method.observe(view, self.step + 1)
+
+    def _stepped_views(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, LocalView]]:
+        """Views whose buffer the optimizer steps right now (with sub-groups it steps one buffer at a time)."""
+        stepped = {id(t) for group in optimizer.param_groups for t in group["params"]}
+        for index, view in self.shards.views.items():
+            if id(self.shards.layout.buffers[index]) in stepped:
+                yield index, view
+
+    def _set_hold(self, decision: RankDecision) -> None:
+        """From now on the rows that ``decision`` drops are zeroed after every optimizer step (if it holds them)."""
+        if decision is self.in_force.held:
+            return
+        self.in_force.held = decision
+        dropped_N = ~decision.mask_N if decision.hold else torch.zeros_like(decision.mask_N)
+        self._hold = {i: _by_run(view, dropped_N) for i, view in self.shards.views.items()}
+
+    def _allocate(self, event: Event) -> EventReport:
+        t0 = time.perf_counter()
+        contribute = not self.shards.replicated or world()[0] == 0
+        statistics = packed_sum(self.method.contribution(), contribute, self.device)
+        t1 = time.perf_counter()
+        decision = self.method.allocate(statistics, event, self.in_force.latest)
+        if not all_equal(decision.digest(), self.device):
+            raise RuntimeError(
+                f"processes disagree on the allocation of step {event.step} (digest {decision.digest()[:12]} here): "
+                "their statistics or hardware differ; nothing was applied, resume from the last checkpoint"
+            )
+        t2 = time.perf_counter()
+        changed = int((decision.mask_N != self.in_force.latest.mask_N).sum())
+        self.in_force.latest = decision
+        if self.method.policy.delay:
+            self.in_force.pending.append(decision)
+        else:
+            self.apply(decision)
+        return EventReport(decision, event, t1 - t0, t2 - t1, time.perf_counter() - t2, changed)
+
+    def _settle_pending(self) -> None:
+        if self.in_force.pending:
+            self.apply(self.in_force.pending.pop(0))
+
+    def finish(self) -> None:
+        """After the last step: a decision that still waits for its next step takes effect now."""
+        self._settle_pending()
+
+    @torch.no_grad()
+    def apply(self, decision: RankDecision) -> None:
+        """Bring masks, masters, copies and moments in line with ``decision``; purely local."""
+        policy = self.method.policy
+        self._set_hold(decision)
+        self.adapted.set_mask(decision.mask_N, policy.gate_forward)
+        masks = decision.mask_N.split(list(self.adapted.layout.ranks))
+        for adapter, mask_R in zip(self.adapted.adapters.values(), masks, strict=True):
+            if bool(mask_R.all()):
+                continue
+            for factor, address in adapter.factors().items():
+                if factor == "E" or policy.zero_vectors:
+                    self.shards.zero_rows(address.parameter, ~mask_R, policy.zero_moments)
+
+
+def _by_run(view: LocalView, dropped_N: Tensor) -> list[Tensor]:
+    dropped_n = dropped_N[view.rows_n.cpu()].to(view.rows_n.device)
+    if not bool(dropped_n.any()):
+        return []
+    return list(dropped_n.split([s.numel() for s in view.sigma_slices()]))

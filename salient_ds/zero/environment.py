@@ -1,0 +1,54 @@
+"""Start of a process: device, process group, and the traps of DeepSpeed's start on CPU."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+
+import torch
+
+
+def start(timeout_minutes: float) -> torch.device:
+    """Join the process group that the launcher described (one process alone without a launcher) and return the device.
+
+    On CPU DeepSpeed's shared-memory collective is left out: gloo gives the same numbers, and the extension costs half a
+    minute of compilation per fresh machine and hangs for ever if an earlier build was killed.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel(os.environ.get("SALIENT_DEEPSPEED_LOG", "WARNING").upper())
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name() if not on_cpu else "gloo",
+        verbose=False,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+
+
+def stop() -> None:
+    """Leave the process group, so that the interpreter can exit without complaints from the backend."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
