@@ -1,0 +1,1 @@
+"""Instruction data: reading and validating files, templates, tokenisation, packing, batches, step sampler."""

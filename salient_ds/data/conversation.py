@@ -1,0 +1,125 @@
+"""What every data format is normalised to, and the one error class for bad data. Imports the standard library
+only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+USER = "user"
+ASSISTANT = "assistant"
+SYSTEM = "system"
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+class Turn(NamedTuple):
+    """One message; `role` is "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Alternating user and assistant turns, the first by the user.
+
+    `instruction` and `input` are the separate fields of an Alpaca row (None for other formats): the alpaca
+    template prints them under headings of their own, the others see them joined in `turns[0]`. `source` is
+    (path, line), or (path, row) for formats without lines; both count from 1.
+    """
+
+    system: str | None
+    turns: tuple[Turn, ...]
+    instruction: str | None = None
+    input: str | None = None
+    source: tuple[str, int] = ("", 0)
+
+    @classmethod
+    def from_messages(
+        cls, messages: Sequence[dict[str, str]], source: tuple[str, int] = ("", 0)
+    ) -> Conversation:
+        """Builds one from `[{"role": ..., "content": ...}]` that is known to be well formed (evaluation
+        prompts)."""
+        system = messages[0]["content"] if messages and messages[0]["role"] == SYSTEM else None
+        rest = messages[1:] if system is not None else messages
+        return cls(system, tuple(Turn(m["role"], m["content"]) for m in rest), source=source)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The assistant's texts, in order."""
+        return tuple(turn.text for turn in self.turns if turn.role == ASSISTANT)
+
+    @property
+    def where(self) -> str:
+        """For messages: "train.jsonl, line 3"."""
+        path, line = self.source
+        return f"{path}, line {line}" if path else "this conversation"
+
+    def without_last_answer(self) -> Conversation:
+        """The same up to the last user turn: what a model is asked to continue."""
+        assert self.turns and self.turns[-1].role == ASSISTANT, "the conversation has no last answer"
+        return replace(self, turns=self.turns[:-1])
+
+    def messages(self) -> list[dict[str, str]]:
+        """As role/content dicts, the system message first, for `apply_chat_template`."""
+        head = [{"role": SYSTEM, "content": self.system}] if self.system is not None else []
+        return head + [{"role": turn.role, "content": turn.text} for turn in self.turns]
+
+
+class Problem(NamedTuple):
+    """One thing wrong in a file: `kind` is what problems are counted by; `line` is 0 where no line
+    applies."""
+
+    kind: str
+    line: int
+    message: str
+
+
+class DataError(ValueError):
+    """Bad input data. `problems` holds the first few in full, `counts` how many there are of each kind."""
+
+    def __init__(
+        self, source: str, problems: Sequence[Problem], counts: Counter[str] | None = None, unit: str = "line"
+    ) -> None:
+        self.source = source
+        self.problems = list(problems)
+        self.counts = Counter(p.kind for p in problems) if counts is None else counts
+        super().__init__(self._text(unit))
+
+    @classmethod
+    def of(cls, source: str, kind: str, message: str) -> DataError:
+        """A problem of the whole file."""
+        return cls(source, [Problem(kind, 0, message)])
+
+    def _text(self, unit: str) -> str:
+        total = sum(self.counts.values())
+        listed = [f"{unit} {p.line}: {p.message}" if p.line else p.message for p in self.problems]
+        if total == 1:
+            return f"{self.source}: {listed[0]}"
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
+        more = [f"  ... and {total - len(listed)} more"] if total > len(listed) else []
+        return "\n".join(
+            [f"{self.source}: {total} problems ({kinds})", *(f"  {text}" for text in listed), *more]
+        )
+
+
+class ProblemLog:
+    """Collects problems while a file is read: keeps the first `limit`, counts all of them."""
+
+    def __init__(self, source: str, unit: str = "line", limit: int = 10) -> None:
+        self.source, self.unit, self.limit = source, unit, limit
+        self.problems: list[Problem] = []
+        self.counts: Counter[str] = Counter()
+
+    def add(self, problem: Problem) -> None:
+        """Counts the problem and keeps it if it is among the first."""
+        self.counts[problem.kind] += 1
+        if len(self.problems) < self.limit:
+            self.problems.append(problem)
+
+    def raise_if_any(self) -> None:
+        """Raises DataError when anything was added."""
+        if self.problems:
+            raise DataError(self.source, self.problems, self.counts, self.unit)

@@ -1,0 +1,162 @@
+"""JSONL files and JSON lists as a stream of (line, row); standard library only.
+
+JSONL is read line by line and goes on after a bad line, so that all of them can be listed. A JSON list is
+read as a whole, decoded row by row (so that each row knows its line), and ends at its first syntax error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from salient_ds.data.conversation import DataError, Problem
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SMALL = 1 << 28  # bytes up to which a file is read once more to explain an error
+_EXCERPT = 40  # characters shown around a syntax error, half of them before it
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether the first character that is not white space opens a list. Raises DataError for UTF-16 and empty
+    files."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+        while head and not head.removeprefix(_BOM).strip():
+            head = file.read(4096)
+    if head.startswith(_UTF16):
+        remedy = f"convert it: iconv -f utf-16 -t utf-8 {path.name}"
+        raise DataError.of(str(path), "encoding", f"the file is UTF-16, not UTF-8; {remedy}")
+    if not head:
+        wanted = "expected a JSON list, or JSON objects one per line"
+        raise DataError.of(str(path), "empty", f"the file is empty: {wanted}")
+    return head.removeprefix(_BOM).lstrip().startswith(b"[")
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
+    """Yields (line, row) for every line that is not blank; a Problem in place of a row that cannot be
+    decoded."""
+    first = True
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(_BOM) if line == 1 else raw
+            if not raw.strip():
+                continue
+            text = _decode(raw, line)
+            if isinstance(text, Problem):
+                yield line, text
+                continue
+            try:
+                row: object = json.loads(text)
+            except json.JSONDecodeError as error:
+                spread = _spread_object(path) if first else None
+                yield line, spread or _problem_at(text, error.pos, error.msg, line)
+                if spread:
+                    return
+            else:
+                yield line, row
+            first = False
+
+
+def list_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
+    """Yields (line, row) for a file that holds one JSON list."""
+    text = _decode(path.read_bytes().removeprefix(_BOM), 1)
+    if isinstance(text, Problem):
+        yield text.line, text
+        return
+    decode = json.JSONDecoder().raw_decode
+    position = _skip(text, text.index("[") + 1)
+    counted, line = 0, 1
+    while not text.startswith("]", position):
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            row, end = decode(text, position)
+        except json.JSONDecodeError as error:
+            problem = _problem_at(text, error.pos, error.msg)
+            yield problem.line, problem
+            return
+        yield line, row
+        end = _skip(text, end)
+        if text.startswith(",", end):
+            position = _skip(text, end + 1)
+            if text.startswith("]", position):
+                problem = _problem_at(text, end, "comma before the end of the list")
+                yield problem.line, problem
+                return
+        elif text.startswith("]", end):
+            position = end
+        else:
+            what = "expected ',' or ']'" if end < len(text) else "the list is not closed, the file seems cut"
+            problem = _problem_at(text, end, what)
+            yield problem.line, problem
+            return
+    if text[position + 1 :].strip():
+        problem = _problem_at(text, _skip(text, position + 1), "text after the end of the list")
+        yield problem.line, problem
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a JSONL file that are not blank, without decoding them."""
+    with path.open("rb") as file:
+        return sum(1 for raw in file if raw.removeprefix(_BOM).strip())
+
+
+def _skip(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    assert match is not None, "the pattern matches the empty string"
+    return match.end()
+
+
+def _decode(raw: bytes, first_line: int) -> str | Problem:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line = first_line + before.count(b"\n")
+        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8")) + 1
+        return Problem(
+            "encoding",
+            line,
+            f"not UTF-8: byte 0x{raw[error.start]:02x} at column {column}; convert the file, "
+            "for example: iconv -f latin1 -t utf-8",
+        )
+
+
+def _problem_at(text: str, position: int, message: str, first_line: int = 1) -> Problem:
+    before = text[:position]
+    line = first_line + before.count("\n")
+    column = position - before.rfind("\n")
+    around = text[max(0, position - _EXCERPT // 2) : position + _EXCERPT // 2]
+    excerpt = " ".join(around.split())
+    near = f", near {excerpt!r}" if excerpt else ""
+    return Problem("invalid JSON", line, f"invalid JSON at column {column}: {message}{near}")
+
+
+def _spread_object(path: Path) -> Problem | None:
+    """Explains a file whose first line does not parse because the whole file is one JSON object over many
+    lines."""
+    if path.stat().st_size > _SMALL:
+        return None
+    try:
+        whole = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    if not isinstance(whole, dict):
+        return None
+    inner = [
+        key
+        for key, value in whole.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    remedy = (
+        f'save the list under its key "{inner[0]}" as the file' if inner else "put it into a list: [ ... ]"
+    )
+    return Problem(
+        "one object",
+        1,
+        f"the file is one JSON object over several lines, expected a list or one object per line: {remedy}",
+    )

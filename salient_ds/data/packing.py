@@ -1,0 +1,107 @@
+"""Several examples in one sequence, none of which sees another. numpy only; the mask is made by the collator.
+
+A packed example has "segment_ids" (0, 0, ..., 1, 1, ...: which example a token is of) and "position_ids"
+(from 0 in each segment). The first label of a segment is -100: it would be predicted from the last token of
+the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from salient_ds.data.conversation import IGNORED
+
+PackingMode = Literal["first_fit", "in_order"]
+
+
+def plan_packs(
+    lengths: Sequence[int] | npt.NDArray[np.int64], max_length: int, mode: PackingMode = "first_fit"
+) -> list[list[int]]:
+    """Which examples share a sequence: lists of indices, ascending in each, every index exactly once.
+
+    "first_fit": longest examples first, each into the first sequence with room (first-fit decreasing; equal
+    lengths in order). "in_order": examples stay in order, a sequence is closed when the next one does not
+    fit. Raises ValueError for an example longer than `max_length` and for an unknown mode.
+    """
+    sizes = [int(length) for length in lengths]
+    if sizes and max(sizes) > max_length:
+        worst = max(sizes)
+        raise ValueError(
+            f"example {sizes.index(worst)} has {worst} tokens, a packed sequence holds {max_length}: cut "
+            "examples to the same max_length first"
+        )
+    if mode == "in_order":
+        return _in_order(sizes, max_length)
+    if mode != "first_fit":
+        raise ValueError(f'unknown packing mode "{mode}": known are first_fit, in_order')
+    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    packs: list[list[int]] = []
+    room = _FirstRoom(len(sizes), max_length)
+    for index in order:
+        pack = room.take(sizes[index])
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(index)
+    return [sorted(pack) for pack in packs]
+
+
+def pack_examples(
+    examples: Sequence[Mapping[str, npt.NDArray[Any]]],
+    lengths: Sequence[int] | npt.NDArray[np.int64],
+    max_length: int,
+    mode: PackingMode = "first_fit",
+) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
+    """Yields packed examples. Every column of an example must have one entry per token; raises as
+    `plan_packs`."""
+    for pack in plan_packs(lengths, max_length, mode):
+        yield _join([examples[index] for index in pack])
+
+
+def _join(parts: list[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[np.int32]]:
+    sizes = [len(part["labels"]) for part in parts]
+    joined = {name: np.concatenate([part[name] for part in parts]).astype(np.int32) for name in parts[0]}
+    assert all(len(column) == sum(sizes) for column in joined.values()), (
+        "packing needs one entry per token in every column"
+    )
+    joined["labels"][np.cumsum([0, *sizes[:-1]])] = IGNORED
+    joined["segment_ids"] = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
+    joined["position_ids"] = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+    return joined
+
+
+def _in_order(sizes: list[int], max_length: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    used = max_length
+    for index, size in enumerate(sizes):
+        if used + size > max_length:
+            packs.append([])
+            used = 0
+        packs[-1].append(index)
+        used += size
+    return packs
+
+
+class _FirstRoom:
+    """The first of `count` bins with enough room, in log time: a binary tree of the largest room below each
+    node."""
+
+    def __init__(self, count: int, capacity: int) -> None:
+        self.leaves = 1 << max(0, count - 1).bit_length()
+        self.room = [capacity] * (2 * self.leaves)
+
+    def take(self, size: int) -> int:
+        """Puts `size` into the first bin that can hold it and returns the bin's number."""
+        room = self.room
+        node = 1
+        while node < self.leaves:
+            node = 2 * node if room[2 * node] >= size else 2 * node + 1
+        room[node] -= size
+        bin_number = node - self.leaves
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+        return bin_number

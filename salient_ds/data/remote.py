@@ -1,0 +1,98 @@
+"""Rows that need a library to be read: local parquet files and data sets of the `datasets` library.
+
+The libraries are imported inside the functions, so that reading JSON stays light. Local parquet goes through
+pyarrow, which `datasets` is built on: iterating over a parquet file with `datasets` itself would import torch
+and write a second copy of the file to the cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salient_ds.data.conversation import DataError
+
+_HUB = re.compile(r"(?P<name>[^:\[\]]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class HubName(NamedTuple):
+    """A data set name as it is written in a config: "name", "name:config", each with an optional
+    "[split]"."""
+
+    name: str
+    config: str | None
+    split: str | None
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """Takes "owner/name:config[split]" apart; a local folder may stand for the name. None when it is no such
+    name."""
+    match = _HUB.fullmatch(text)
+    if match is None:
+        return None
+    name = match["name"]
+    if _HUB_NAME.fullmatch(name) is None and not Path(name).expanduser().is_dir():
+        return None
+    return HubName(name, match["config"], match["split"])
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Yields (row number from 1, row). Raises DataError when the file is not readable as parquet."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield row, value
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError.of(str(path), "parquet", f"not readable as parquet: {error}") from None
+
+
+def count_parquet(path: Path) -> int:
+    """Rows by the file's own footer."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        return int(parquet.read_metadata(path).num_rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError.of(str(path), "parquet", f"not readable as parquet: {error}") from None
+
+
+def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
+    """Yields (row number from 1, row) of a data set loaded with `datasets.load_dataset` (which keeps its own
+    cache).
+
+    Without a split, "train" is taken, or the only one there is. Raises DataError when the data set cannot be
+    loaded or when the split has to be named.
+    """
+    import datasets
+
+    folder = Path(hub.name).expanduser()
+    name = str(folder) if folder.is_dir() else hub.name
+    try:
+        loaded: Any = datasets.load_dataset(name, hub.config, split=hub.split)
+    except (
+        Exception
+    ) as error:  # the library raises its own, the hub's, OS and value errors: all mean "not loaded"
+        reason = " ".join(str(error).split())[:300]
+        raise DataError.of(
+            text,
+            "not loaded",
+            f"no local file, and datasets.load_dataset could not load it: {type(error).__name__}: {reason}",
+        ) from error
+    if isinstance(loaded, dict):
+        if "train" not in loaded and len(loaded) > 1:
+            names = ", ".join(loaded)
+            raise DataError.of(
+                text, "split", f'no split "train"; name one of {names}: "{text}[{next(iter(loaded))}]"'
+            )
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    yield from enumerate(loaded, start=1)

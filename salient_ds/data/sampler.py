@@ -1,0 +1,102 @@
+"""Which examples make up which step: a pure function of (seed, step), the same for every number of processes.
+
+The stream of examples is one seeded permutation of the data set after the other; step t takes the t-th run of
+`global_batch_size` examples from it, across the ends of epochs. Nothing is stored, so a run resumes at any
+step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+def frozen_permutation(count: int, *seed: int) -> Indices:
+    """A permutation of range(count), the same in every numpy version: int64 (count,).
+
+    numpy promises never to change the streams of RandomState, and changes those of default_rng when it likes;
+    a resumed run may meet a newer numpy.
+    """
+    bits = np.random.MT19937(np.random.SeedSequence(seed))
+    return np.random.RandomState(bits).permutation(count).astype(np.int64)
+
+
+class StepSampler:
+    """Examples of each step; steps count from 0 here.
+
+    Raises ValueError when there are no examples, for a batch size below 1, and for a negative seed.
+    """
+
+    def __init__(self, num_examples: int, global_batch_size: int, seed: int) -> None:
+        for name, value, least in (
+            ("num_examples", num_examples, 1),
+            ("global_batch_size", global_batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        self.num_examples = num_examples
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self._last: tuple[int, Indices] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every example has been seen once; the last of them may reach into the next epoch."""
+        return self.total_steps(1)
+
+    def total_steps(self, epochs: float) -> int:
+        """Steps until `epochs` passes are complete (rounded up)."""
+        if not epochs > 0:
+            raise ValueError(f"epochs={epochs}: must be above 0")
+        return int(np.ceil(round(epochs * self.num_examples, 6) / self.global_batch_size))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data completed before `step`."""
+        return step * self.global_batch_size / self.num_examples
+
+    def indices(self, step: int) -> Indices:
+        """The examples of the global batch at `step`, in order: int64 (global_batch_size,)."""
+        if step < 0:
+            raise ValueError(f"step={step}: steps count from 0")
+        position = step * self.global_batch_size
+        parts: list[Indices] = []
+        missing = self.global_batch_size
+        while missing:
+            epoch, start = divmod(position, self.num_examples)
+            part = self._permutation(epoch)[start : start + missing]
+            parts.append(part)
+            position += len(part)
+            missing -= len(part)
+        return np.concatenate(parts)
+
+    def shard(self, step: int, dp_rank: int, dp_world: int, micro_batch_size: int) -> list[Indices]:
+        """The micro-batches that process `dp_rank` of `dp_world` goes through at `step`, each
+        (micro_batch_size,).
+
+        The global batch is cut into micro-batches and these are dealt out in turn, so that for one
+        micro_batch_size not only the batch but every micro-batch is the same for any number of processes.
+        Raises ValueError with the nearest valid batch sizes when it does not divide.
+        """
+        if micro_batch_size < 1 or dp_world < 1 or not 0 <= dp_rank < dp_world:
+            raise ValueError(
+                f"micro_batch_size={micro_batch_size} and dp_world={dp_world} must be at least 1, and "
+                f"dp_rank={dp_rank} from 0 to dp_world - 1"
+            )
+        together = micro_batch_size * dp_world
+        if self.global_batch_size % together:
+            below = self.global_batch_size // together * together
+            valid = " or ".join(str(size) for size in (below, below + together) if size)
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size="
+                f"{micro_batch_size} x {dp_world} processes = {together}: set it to {valid}, or change the "
+                "micro-batch"
+            )
+        return list(self.indices(step).reshape(-1, dp_world, micro_batch_size)[:, dp_rank])
+
+    def _permutation(self, epoch: int) -> Indices:
+        if self._last is None or self._last[0] != epoch:
+            self._last = (epoch, frozen_permutation(self.num_examples, self.seed, epoch))
+        return self._last[1]

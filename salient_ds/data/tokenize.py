@@ -1,0 +1,225 @@
+"""Conversations -> token ids and labels.
+
+Labels are -100 except on answers, end token of each answer included. Names: `ids`, `labels` are int32 arrays
+of one length; `starts` the character at which each token begins; a "clean" boundary is one that no token
+crosses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from salient_ds.data.conversation import IGNORED, Conversation
+from salient_ds.data.segments import Segment
+from salient_ds.data.templates import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 256  # texts per call of a fast tokenizer, which spreads a batch over threads
+Array = npt.NDArray[np.int32]
+
+
+class Example(TypedDict):
+    """One tokenised conversation; both arrays have the same length."""
+
+    input_ids: Array
+    labels: Array
+
+
+@dataclass
+class TokenizationReport:
+    """What tokenisation did. Lengths are in tokens; `targets` counts labels that the shifted loss sees."""
+
+    max_length: int
+    examples: int = 0
+    """Conversations given."""
+    kept: int = 0
+    truncated: int = 0
+    """Kept and dropped ones that were longer than max_length."""
+    tokens_cut: int = 0
+    dropped: int = 0
+    """Conversations that lost every answer token by truncation and are left out."""
+    tokens: int = 0
+    """In kept examples, after truncation."""
+    targets: int = 0
+    longest: int = 0
+    """Before truncation."""
+    control_tokens: int = 0
+    """Conversations whose own text spells a special token, which the model then reads as that token."""
+    sequences: int = 0
+    """Rows of the data set: as `kept`, or fewer when examples are packed."""
+    shortest_useful: int = 0
+    """The smallest max_length at which any conversation keeps an answer token."""
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.kept:,} examples, {self.tokens:,} tokens, {self.targets:,} of them trained on"]
+        if 0 < self.sequences < self.kept:
+            filled = self.tokens / (self.sequences * self.max_length)
+            parts.append(f"packed into {self.sequences:,} sequences ({filled:.1%} filled)")
+        if self.truncated:
+            parts.append(
+                f"{self.truncated:,} cut at {self.max_length} tokens ({self.tokens_cut:,} tokens, the "
+                f"longest had {self.longest:,})"
+            )
+        if self.dropped:
+            parts.append(f"{self.dropped:,} of them dropped: no answer left")
+        if self.control_tokens:
+            parts.append(f"{self.control_tokens:,} spell a special token in their text")
+        return "; ".join(parts)
+
+
+def tokenize_conversation(
+    conversation: Conversation,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+) -> Example:
+    """One conversation, cut at `max_length` tokens from the right. Raises ValueError as
+    `Template.segments`."""
+    segments = template.segments(conversation, tokenizer)
+    ids, labels = next(_encode([segments], tokenizer, _bos(template, tokenizer)))
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def tokenize_all(
+    conversations: Iterable[Conversation],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    report: TokenizationReport,
+) -> Iterator[Example]:
+    """Tokenises, cuts and counts into `report`; conversations without an answer token left are dropped.
+
+    Raises ValueError when every one of them is, with the max_length that would help.
+    """
+    if max_length < 2:
+        raise ValueError(
+            f"max_length={max_length}: a sequence needs at least 2 tokens, one to read and one to predict"
+        )
+    bos = _bos(template, tokenizer)
+    control = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens))) or r"(?!)")
+    remaining = iter(conversations)
+    while batch := list(islice(remaining, _BATCH)):
+        report.control_tokens += sum(any(control.search(turn.text) for turn in item.turns) for item in batch)
+        segmented = [template.segments(conversation, tokenizer) for conversation in batch]
+        for ids, labels in _encode(segmented, tokenizer, bos):
+            example = _cut(ids, labels, max_length, report)
+            if example is not None:
+                yield example
+    if report.examples and not report.kept:
+        raise ValueError(
+            f"max_length={max_length} leaves no answer token in any of the {report.examples} examples (the "
+            f"longest has {report.longest} tokens): raise max_length to {report.shortest_useful} or more, or "
+            "shorten the prompts"
+        )
+
+
+def count_targets(labels: npt.NDArray[np.integer]) -> int:
+    """Labels that a causal loss sees: it predicts token t + 1 from token t, so the first label is never
+    used."""
+    return int(np.count_nonzero(labels[1:] != IGNORED))
+
+
+def _cut(ids: Array, labels: Array, max_length: int, report: TokenizationReport) -> Example | None:
+    report.examples += 1
+    report.longest = max(report.longest, len(ids))
+    targets = np.flatnonzero(labels[1:] != IGNORED)
+    if targets.size:
+        useful = int(targets[0]) + 2
+        report.shortest_useful = min(report.shortest_useful or useful, useful)
+    if len(ids) > max_length:
+        report.truncated += 1
+        report.tokens_cut += len(ids) - max_length
+        ids, labels = ids[:max_length], labels[:max_length]
+    kept = count_targets(labels)
+    if not kept:
+        report.dropped += 1
+        return None
+    report.kept += 1
+    report.tokens += len(ids)
+    report.targets += kept
+    return {"input_ids": ids, "labels": labels}
+
+
+def _bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer itself puts first, or None (it puts none, or the template holds its
+    own)."""
+    begin = tokenizer.bos_token_id
+    if not template.adds_bos or begin is None:
+        return None
+    with_special, plain = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
+    return int(begin) if with_special[0] == begin and plain[0] != begin else None
+
+
+def _encode(
+    segmented: list[list[Segment]], tokenizer: PreTrainedTokenizerBase, bos: int | None
+) -> Iterator[tuple[Array, Array]]:
+    """Yields (ids, labels) per text, with `bos` in front unless the text spells it already."""
+    encode = _encode_by_offsets if tokenizer.is_fast else _encode_by_segments
+    for segments, (ids, is_answer) in zip(segmented, encode(segmented, tokenizer), strict=True):
+        if bos is not None and not segments[0].text.startswith(str(tokenizer.bos_token)):
+            ids = np.concatenate([np.array([bos], np.int32), ids])
+            is_answer = np.concatenate([np.zeros(1, bool), is_answer])
+        yield ids, np.where(is_answer, ids, np.int32(IGNORED))
+
+
+def _encode_by_offsets(
+    segmented: list[list[Segment]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Array, npt.NDArray[np.bool_]]]:
+    """Whole texts at once: a token belongs to the segment that its first character is in."""
+    texts = ["".join(segment.text for segment in segments) for segments in segmented]
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        truncation=False,
+        padding=False,
+        verbose=False,
+    )
+    for segments, ids, offsets in zip(
+        segmented, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        starts = np.array(offsets, np.int64).reshape(-1, 2)[:, 0]
+        ends = np.array(list(accumulate(len(segment.text) for segment in segments)))
+        owner = np.searchsorted(ends, starts, side="right").clip(max=len(segments) - 1)
+        yield np.array(ids, np.int32), np.array([segment.is_answer for segment in segments])[owner]
+
+
+def _encode_by_segments(
+    segmented: list[list[Segment]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Array, npt.NDArray[np.bool_]]]:
+    """For tokenizers without offsets: segment after segment, each read after the text before it.
+
+    Sentencepiece puts a blank before whatever it is given, so a segment alone would not give the tokens that
+    it has inside the text. The pieces of (previous + segment) minus those of (previous) are, when the
+    boundary is clean.
+    """
+
+    def pieces(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+    for segments in segmented:
+        ids: list[int] = []
+        is_answer: list[bool] = []
+        previous = ""
+        for segment in segments:
+            known = pieces(previous) if previous else []
+            both = pieces(previous + segment.text)
+            clean = both[: len(known)] == known
+            # A crossed boundary: the segment's own pieces, less the blank that sentencepiece would double.
+            new = both[len(known) :] if clean else pieces(segment.text.removeprefix(" "))
+            ids += new
+            is_answer += [segment.is_answer] * len(new)
+            previous = segment.text
+        yield np.array(ids, np.int32), np.array(is_answer, bool)
