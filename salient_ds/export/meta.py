@@ -1,0 +1,84 @@
+"""What an export records about itself, beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from salient_ds import __version__
+from salient_ds.export.fold import AdapterFactors
+
+RECORD_FILE = "salient_ds.json"
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS"]
+Form = Literal["peft", "padded", "merged"]
+_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of those that decide what a checkpoint means (missing ones left out)."""
+    found = {"salient_ds": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class ExportMeta:
+    """Facts that the weights do not carry.
+
+    Raises:
+        ValueError: for a task type that PEFT does not know.
+    """
+
+    method: str
+    """Name of the rank-allocation method."""
+    task_type: TaskType
+    source_run: str
+    """Run directory or checkpoint that the adapter was taken from."""
+    template: Mapping[str, Any] | None = None
+    """Name of the prompt template and hash of a rendered sample: evaluation insists on the same."""
+    base_model: str | None = None
+    """Entry ``base_model_name_or_path``, if it shall not be the path that the base is read from."""
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
+
+    def __post_init__(self) -> None:
+        if self.task_type not in get_args(TaskType):
+            raise ValueError(f"task_type={self.task_type!r} is unknown: use one of {', '.join(get_args(TaskType))}")
+
+    def base_name(self, base: Path | str) -> str:
+        """``base_model_name_or_path`` for a base given as directory (made absolute) or hub name (kept)."""
+        if self.base_model is not None:
+            return self.base_model
+        return str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+
+
+def write_record(
+    folder: Path, factors: Sequence[AdapterFactors], meta: ExportMeta, form: Form, base: str, dtype: str
+) -> None:
+    """Write ``salient_ds.json``: method, ranks per module (0 included), template, source run, versions."""
+    record = {
+        "format": 1,
+        "form": form,
+        "method": meta.method,
+        "task_type": meta.task_type,
+        "base_model_name_or_path": base,
+        "dtype": dtype,
+        "total_rank": sum(item.rank for item in factors),
+        "ranks": {item.name: item.rank for item in factors},
+        "template": dict(meta.template) if meta.template is not None else None,
+        "source_run": meta.source_run,
+        "versions": dict(meta.versions),
+    }
+    write_json(folder / RECORD_FILE, record)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON in the order given, with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

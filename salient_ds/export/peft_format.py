@@ -1,0 +1,205 @@
+"""Write a LoRA directory in PEFT's format, without PEFT.
+
+Shape legend: I = in features, O = out features, r = live rank of a module, P = padded rank of all modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from salient_ds.export.atomic import atomic_directory
+from salient_ds.export.base_files import head_tensors
+from salient_ds.export.fold import AdapterFactors, LoraPair, fold
+from salient_ds.export.meta import ExportMeta, write_json, write_record
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of ``max_lora_rank`` that vLLM accepts (vLLM 0.33)."""
+HEADS: dict[str, tuple[str, ...]] = {"SEQ_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Modules that PEFT restores whole for a task type, asked for or not: without them a file does not load."""
+PadTo = int | Literal["vllm"] | None
+
+
+def write_peft(
+    target: Path,
+    factors: Sequence[AdapterFactors],
+    meta: ExportMeta,
+    base: Path | str,
+    *,
+    form: Literal["peft", "padded"],
+    dtype: torch.dtype = torch.float32,
+    pad_to: PadTo = None,
+    trained: Mapping[str, Tensor] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write ``adapter_model.safetensors``, ``adapter_config.json`` and ``salient_ds.json``, all or nothing.
+
+    peft ("ragged"): every module at its own rank. All scales are folded into the factors, so that
+    ``alpha_pattern`` equals ``rank_pattern`` and ``lora_alpha`` equals ``r``: the scale is 1 for readers that
+    honour the patterns and for those that ignore them. Modules at rank 0 are left out.
+
+    padded: every module, those at rank 0 included, at the same rank by rows of zeros, no patterns. For
+    servers that want one rank, or stack q, k and v of a layer and fail if one of them is missing.
+
+    Args:
+        dtype: of the stored factors.
+        pad_to: for ``padded``: a rank, "vllm" for the next one of VLLM_RANKS, None for the largest live rank.
+        trained: parameters trained in full (a classification head), by full name.
+
+    Raises:
+        ValueError: see :func:`check_factors`; also a head that PEFT wants is neither in ``trained`` nor in
+            ``base``, or a value does not fit into ``dtype``.
+        OSError: the disk is full; ``target`` is as before.
+    """
+    check_factors(factors)
+    if form == "peft" and pad_to is not None:
+        raise ValueError(f"pad_to={pad_to!r} belongs to the padded form: leave it out, or export as padded")
+    heads, saved_modules = _heads(meta.task_type, base, trained or {})
+    _check_no_head_adapted(factors, saved_modules)
+    largest = max(item.rank for item in factors)
+    rank = padded_rank(largest, pad_to) if form == "padded" else largest
+    pairs = _padded_pairs(factors, rank) if form == "padded" else _ragged_pairs(factors)
+    tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in heads.items()}
+    for pair in pairs:
+        tensors |= _named(pair, dtype)
+    base_name = meta.base_name(base)
+    config = _config(pairs, rank, form, meta, base_name, saved_modules)
+    config["exclude_modules"] = _shadowed([item.name for item in factors], pairs) or None
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    with atomic_directory(target, overwrite, size, protected=(base, meta.source_run)) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", config)
+        write_record(folder, factors, meta, form, base_name, str(dtype).removeprefix("torch."))
+    return target
+
+
+def check_factors(factors: Sequence[AdapterFactors]) -> None:
+    """Raise ValueError if there is nothing to export, or a module comes twice."""
+    names = [item.name for item in factors]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"modules given twice: {', '.join(twice)}")
+    if not any(item.rank for item in factors):
+        raise ValueError(
+            f"all {len(factors)} adapted modules have rank 0: the adapter would do nothing, and loaders refuse "
+            "rank 0; export a checkpoint from before the pruning, or raise the target budget"
+        )
+
+
+def padded_rank(largest: int, pad_to: PadTo) -> int:
+    """The uniform rank for a largest live rank.
+
+    Raises:
+        ValueError: if ``pad_to`` is too small, or vLLM has no value that is large enough.
+    """
+    if pad_to is None:
+        return largest
+    if pad_to == "vllm":
+        fitting = [value for value in VLLM_RANKS if value >= largest]
+        if not fitting:
+            raise ValueError(f"largest rank {largest} exceeds vLLM's maximum of {VLLM_RANKS[-1]}: export as merged")
+        return fitting[0]
+    if pad_to < largest:
+        raise ValueError(f"pad_to={pad_to} is below the largest rank {largest}: raise it, or leave it out")
+    return pad_to
+
+
+def _ragged_pairs(factors: Sequence[AdapterFactors]) -> list[LoraPair]:
+    return [pair for pair in map(fold, factors) if pair is not None]
+
+
+def _padded_pairs(factors: Sequence[AdapterFactors], rank: int) -> list[LoraPair]:
+    pairs = []
+    for item in factors:
+        A_PI, B_OP = torch.zeros(rank, item.A.shape[1]), torch.zeros(item.B.shape[0], rank)
+        pair = fold(item)
+        if pair is not None:
+            A_PI[: pair.rank] = pair.A_rI
+            B_OP[:, : pair.rank] = pair.B_Or
+        pairs.append(LoraPair(item.name, A_PI, B_OP))
+    return pairs
+
+
+def _named(pair: LoraPair, dtype: torch.dtype) -> dict[str, Tensor]:
+    out = {}
+    for letter, value in (("A", pair.A_rI), ("B", pair.B_Or)):
+        cast = value.to(dtype).contiguous()
+        if not cast.isfinite().all():
+            raise ValueError(
+                f"lora_{letter} of {pair.name!r} reaches {value.abs().max():.3g}, too large for {dtype}: "
+                "export as float32 or bfloat16"
+            )
+        out[f"base_model.model.{pair.name}.lora_{letter}.weight"] = cast
+    return out
+
+
+def _config(
+    pairs: Sequence[LoraPair],
+    rank: int,
+    form: str,
+    meta: ExportMeta,
+    base_name: str,
+    saved_modules: list[str],
+) -> dict[str, Any]:
+    # PEFT takes the first pattern that matches the end of a module path: deeper paths first, so that
+    # "model.layers.0.q" cannot answer for "vision.model.layers.0.q"
+    deepest_first = sorted(pairs, key=lambda pair: -pair.name.count("."))
+    pattern = {re.escape(pair.name): pair.rank for pair in deepest_first} if form == "peft" else {}
+    return {
+        "peft_type": "LORA",
+        "task_type": meta.task_type,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": [pair.name for pair in pairs],
+        "modules_to_save": saved_modules or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _shadowed(modules: Sequence[str], pairs: Sequence[LoraPair]) -> list[str]:
+    """Modules left out that PEFT would adapt all the same: their path ends in that of an adapted one."""
+    kept = {pair.name for pair in pairs}
+    return [n for n in modules if n not in kept and any(n.endswith(f".{name}") for name in kept)]
+
+
+def _heads(task_type: str, base: Path | str, trained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors stored in full beside the factors, and the module names that PEFT must list for them."""
+    heads, wanted = dict(trained), HEADS.get(task_type, ())
+    if wanted and not any(_owner(name, wanted) in wanted for name in heads):
+        heads |= head_tensors(base, wanted)
+        if not any(_owner(name, wanted) in wanted for name in heads):
+            raise ValueError(
+                f"task_type {task_type} needs the head ({' or '.join(wanted)}) in the adapter, and the base "
+                f"checkpoint {str(base)!r} has none: pass the head of the trained model"
+            )
+    return heads, sorted({_owner(name, wanted) for name in heads})
+
+
+def _owner(parameter: str, heads: Sequence[str]) -> str:
+    """The module that PEFT shall restore whole for this parameter: its head, or else its own module."""
+    first = parameter.partition(".")[0]
+    return first if first in heads else parameter.rpartition(".")[0]
+
+
+def _check_no_head_adapted(factors: Sequence[AdapterFactors], saved_modules: Sequence[str]) -> None:
+    inside = [f.name for f in factors if any(re.search(rf"(^|\.){re.escape(m)}($|\.)", f.name) for m in saved_modules)]
+    if inside:
+        raise ValueError(
+            f"adapted modules {', '.join(inside)} lie inside {', '.join(saved_modules)}, which PEFT restores whole "
+            "and does not adapt: export as merged, or leave them out of adapter.target_modules"
+        )

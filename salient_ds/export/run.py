@@ -1,0 +1,85 @@
+"""Export what a run trained: from its newest (or a given) checkpoint, without DeepSpeed or a process group."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from salient_ds.export.api import export_adapter
+from salient_ds.export.fold import AdapterFactors
+from salient_ds.export.meta import ExportMeta, Form
+from salient_ds.export.peft_format import PadTo
+from salient_ds.models import PEFT_TASK_TYPES
+from salient_ds.zero.shard_files import CheckpointError, ShardReader, find_checkpoints
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The last whole checkpoint of a run directory, or ``run`` itself if it is a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (run / "manifest.json").is_file():
+        return run
+    found = find_checkpoints(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run} holds no whole checkpoint: train it first, or continue it with --resume auto")
+    return found[-1]
+
+
+def read_factors(checkpoint: Path) -> list[AdapterFactors]:
+    """All adapters of a checkpoint as fp32 CPU tensors, with the mask that is in force."""
+    reader = ShardReader(checkpoint)
+    adapters = reader.manifest["adapters"]
+    shared = reader.shared()
+    mask_N: torch.Tensor = shared["latest"]["mask_N"]
+    masks = mask_N.split([item["rank"] for item in adapters])
+    return [_factors(reader, item, mask) for item, mask in zip(adapters, masks, strict=True)]
+
+
+def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> AdapterFactors:
+    def read(factor: str) -> torch.Tensor:
+        shape = item["shapes"][factor]
+        return reader.read("master", item["factors"][factor], 0, int(torch.tensor(shape).prod())).view(shape).float()
+
+    sigma = read("E") if "E" in item["factors"] else None
+    return AdapterFactors(item["name"], read("A"), sigma, read("B"), mask, item["scaling"])
+
+
+def export_run(
+    run: Path,
+    form: Form,
+    target: Path,
+    overwrite: bool = False,
+    checkpoint: Path | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    pad_to: PadTo = None,
+) -> Path:
+    """Write the run's adapter (or merged model) to ``target``.
+
+    Args:
+        run: run directory with run.yaml and run.json beside its checkpoints.
+        base: base model, if it is not where training found it.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+        ValueError: not exportable as asked, with the remedy.
+    """
+    chosen = checkpoint or newest_checkpoint(run)
+    folder = run if (run / "run.yaml").is_file() else chosen.parent.parent
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    facts = json.loads((folder / "run.json").read_text())
+    meta = ExportMeta(
+        method=config["method"]["name"],
+        task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
+        source_run=str(chosen),
+        template=facts["template"],
+    )
+    return export_adapter(
+        read_factors(chosen), meta, target, form, base or config["model"]["path"], dtype, overwrite, pad_to=pad_to
+    )
