@@ -1,0 +1,107 @@
+"""``allocations.jsonl``: one line per allocation event, written before training goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+
+class AllocationRecord(BaseModel):
+    """What one event decided and what it cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    step: int = Field(ge=0)
+    """Applied optimizer steps when the decision was taken."""
+    budget: int = Field(ge=0)
+    """Allowed sum of ranks."""
+    total_rank: int = Field(ge=0)
+    """Sum of ranks after the event."""
+    ranks: list[int]
+    """Live rank of every adapted module, in the order of the run's rank layout."""
+    threshold: float | None
+    """Score at the cut; null where there is no finite one (nothing, or everything, was cut)."""
+    digest: str
+    """SHA-256 of the decision, equal on all processes."""
+    seconds_gather: float
+    """Time to turn local statistics into global ones (s)."""
+    seconds_solve: float
+    """Time to decide (s)."""
+    seconds_apply: float
+    """Time to write the decision into masters, moments and masks (s)."""
+    changed: int
+    """Rows that the event switched on or off."""
+
+    @field_validator("threshold")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None  # JSON has no NaN
+
+
+def append_record(path: Path, record: AllocationRecord) -> None:
+    """Append one line and force it to disk; a torn last line, left by a crash, is removed first."""
+    created = not path.exists()
+    with path.open("r+b" if not created else "x+b") as file:
+        file.seek(_whole_length(file.read()))
+        file.truncate()
+        file.write(record.model_dump_json().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if created:
+        _sync_folder(path)
+
+
+def read_records(path: Path) -> list[AllocationRecord]:
+    """All whole lines. A last line without its newline was torn by a crash and does not count.
+
+    Raises:
+        ValueError: another line is not a record, with file and line number.
+    """
+    content = path.read_bytes()
+    records = []
+    for number, line in enumerate(content[: _whole_length(content)].splitlines(), start=1):
+        try:
+            records.append(AllocationRecord.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "line"
+            raise ValueError(
+                f"{path}, line {number} is not an allocation record ({where}: {first['msg']}): "
+                "restore the file, or remove the line"
+            ) from error
+    return records
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Drop the events after ``step``: a run that resumes there will take them again. All or nothing; returns
+    how many.
+
+    A missing file is an empty one.
+    """
+    if not path.exists():
+        return 0
+    records = read_records(path)
+    kept = [record for record in records if record.step <= step]
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("wb") as file:
+        file.writelines(record.model_dump_json().encode() + b"\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    _sync_folder(path)
+    return len(records) - len(kept)
+
+
+def _whole_length(content: bytes) -> int:
+    return content.rfind(b"\n") + 1
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,77 @@
+"""What a run leaves behind besides weights: metrics, allocation events, monitor backends, pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from salient_ds.monitor.events import AllocationRecord, append_record, read_records, truncate_after
+from salient_ds.monitor.heatmap import save_rank_png
+from salient_ds.monitor.metrics import append_metrics, truncate_metrics
+from salient_ds.monitor.plots import save_history_png
+from salient_ds.monitor.progress import Progress
+from salient_ds.run_directory import RunDirectory
+
+
+class RunLog:
+    """Writes on the main process only; ``engine`` is an :class:`~salient_ds.zero.engine.AllocatingEngine`."""
+
+    def __init__(self, directory: RunDirectory, engine: Any, every: int, main: bool) -> None:
+        self.directory, self.engine, self.every, self.main = directory, engine, every, main
+
+    @property
+    def _monitor(self) -> Any:
+        return self.engine.engine.monitor
+
+    def rewind(self, step: int) -> None:
+        """Forget lines after ``step``: the steps are taken again."""
+        if self.main:
+            truncate_after(self.directory.allocations, step)
+            truncate_metrics(self.directory.metrics, step)
+
+    def step(self, report: Any, tokens: int, all_tokens: int, seconds: float, last: bool) -> None:
+        """One applied step; ``report`` is a :class:`~salient_ds.zero.engine.StepReport`."""
+        engine, total = self.engine, self.engine.in_force.latest.total
+        if self._monitor.enabled:  # TensorBoard, W&B, CSV: whatever the ZeRO JSON's monitor sections ask for
+            values = [("Train/loss", report.loss), ("Train/total_rank", total)]
+            values += [("Train/orthogonality", report.penalty)] if report.penalty is not None else []
+            self._monitor.write_events([(tag, value, engine.engine.global_samples) for tag, value in values])
+        if not self.main:
+            return
+        if engine.step % self.every == 0 or report.event is not None or last:
+            append_metrics(self.directory.metrics, {
+                "step": engine.step, "loss": report.loss, "grad_norm": report.grad_norm, "penalty": report.penalty,
+                "total_rank": total, "tokens": all_tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
+                "lr": engine.engine.get_lr()[0],
+            })  # fmt: skip
+        if report.event is not None:
+            self._event(report.event)
+
+    def _event(self, event: Any) -> None:
+        decision = event.decision
+        record = AllocationRecord(
+            step=decision.step, budget=decision.budget, total_rank=decision.total,
+            ranks=decision.ranks(self.engine.adapted.layout), threshold=decision.threshold, digest=decision.digest(),
+            seconds_gather=event.gather, seconds_solve=event.solve, seconds_apply=event.apply, changed=event.changed,
+        )  # fmt: skip
+        append_record(self.directory.allocations, record)
+
+    def evaluation(self, loss: float) -> None:
+        """The held-out loss at this step."""
+        if self._monitor.enabled:
+            self._monitor.write_events([("Eval/loss", loss, self.engine.engine.global_samples)])
+        if self.main:
+            append_metrics(self.directory.metrics, {"step": self.engine.step, "eval_loss": loss})
+
+    def summary(self, progress: Progress) -> None:
+        """Totals of the training loop."""
+        progress.write_summary(self.directory.path / "summary.json")
+
+    def pictures(self) -> None:
+        """Rank heat map, and total rank over the events."""
+        layout, latest = self.engine.adapted.layout, self.engine.in_force.latest
+        ranks = dict(zip(layout.modules, latest.ranks(layout), strict=True))
+        save_rank_png(ranks, self.directory.path / "ranks.png", top=max(layout.ranks))
+        if self.directory.allocations.exists():
+            records = read_records(self.directory.allocations)
+            target = self.directory.path / "allocations.png"
+            save_history_png(records, layout.modules, target, layout.ranks, self.engine.step)
