@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config import TrainConfig
 from salient_ds.salience.budget import steps_or_fraction
+from salient_ds.zero.config import summary
 
 
 def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str, Any]]:
@@ -62,8 +63,8 @@ def build_engine(
     """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left)."""
     import deepspeed
 
-    offloaded = "offload_optimizer" in ds_config.get("zero_optimization", {})
-    own = None if "optimizer" in ds_config else optimizer_factory(train, device.type == "cuda" and not offloaded)
+    fused = device.type == "cuda" and not summary(ds_config).offload_optimizer
+    own = None if "optimizer" in ds_config else optimizer_factory(train, fused)
     return deepspeed.initialize(
         model=adapted.model,
         model_parameters=parameter_groups(adapted, train),

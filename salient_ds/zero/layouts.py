@@ -157,7 +157,7 @@ def sync_copies(engine: Any) -> None:
                 parameter.data.copy_(piece.view_as(parameter))
 
 
-def copies(parameter: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
+def copies(parameter: Any) -> Iterator[tuple[Tensor, int]]:
     """The training-precision copies of ``parameter`` on this process as (flat tensor, first element) pairs.
 
     Under ZeRO-3 the partition, and the full tensor too while it is gathered or persisted; otherwise the parameter.

@@ -1,0 +1,215 @@
+"""Estimated memory of one process, before anything is started. No torch.
+
+What is counted, in bytes (c = bytes per element in training precision, W = processes, P = base parameters,
+n = trainable parameters at the initial rank, N = singular values, T = longest window, tokens = micro batch x length):
+
+    base        c P, divided by W at stage 3
+    adapters    c n, divided by W at stage 3
+    optimizer   12 n / W: fp32 master and two moments (stage 0: not divided, and 8 n if fp32 weights need no master)
+    gradients   while the optimizer steps: c n (divided by W from stage 2 on) and their fp32 copy 4 n / W
+    buffers     reduction buckets; at stage 3 also gathered parameters: what may stay live plus the prefetch bucket,
+                at most everything, and nothing on a single process
+    statistics  SalientLoRA's window 4 N T / W, and at an event about 24 N T and a block of 256 MiB (a gathered copy,
+                its double-precision form and temporaries); AdaLoRA's two moving averages 8 / W per scored element
+                (12 / W with moment=paper, which keeps the weights before the step)
+    activations per token and layer (h hidden, a = heads x head dimension, k = key/value width, f intermediate,
+                r rank; sdpa attention): two fp32 copies of the input in the norms and their outputs 8 h + 2 c h;
+                q, attention output and its contiguous copy 3 c a; k, v 2 c k; gate, its activation, up and their
+                product 4 c f; two rank-sized tensors per adapter 2 c r; with dropout (c + 1) x in per adapter; with
+                eager attention 4 + 2 c bytes per head and position. Times all layers, plus the vocabulary term.
+                With activation checkpointing: c h per layer, plus one layer or the vocabulary term.
+    vocabulary  logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary per token (12 in fp32)
+
+Not all of it is alive at once. The peak is what stays (base, adapters, optimizer, statistics) plus the largest of: the
+end of the forward pass (activations, buffers, gradients of earlier micro-batches), the optimizer's step (gradients),
+and an allocation event. Offload moves base and adapters (parameters) or optimizer state and fp32 gradients to the host.
+Left out: the CUDA context (about 0.5 GiB), fragmentation, and what other libraries keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from salient_ds.config import RunConfig
+from salient_ds.method_config import AdaLoRAConfig, LoRA2Config, LoRAConfig, MethodConfig, SalientLoRAConfig
+from salient_ds.model_shapes import Architecture
+from salient_ds.zero.config import DsSummary
+
+GIB = 2**30
+_EVENT_BYTES_PER_VALUE = 24
+_EVENT_BLOCK = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one process computes, independent of how ZeRO shards it."""
+
+    base_parameters: int
+    adapted: tuple[tuple[int, int], ...]
+    """(out, in) features of every adapted layer."""
+    rank: int
+    trainable: int
+    """n, trainable parameters (elements) at the initial rank."""
+    statistics: int
+    """Bytes of the method's statistics on all processes together."""
+    event: int
+    """Bytes that an allocation event needs on each process."""
+    element_bytes: int
+    """2 for bf16 and fp16, 4 for fp32."""
+    tokens: int
+    """Tokens per forward pass: micro batch x maximum length."""
+    max_length: int
+    accumulation: int
+    checkpointing: bool
+    eager_attention: bool
+    dropout: bool
+    architecture: Architecture | None
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one process; ``peak`` is below their sum because not everything is alive at once."""
+
+    stage: int
+    base: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    buffers: int
+    statistics: int
+    activations: int | None
+    """None when config.json is of a family whose layers are not known."""
+    peak: int
+    host: int
+    """Bytes on the host for offloaded state (0 without offload)."""
+
+
+def adapter_parameters(method: MethodConfig, shapes: Sequence[tuple[int, int]], ranks: Sequence[float]) -> int:
+    """Trainable elements of all adapters: A (r x in), B (out x r) and, unless plain, E (r); LoRA^2 has its own form.
+
+    A mean rank may be fractional.
+    """
+    if isinstance(method, LoRA2Config):
+        width = method.inner_width
+        sizes = [width * (out + inner + 2 * r) + r for (out, inner), r in zip(shapes, ranks, strict=True)]
+    else:
+        own = 0 if isinstance(method, LoRAConfig) and method.form == "plain" else 1
+        sizes = [r * (out + inner + own) for (out, inner), r in zip(shapes, ranks, strict=True)]
+    return round(sum(sizes))
+
+
+def _method_bytes(method: MethodConfig, shapes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> tuple[int, int]:
+    """Statistics of all processes together, and what an event needs on each."""
+    if isinstance(method, SalientLoRAConfig):
+        values = sum(ranks) * method.window_final
+        return 4 * values, _EVENT_BYTES_PER_VALUE * values + _EVENT_BLOCK
+    if isinstance(method, AdaLoRAConfig | LoRA2Config):
+        scored = adapter_parameters(method, shapes, ranks)
+        if isinstance(method, LoRA2Config):
+            scored -= sum(method.inner_width * (out + inner) for out, inner in shapes)
+        return (12 if method.options().moment == "paper" else 8) * scored, 0
+    return 0, 0
+
+
+def workload(
+    run: RunConfig,
+    base_parameters: int,
+    adapted: Sequence[tuple[int, int]],
+    architecture: Architecture | None,
+    world_size: int,
+) -> Workload:
+    """Read a workload off a run configuration."""
+    train, method = run.train, run.method
+    ranks = [run.adapter.rank] * len(adapted)
+    statistics, event = _method_bytes(method, adapted, ranks)
+    return Workload(
+        base_parameters=base_parameters,
+        adapted=tuple(adapted),
+        rank=run.adapter.rank,
+        trainable=adapter_parameters(method, adapted, ranks),
+        statistics=statistics,
+        event=event,
+        element_bytes=4 if train.precision == "fp32" else 2,
+        tokens=train.micro_batch_size * run.data.max_length,
+        max_length=run.data.max_length,
+        accumulation=max(1, train.global_batch_size // (train.micro_batch_size * world_size)),
+        checkpointing=train.activation_checkpointing == "all",
+        eager_attention=run.model.attn_implementation == "eager",
+        dropout=run.adapter.dropout > 0,
+        architecture=architecture,
+    )
+
+
+def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
+    """Apply the formulas on top of this file to one ZeRO configuration."""
+    c, n, stage = work.element_bytes, work.trainable, ds.stage
+    shards = world_size if stage >= 1 else 1
+    parameter_shards = world_size if stage == 3 else 1
+    base = 0 if ds.offload_param else c * work.base_parameters // parameter_shards
+    adapters = 0 if ds.offload_param else c * n // parameter_shards
+    state = (8 if stage == 0 and c == 4 else 12) * n // shards
+    low_precision_grads = c * n // (world_size if stage >= 2 else 1)
+    fp32_grads = 0 if stage == 0 and c == 4 else 4 * n // shards
+    host = (state + fp32_grads if ds.offload_optimizer else 0) + (
+        c * (work.base_parameters + n) // parameter_shards if ds.offload_param else 0
+    )
+    optimizer = 0 if ds.offload_optimizer else state
+    gradients = low_precision_grads + (0 if ds.offload_optimizer else fp32_grads)
+    buffers = _buffers(work, ds, world_size)
+    statistics = work.statistics // shards
+    activations = _activations(work)
+
+    stays = base + adapters + optimizer + statistics
+    forward = buffers + (activations or 0) + (low_precision_grads if work.accumulation > 1 else 0)
+    peak = stays + max(forward, gradients, work.event)
+    return MemoryEstimate(stage, base, adapters, optimizer, gradients, buffers, statistics, activations, peak, host)
+
+
+def estimate_stages(work: Workload, ds: DsSummary, world_size: int) -> dict[str, MemoryEstimate]:
+    """Estimates by the names of the files in ds_configs/, all with the bucket sizes of ``ds``."""
+    variants = {
+        "zero0": (0, False, False),
+        "zero1": (1, False, False),
+        "zero2": (2, False, False),
+        "zero2_offload": (2, True, False),
+        "zero3": (3, False, False),
+        "zero3_offload": (3, True, True),
+    }
+    table = {}
+    for name, (stage, optimizer, parameters) in variants.items():
+        variant = replace(ds, stage=stage, offload_optimizer=optimizer, offload_param=parameters)
+        table[name] = estimate(work, variant, world_size)
+    return table
+
+
+def _buffers(work: Workload, ds: DsSummary, world_size: int) -> int:
+    if ds.stage == 0:
+        return 0
+    buckets = (2 if ds.overlap_comm and ds.stage < 3 else 1) if ds.contiguous_gradients else 0
+    size = buckets * ds.reduce_bucket_size
+    if ds.stage == 3 and (world_size > 1 or ds.offload_param):
+        everything = work.base_parameters + work.trainable
+        layer = max((out * inner for out, inner in work.adapted), default=0)
+        size += min(everything, max(ds.max_live_parameters, layer) + ds.prefetch_bucket_size)
+    return work.element_bytes * size
+
+
+def _activations(work: Workload) -> int | None:
+    """Bytes at the end of the forward pass, where they are most."""
+    arch = work.architecture
+    if arch is None:
+        return None
+    c, hidden = work.element_bytes, arch.hidden_size
+    attention = arch.heads * arch.head_dim
+    layer = 8 * hidden + c * (2 * hidden + 3 * attention + 2 * arch.kv_width + 4 * arch.intermediate_size)
+    if work.eager_attention:
+        layer += (4 + 2 * c) * arch.heads * work.max_length
+    in_adapters = 2 * c * work.rank * len(work.adapted)
+    if work.dropout:
+        in_adapters += (c + 1) * sum(inner for _, inner in work.adapted)
+    layers = arch.layers * layer + in_adapters
+    vocabulary = (12 if c == 4 else c + 12) * arch.vocab_size
+    if work.checkpointing:
+        return work.tokens * (c * hidden * arch.layers + max(layers // arch.layers, vocabulary))
+    return work.tokens * (layers + vocabulary)

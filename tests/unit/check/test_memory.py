@@ -1,0 +1,147 @@
+"""Memory estimates: against peaks measured on GPUs, and properties that hold whatever the constants are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from salient_ds.config import parse_config
+from salient_ds.memory import GIB, Workload, adapter_parameters, estimate, estimate_stages, workload
+from salient_ds.method_config import AdaLoRAConfig, LoRA2Config, LoRAConfig, SalientLoRAConfig
+from salient_ds.model_shapes import architecture, derived_linear_shapes, derived_parameters
+from salient_ds.zero.config import DsSummary
+
+LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip
+SALIENT = SalientLoRAConfig(target_rank=64)
+SHAPES = tuple(derived_linear_shapes(LLAMA_7B).values())
+# torch.cuda.max_memory_allocated in GiB: LLaMA-7B shape, 224 matrices, bf16 adapters with fp32 masters, 4 x 512 tokens,
+# sdpa; buckets of 5e8 elements, at stage 3 also prefetch 5e8 and max_live_parameters 3e9. Stage 0 stands for a plain
+# loop without DeepSpeed. (rank, checkpointing, stage, GPUs, measured)
+MEASURED = [
+    (64, True, 0, 1, 16.0),
+    (64, False, 0, 1, 25.4),
+    (480, False, 0, 1, 38.0),
+    (64, False, 2, 1, 27.0),
+    (480, False, 2, 1, 41.0),
+    (64, False, 3, 1, 27.0),
+    (64, False, 2, 2, 26.0),
+    (64, False, 3, 2, 26.0),
+]
+TOLERANCE = 0.10
+
+
+def work(rank: int = 64, checkpointing: bool = False) -> Workload:
+    parameters = derived_parameters(LLAMA_7B)
+    assert parameters is not None
+    return Workload(
+        base_parameters=parameters,
+        adapted=SHAPES,
+        rank=rank,
+        trainable=adapter_parameters(SALIENT, SHAPES, [rank] * 224),
+        statistics=0,
+        event=0,
+        element_bytes=2,
+        tokens=4 * 512,
+        max_length=512,
+        accumulation=1,
+        checkpointing=checkpointing,
+        eager_attention=False,
+        dropout=False,
+        architecture=architecture(LLAMA_7B),
+    )
+
+
+def config(stage: int) -> DsSummary:
+    return DsSummary(stage, False, False, True, True, 500_000_000, 500_000_000, 3_000_000_000)
+
+
+@pytest.mark.parametrize(("rank", "checkpointing", "stage", "gpus", "measured"), MEASURED)
+def test_within_a_tenth_of_the_measured_peak(
+    rank: int, checkpointing: bool, stage: int, gpus: int, measured: float
+) -> None:
+    peak = estimate(work(rank, checkpointing), config(stage), gpus).peak / GIB
+    assert peak == pytest.approx(measured, rel=TOLERANCE)
+
+
+def test_trainable_parameters_of_the_papers_setting() -> None:
+    start = adapter_parameters(SALIENT, SHAPES, [480] * 224)
+    assert start == 480 * (32 * (4 * 8192 + 3 * 15104) + 224)
+    end = adapter_parameters(SALIENT, SHAPES, [64] * 224)
+    assert end == pytest.approx(159.9e6, rel=1e-3)  # the paper: 159.9M
+    assert start - adapter_parameters(LoRAConfig(), SHAPES, [480] * 224) == 480 * 224
+    assert adapter_parameters(LoRAConfig(form="svd"), SHAPES, [480] * 224) == start
+    two_scale = LoRA2Config(target_rank=2)
+    expected = sum(two_scale.parameters(inner, out, 12) for out, inner in SHAPES)
+    assert adapter_parameters(two_scale, SHAPES, [12] * 224) == expected
+
+
+def test_statistics_of_the_methods() -> None:
+    """Equal to what the methods' own states hold: a window, or two averages of every scored element."""
+    run = parse_config(
+        {
+            "output_dir": "o", "deepspeed": "d", "model": {"path": "m"}, "adapter": {"rank": 12},
+            "data": {"train": "t"},
+            "method": {"name": "salientlora", "target_rank": 2, "window_final": 100},
+            "train": {"max_steps": 9, "global_batch_size": 4, "micro_batch_size": 2, "lr": 1},
+        }
+    )  # fmt: skip
+    work_of = [
+        workload(run.model_copy(update={"method": method}), 1, SHAPES, None, 1)
+        for method in (run.method, AdaLoRAConfig(target_rank=2), LoRA2Config(target_rank=2), LoRAConfig())
+    ]
+    rows = 12 * 224
+    assert [w.statistics for w in work_of] == [4 * rows * 100, 8 * work_of[1].trainable, 8 * rows * 17, 0]
+    assert work_of[0].event == 24 * rows * 100 + 2**28
+
+
+def test_every_stage_needs_no_more_than_the_one_before_on_many_processes() -> None:
+    big = work(480, True)
+    table = estimate_stages(big, replace(config(2), max_live_parameters=10**8, prefetch_bucket_size=10**7), 8)
+    peaks = [table[name].peak for name in ("zero0", "zero1", "zero2", "zero3")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert table["zero2_offload"].peak < table["zero2"].peak
+    assert table["zero3_offload"].peak < table["zero3"].peak
+    assert table["zero2_offload"].host == pytest.approx(16 * big.trainable / 8, rel=1e-6)
+    assert table["zero3"].base == 2 * big.base_parameters // 8
+
+
+def test_offloaded_state_is_on_the_host_instead() -> None:
+    ds = replace(config(3), offload_optimizer=True, offload_param=True)
+    row = estimate(work(), ds, 2)
+    assert (row.base, row.adapters, row.optimizer) == (0, 0, 0)
+    assert row.host == pytest.approx(
+        (2 * (work().base_parameters + work().trainable) + 16 * work().trainable) / 2, rel=1e-6
+    )
+
+
+def test_statistics_are_sharded_and_an_event_can_be_the_peak() -> None:
+    rich = replace(work(480, True), statistics=10**9)
+    assert estimate(rich, config(2), 2).statistics == 10**9 // 2
+    assert estimate(rich, config(0), 2).statistics == 10**9
+    row = estimate(replace(rich, event=10**12), config(2), 2)
+    assert row.peak == row.base + row.adapters + row.optimizer + row.statistics + 10**12
+
+
+def test_more_work_needs_more_memory() -> None:
+    ds = config(2)
+    plain = estimate(work(), ds, 1).activations
+    assert plain is not None
+    for change in ({"tokens": 4096}, {"dropout": True}, {"eager_attention": True}, {"rank": 128}):
+        more = estimate(replace(work(), **change), ds, 1).activations  # type: ignore[arg-type]
+        assert more is not None and more > plain, change
+    fewer = estimate(work(checkpointing=True), ds, 1).activations
+    assert fewer is not None and fewer < plain / 5
+
+
+def test_unknown_architecture_leaves_activations_open() -> None:
+    row = estimate(replace(work(), architecture=None), config(2), 1)
+    assert row.activations is None and row.peak > row.base
+
+
+def test_fp32_without_zero_needs_no_master() -> None:
+    fp32 = replace(work(), element_bytes=4)
+    assert estimate(fp32, config(0), 1).optimizer == 8 * fp32.trainable
+    assert estimate(fp32, config(1), 1).optimizer == 12 * fp32.trainable
+    assert estimate(fp32, config(0), 1).gradients == 4 * fp32.trainable
