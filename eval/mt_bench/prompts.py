@@ -1,0 +1,119 @@
+"""Judge prompts: the file's eight templates by their place in the protocol, and the messages made from them.
+
+Source: ``judge_prompts.jsonl`` of FastChat's llm_judge (its eight MT-Bench prompts), or our own file in the same
+format and with the same placeholders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["single", "pair"]
+Messages = list[dict[str, str]]
+
+# What stands at each place (kind, turn, with a reference answer) in FastChat's protocol.
+MT_BENCH_NAMES: dict[tuple[Kind, int, bool], str] = {
+    ("single", 1, False): "single-v1",
+    ("single", 1, True): "single-math-v1",
+    ("single", 2, False): "single-v1-multi-turn",
+    ("single", 2, True): "single-math-v1-multi-turn",
+    ("pair", 1, False): "pair-v2",
+    ("pair", 1, True): "pair-math-v1",
+    ("pair", 2, False): "pair-v2-multi-turn",
+    ("pair", 2, True): "pair-math-v1-multi-turn",
+}
+OWN_NAMES: dict[tuple[Kind, int, bool], str] = {
+    (kind, turn, ref): f"own-{kind}{'-ref' if ref else ''}-turn{turn}"
+    for kind in ("single", "pair")
+    for turn in (1, 2)
+    for ref in (False, True)
+}
+_PLACEHOLDER = re.compile(r"\{([a-z_0-9]+)\}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """One judge prompt; ``user`` holds placeholders such as {question} or {answer_a_2}."""
+
+    name: str
+    system: str
+    user: str
+
+    def fields(self) -> list[str]:
+        """Names of the placeholders, sorted, each once."""
+        return sorted(set(_PLACEHOLDER.findall(self.user)))
+
+    def render(self, values: Mapping[str, str], merge_system: bool = False) -> Messages:
+        """Chat messages with the placeholders filled in one pass.
+
+        Answers are data: braces in them stay as they are and are never filled in themselves. With
+        ``merge_system`` the system text leads the user message (for judges without a system role).
+        Raises ValueError when a placeholder has no value.
+        """
+        missing = [name for name in self.fields() if name not in values]
+        if missing:
+            raise ValueError(f"prompt {self.name!r} needs {missing}, given {sorted(values)}")
+        user = _PLACEHOLDER.sub(lambda match: values[match.group(1)], self.user)
+        if merge_system:
+            return [{"role": "user", "content": f"{self.system.rstrip()}\n\n{user}"}]
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": user}]
+
+
+class PromptSet:
+    """The templates of one file, reached by their place in the protocol."""
+
+    def __init__(self, templates: Mapping[str, Template], names: Mapping[tuple[Kind, int, bool], str]) -> None:
+        lacking = sorted(set(names.values()) - set(templates))
+        if lacking:
+            raise ValueError(f"judge prompts lack {lacking}; the file has {sorted(templates)}")
+        self._templates = dict(templates)
+        self._names = dict(names)
+
+    def at(self, kind: Kind, turn: int, with_reference: bool) -> Template:
+        return self._templates[self._names[kind, turn, with_reference]]
+
+    def all(self) -> list[Template]:
+        """The eight templates in use, in protocol order."""
+        return [self._templates[name] for name in self._names.values()]
+
+
+def load_prompts(path: Path) -> PromptSet:
+    """Read a judge prompt file; the names in it say whether it is FastChat's or our own."""
+    templates = {}
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.strip():
+            row = json.loads(line)
+            templates[row["name"]] = Template(row["name"], row["system_prompt"], row["prompt_template"])
+    own = any(name.startswith("own-") for name in templates)
+    return PromptSet(templates, OWN_NAMES if own else MT_BENCH_NAMES)
+
+
+def values_for(
+    turn: int,
+    questions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    reference: Sequence[str] | None,
+) -> dict[str, str]:
+    """Placeholder values for one game.
+
+    ``questions`` are the user's turns, ``answers`` holds the turns of one model (single) or of the two models in
+    the order shown (pair), ``reference`` the reference turns when the template wants them.
+    """
+    assert turn in (1, 2) and len(answers) in (1, 2)
+    values: dict[str, str] = {}
+    suffixes = [""] if len(answers) == 1 else ["_a", "_b"]
+    if turn == 1:
+        values["question"] = questions[0]
+        values |= {f"answer{s}": turns[0] for s, turns in zip(suffixes, answers, strict=True)}
+    else:
+        values |= {"question_1": questions[0], "question_2": questions[1]}
+        for s, turns in zip(suffixes, answers, strict=True):
+            values |= {f"answer{s}_1": turns[0], f"answer{s}_2": turns[1]}
+    for number, text in enumerate((reference or [])[:turn], start=1):
+        values[f"ref_answer_{number}"] = text
+    return values

@@ -1,0 +1,241 @@
+"""From judgment files to one report: numbers with their counts, intervals and origin, as a plain dict.
+
+Every average stands beside how many verdicts were graded, unparsed and failed, and is left out (None) when the
+share of those that are not graded is above the stated limit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import pairs, statistics
+from .questions import CATEGORIES
+from .statistics import ScoreTable
+from .store import Answer, Layout, Row, load_answers, read_rows
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """``max_failure_rate``: above it no average is given. ``draws``: of each bootstrap. ``models``: all if empty."""
+
+    max_failure_rate: float = 0.05
+    draws: int = 2000
+    baseline: str | None = None
+    models: tuple[str, ...] = ()
+    categories: Mapping[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_failure_rate <= 1.0:
+            raise ValueError(f"max_failure_rate={self.max_failure_rate} is a share between 0 and 1")
+
+
+def build_report(layout: Layout, judge: str, references: str, options: ReportOptions) -> Report:
+    """The report of one judge. Reads the single and the pair file, whichever exist. Raises ValueError if none does."""
+    files = {kind: layout.judgments(judge, kind, references) for kind in ("single", "pair")}
+    rows = {kind: list(_slim(read_rows(file), options.models)) for kind, file in files.items() if file.is_file()}
+    if not any(rows.values()):
+        there = sorted(file.name for file in next(iter(files.values())).parent.glob("*.jsonl"))
+        raise ValueError(f"no judgments of {judge!r} at {files['single']}; that folder has {there}")
+    every = [row for part in rows.values() for row in part]
+    _refuse_mixed(every)
+    models = sorted({row[name] for row in every for name in ("model", "model_1", "model_2") if name in row})
+    answers = {m: load_answers(layout.answers(m)) for m in models if layout.answers(m).is_file()}
+    report: Report = {
+        "bench": layout.bench,
+        "title": "MT-Bench" if layout.bench == "mt_bench" else f"{layout.bench} (not MT-Bench)",
+        "score_name": _score_name(layout.bench, references),
+        "judge": judge,
+        "options": {"max_failure_rate": options.max_failure_rate, "draws": options.draws},
+        "provenance": provenance(every),
+        "problems": dict(Counter(r["reason"] for r in every if r.get("reason")).most_common()),
+    }
+    templates = {model: _template(given) for model, given in answers.items()}
+    report["provenance"]["templates"] = {model: name or "not stated" for model, name in templates.items()}
+    if rows.get("single"):
+        report["single"] = single_part(rows["single"], answers, options)
+    if rows.get("pair"):
+        report["pair"] = pair_part(rows["pair"], options)
+    return report
+
+
+def _slim(rows: Iterable[Row], models: Sequence[str]) -> Iterable[Row]:
+    """Rows without their long texts, of the wanted models."""
+    texts = ("user_prompt", "judgment", "g1_user_prompt", "g1_judgment", "g2_user_prompt", "g2_judgment")
+    for row in rows:
+        if not models or {row[n] for n in ("model", "model_1", "model_2") if n in row} <= set(models):
+            yield {name: value for name, value in row.items() if name not in texts}
+
+
+def _refuse_mixed(rows: Sequence[Row]) -> None:
+    """Numbers made in different ways must not stand in one table."""
+    for name in ("parser", "references", "sha256", "endpoint"):
+        kinds = {json.dumps(row[name], sort_keys=True) for row in rows if name in row}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the judgments were made with different {name}: {sorted(kinds)}; judge all models again in the same "
+                "way, or choose some with --models"
+            )
+
+
+def _score_name(bench: str, references: str) -> str:
+    if bench != "mt_bench":
+        return "score on our own questions"
+    if references == "corrected":
+        return "MT-Bench score with corrected references (not comparable with published scores)"
+    return "MT-Bench score"
+
+
+def provenance(rows: Sequence[Row]) -> dict[str, Any]:
+    """Which judge answered with which settings and files, and the tokens used."""
+    metas = [m for r in rows for m in (r["meta"] if isinstance(r.get("meta"), list) else [r.get("meta")]) if m]
+    first = next((row for row in rows if "endpoint" in row), {})
+    return {
+        "judge_models_answering": dict(Counter(m.get("model", "") for m in metas)),
+        "system_fingerprints": dict(Counter(m.get("system_fingerprint", "") for m in metas)),
+        "finish_reasons": dict(Counter(m.get("finish_reason", "") for m in metas)),
+        "endpoint": first.get("endpoint", {}),
+        "parser": first.get("parser", "as in the file"),
+        "references": first.get("references", "not stated"),
+        "sha256": first.get("sha256", {}),
+        "prompts": sorted({row["judge"][1] for row in rows}),
+        "prompt_tokens": sum(m.get("prompt_tokens") or 0 for m in metas),
+        "completion_tokens": sum(m.get("completion_tokens") or 0 for m in metas),
+        "attempts": sum(m.get("attempts", 1) for m in metas),
+    }
+
+
+def single_part(rows: Sequence[Row], answers: Mapping[str, Mapping[int, Answer]], options: ReportOptions) -> Report:
+    """Single grading: one entry a model, best first, and the differences between them."""
+    tables = statistics.score_tables(rows, options.categories)
+    models = [_model_entry(table, rows, answers.get(name), options) for name, table in tables.items()]
+    models.sort(key=lambda entry: -(entry["average_pooled"]["mean"] or -1.0))
+    shown = {e["model"]: tables[e["model"]] for e in models if e["average_pooled"]["mean"] is not None}
+    differences = [asdict(d) for d in statistics.paired_differences(shown, options.draws)]
+    return {"models": models, "differences": differences, "parsers_differ": _parsers_differ(rows)}
+
+
+def _parsers_differ(rows: Sequence[Row]) -> int | None:
+    """How many verdicts the two parsers read differently; None for files that hold one reading."""
+    both = [(row["score_strict"], row["score_fastchat"]) for row in rows if "score_strict" in row]
+    return sum(a != b for a, b in both) if both else None
+
+
+def _model_entry(
+    table: ScoreTable, rows: Sequence[Row], answers: Mapping[int, Answer] | None, options: ReportOptions
+) -> Report:
+    own = [row for row in rows if row["model"] == table.model]
+    pooled = cell(table, own, options)
+    shown = pooled["mean"] is not None
+    scores_QT = table.scores_QT
+    interval = statistics.bootstrap_interval(scores_QT, table.categories, options.draws) if shown else None
+    return {
+        "model": table.model,
+        "turn_1": cell(table, own, options, turn=1),
+        "turn_2": cell(table, own, options, turn=2),
+        "average_pooled": {**pooled, "interval": interval},
+        "average_of_turns": statistics.mean_of_turns(scores_QT) if shown else None,
+        "standard_error": statistics.clustered_standard_error(scores_QT) if shown else None,
+        "pooled_if_failures_scored_1": statistics.pooled_with_failures_as_lowest(scores_QT),
+        "repeat_spread": table.repeat_spread,
+        "categories": {
+            name: {
+                "both": cell(table, own, options, name),
+                "turn_1": cell(table, own, options, name, 1),
+                "turn_2": cell(table, own, options, name, 2),
+            }
+            for name in (*CATEGORIES, "unknown")
+            if name in table.categories
+        },
+        "length": _lengths(table, answers),
+        "template": _template(answers),
+    }
+
+
+def cell(
+    table: ScoreTable, rows: Sequence[Row], options: ReportOptions, category: str | None = None, turn: int | None = None
+) -> Report:
+    """One number of one model's ``rows`` with its counts; the mean is None above the failure limit."""
+    names = dict(zip(table.question_ids, table.categories, strict=True))
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if category in (None, names[row["question_id"]]) and turn in (None, row["turn"]):
+            counts[row.get("status") or ("graded" if row["score"] != -1 else "unparsed")] += 1
+    total = sum(counts.values())
+    scores = table.select(category, turn)
+    # The margin is for rounding: 1 of 20 is not more than 5 %.
+    missing_allowed = options.max_failure_rate * total + 1e-9
+    mean = statistics.mean_or_none(scores) if total - counts["graded"] <= missing_allowed else None
+    return {"mean": mean, **{name: counts[name] for name in ("graded", "unparsed", "failed")}}
+
+
+def _lengths(table: ScoreTable, answers: Mapping[int, Answer] | None) -> Report:
+    """Characters of the graded answers, and how the score goes with them."""
+    if answers is None:
+        return {}
+    lengths, scores = [], []
+    for place, question in enumerate(table.question_ids):
+        for turn, score in enumerate(table.scores_QT[place]):
+            if not np.isnan(score) and question in answers:
+                lengths.append(len(answers[question].turns[turn]))
+                scores.append(float(score))
+    return statistics.length_statistics(lengths, scores)
+
+
+def _template(answers: Mapping[int, Answer] | None) -> str | None:
+    """The chat template named in the answer file, if it names one."""
+    names = {str(a.extra["template"]) for a in (answers or {}).values() if a.extra.get("template")}
+    return ", ".join(sorted(names)) or None
+
+
+def pair_part(rows: Sequence[Row], options: ReportOptions) -> Report:
+    """Comparisons: counts, adjusted win rates with intervals, the judge's consistency, Bradley-Terry ratings."""
+    summary = pairs.summarise_pairs(rows)
+    counts = pairs.pair_counts(summary.battles, options.baseline)
+    error_rate = summary.errors / summary.matches
+    shown = error_rate <= options.max_failure_rate and bool(counts)
+    intervals = pairs.win_rate_intervals(summary.battles, options.baseline, options.draws) if shown else {}
+    ratings: dict[str, float] | str = f"left out: {error_rate:.1%} of the comparisons have no verdict"
+    rating_intervals: dict[str, tuple[float, float]] = {}
+    if shown:
+        try:
+            ratings = pairs.bradley_terry(summary.battles, options.baseline)
+            rating_intervals = pairs.bradley_terry_intervals(summary.battles, options.baseline)
+        except ValueError as error:
+            ratings = str(error)
+    return {
+        "baseline": options.baseline,
+        "matches": summary.matches,
+        "errors": summary.errors,
+        "flip_rate": summary.flip_rate,
+        "first_shown_rate": summary.first_shown_rate,
+        "models": [
+            {
+                "model": model,
+                "win": count.win,
+                "loss": count.loss,
+                "tie": count.tie,
+                **{name: rate if shown else None for name, rate in count.rates().items()},
+                "interval": intervals.get(model),
+            }
+            for model, count in sorted(counts.items(), key=lambda item: -item[1].rates()["win_rate_adjusted"])
+        ],
+        "head_to_head": [
+            {"first": first, "second": second, "win": c.win, "loss": c.loss, "tie": c.tie}
+            for (first, second), c in pairs.head_to_head(summary.battles).items()
+        ],
+        "bradley_terry": ratings,
+        "bradley_terry_intervals": rating_intervals,
+    }
+
+
+def write_json(report: Report, path: Path) -> None:
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

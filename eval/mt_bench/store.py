@@ -1,0 +1,155 @@
+"""Answer and judgment files: FastChat's formats with our keys after theirs, so that its tools still read them.
+
+Layout below one data folder (FastChat's ``data/``):
+    <bench>/model_answer/<model>.jsonl
+    <bench>/model_judgment/<judge>_single.jsonl, <judge>_pair.jsonl
+Keys that FastChat does not know: in answers ``statuses`` (one of ok, empty, truncated, failed for each turn); in
+judgments ``status``, ``reason``, both parsers' readings, ``repeat``, ``key`` and ``meta``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ANSWER_STATUSES = ("ok", "empty", "truncated", "failed")
+_FAILED_TEXTS = ("ERROR", "$ERROR$")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The turns of one answer and what became of each; ``extra`` holds the record's other keys."""
+
+    question_id: int
+    turns: tuple[str, ...]
+    statuses: tuple[str, ...]
+    extra: Row = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of one benchmark are."""
+
+    data: Path
+    bench: str
+
+    def answers(self, model: str) -> Path:
+        return self.data / self.bench / "model_answer" / f"{model}.jsonl"
+
+    def judgments(self, judge: str, kind: str, references: str = "gpt-4") -> Path:
+        """Scores made with corrected references are in a file, and so under a judge name, of their own."""
+        suffix = ".corrected" if references == "corrected" else ""
+        return self.data / self.bench / "model_judgment" / f"{file_name(judge)}{suffix}_{kind}.jsonl"
+
+    def cache(self, judge: str) -> Path:
+        return self.data / self.bench / "model_judgment" / f".replies_{file_name(judge)}.jsonl"
+
+    def models(self) -> list[str]:
+        """Models that have an answer file, sorted as FastChat sorts them."""
+        return sorted(file.stem for file in (self.data / self.bench / "model_answer").glob("*.jsonl"))
+
+
+def file_name(judge: str) -> str:
+    """A judge's name as part of a file name (hub ids hold a slash)."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "--", judge)
+
+
+def check_model_name(model: str) -> None:
+    """Raises ValueError for names that FastChat's pandas reader would turn into numbers or that leave the folder."""
+    if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?", model, re.IGNORECASE) or not model:
+        raise ValueError(f"model name {model!r} looks like a number and would be read as one; use 'run-{model}'")
+    if "/" in model or model.startswith("."):
+        raise ValueError(f"model name {model!r} must be usable as a file name: no slash, no leading dot")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The JSON objects of a file, one a line. Raises ValueError with the line number of a damaged one."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def load_answers(path: Path) -> dict[int, Answer]:
+    """Answers by question id; of duplicates the last one counts, as in FastChat's reorganised file."""
+    if not path.is_file():
+        there = sorted(file.stem for file in path.parent.glob("*.jsonl"))
+        raise ValueError(f"no answers at {path}; that folder has answers of {there}")
+    answers = {}
+    for row in read_rows(path):
+        turns = tuple(row["choices"][0]["turns"])
+        given = row.get("statuses") or ["ok"] * len(turns)
+        unknown = sorted(set(given) - set(ANSWER_STATUSES))
+        if unknown or len(given) != len(turns):
+            raise ValueError(
+                f"{path}, question {row['question_id']}: statuses {given} for {len(turns)} turns; each must be one "
+                f"of {ANSWER_STATUSES}"
+            )
+        statuses = tuple(answer_status(text, said) for text, said in zip(turns, given, strict=True))
+        extra = {name: value for name, value in row.items() if name not in ("question_id", "choices", "statuses")}
+        answers[row["question_id"]] = Answer(row["question_id"], turns, statuses, extra)
+    return answers
+
+
+def answer_status(text: str, said: str = "ok") -> str:
+    """The status of one turn: what the generator said, unless the text itself shows that it is no answer."""
+    if said == "ok" and text.strip() in _FAILED_TEXTS:
+        return "failed"
+    if said in ("ok", "truncated") and not text.strip():
+        return "empty"
+    return said
+
+
+def write_answers(path: Path, rows: Iterable[Row]) -> None:
+    """Write an answer file sorted by question id with the last of duplicates kept (FastChat's final form)."""
+    latest = {row["question_id"]: row for row in rows}
+    _replace(path, (latest[number] for number in sorted(latest)))
+
+
+def row_key(row: Row) -> tuple[Any, ...]:
+    """What makes two judgment rows the same measurement."""
+    models = (row["model"],) if "model" in row else (row["model_1"], row["model_2"])
+    return (row["question_id"], row["turn"], *models, *row["judge"], row.get("repeat", 0))
+
+
+def merge_judgments(path: Path, new: Iterable[Row]) -> int:
+    """Write judgment rows to ``path``; rows of other measurements in it stay, the same ones are replaced.
+
+    ``new`` is consumed one row at a time. The file is replaced at once and is never seen half written.
+    Returns the number of new rows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fresh = path.with_name(f".{path.name}.new")
+        keys = set()
+        with open(fresh, "w", encoding="utf-8", newline="\n") as file:
+            for row in new:
+                keys.add(row_key(row))
+                file.write(json.dumps(row) + "\n")
+        kept = (row for row in read_rows(path) if row_key(row) not in keys) if path.exists() else iter(())
+        _replace(path, (row for part in (kept, read_rows(fresh)) for row in part))
+        fresh.unlink()
+    return len(keys)
+
+
+def _replace(path: Path, rows: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
