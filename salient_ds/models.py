@@ -84,11 +84,22 @@ def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
                     f"{model.path} lacks {len(missing)} weights of the model, for example {missing[:3]}: "
                     "download it again, or choose the task that it was saved for"
                 )
-    loaded.config.use_cache = False  # type: ignore[union-attr, assignment]
+    loaded.config.use_cache = False  # type: ignore[union-attr]
     if train.activation_checkpointing == "all":
         # Reentrant checkpointing under ZeRO-3 with a frozen base keeps every gathered weight until backward ends.
         loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return loaded
+
+
+def hidden_size(model: ModelConfig) -> int | None:
+    """Width of the model, from which ZeRO-3's "auto" buffer sizes follow (needs config.json only)."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:

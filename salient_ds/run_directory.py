@@ -58,7 +58,7 @@ def claim(path: Path, resume: Literal["never", "auto"] | str, overwrite: bool) -
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output_dir {path} is a file: choose another path")
-    present = sorted(p.name for p in path.iterdir() if p.name != ".lock") if path.is_dir() else []
+    present = sorted(p.name for p in path.iterdir() if p.name not in (".lock", ".shared")) if path.is_dir() else []
     foreign = [name for name in present if name not in OWN_FILES]
     if present and "run.yaml" not in present and foreign:
         raise RunDirectoryError(

@@ -1,0 +1,93 @@
+"""kill -9 in mid-run, then the same command with --resume auto: bit for bit the run that was never killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launcher import runs
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, tiny_alpaca: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of an uninterrupted run."""
+    run = runs.write_run(tmp_path_factory.mktemp("whole"), tiny_llama, tiny_alpaca)
+    status, output = runs.finish(runs.start(run))
+    assert status == 0, output
+    return run.parent / "run"
+
+
+@pytest.mark.parametrize("victims", ["one", "all"])
+def test_killed_and_resumed_equals_uninterrupted(
+    whole: Path, victims: str, tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path
+) -> None:
+    run = runs.write_run(tmp_path, tiny_llama, tiny_alpaca)
+    process = runs.start(run)
+    runs.wait_for_step(tmp_path / "run", 12, process)
+    if victims == "one":
+        os.kill(runs.workers(process.pid)[-1], signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    status, _ = runs.finish(process)
+    assert status != 0
+    (tmp_path / "run" / "checkpoints" / "step-00000013.partial").mkdir()  # as a save that was killed leaves it
+    status, output = runs.finish(runs.start(run, "--resume", "auto"))
+    assert status == 0, output
+    assert "continuing from" in output
+    resumed = tmp_path / "run"
+    assert runs.metrics(resumed) == runs.metrics(whole)
+    assert len(runs.metrics(whole)) == 24
+    assert runs.digests(resumed) == runs.digests(whole)
+    assert len(runs.digests(whole)) == 4
+    mine, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (resumed, whole))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_the_run_directory_is_protected(whole: Path, tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:
+    """A finished run is neither overwritten nor mixed with another configuration."""
+    shutil.copytree(whole, tmp_path / "run")
+    run = runs.write_run(tmp_path, tiny_llama, tiny_alpaca)
+    before = runs.metrics(tmp_path / "run")
+    status, output = runs.finish(runs.start(run, processes=1))
+    assert status != 0 and "--resume auto" in output and "--overwrite" in output
+    other = runs.write_run(tmp_path, tiny_llama, tiny_alpaca, method={"target_rank": 2})
+    status, output = runs.finish(runs.start(other, "--resume", "auto"))
+    assert status != 0 and "belongs to another run" in output and "target_rank" in output
+    assert runs.metrics(tmp_path / "run") == before
+
+
+def test_the_adapter_reproduces_the_run_in_peft(whole: Path, tiny_llama: Path, tiny_alpaca: Path) -> None:
+    """Held-out loss of base + adapter in real PEFT equals the last one that training logged."""
+    import json
+
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from salient_ds.config import load_config
+    from salient_ds.inputs import evaluation_batches, load_inputs
+    from salient_ds.models import load_tokenizer
+
+    config = load_config(whole.parent / "run.yaml")
+    inputs = load_inputs(config, load_tokenizer(config.model))
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), whole / "adapter").eval()
+    total = targets = 0.0
+    with torch.no_grad():
+        for batch in evaluation_batches(inputs, 0, 1, 2, torch.device("cpu")):
+            total += float(model(**batch.inputs).loss) * batch.num_targets
+            targets += batch.num_targets
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    assert total / targets == pytest.approx(logged, abs=1e-5)
+    with torch.no_grad(), model.disable_adapter():
+        plain = sum(
+            float(model(**b.inputs).loss) * b.num_targets
+            for b in evaluation_batches(inputs, 0, 1, 2, torch.device("cpu"))
+        )
+    assert plain / targets > logged + 0.05  # training did something
