@@ -147,12 +147,12 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _ranks(self) -> RunConfig:
-        if self.method.name != "lora" and self.method.target_rank is not None:
-            if self.method.target_rank > self.adapter.rank:
-                raise ValueError(
-                    f"method.target_rank={self.method.target_rank:g} is above adapter.rank={self.adapter.rank}: "
-                    "ranks are only taken away, so lower the target or raise the initial rank"
-                )
+        target = None if self.method.name == "lora" else self.method.target_rank
+        if target is not None and target > self.adapter.rank:
+            raise ValueError(
+                f"method.target_rank={target:g} is above adapter.rank={self.adapter.rank}: "
+                "ranks are only taken away, so lower the target or raise the initial rank"
+            )
         return self
 
 
@@ -239,7 +239,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def parse_config(data: dict[str, Any], base: Path | None = None) -> RunConfig:
-    """Validate a plain mapping; ``base`` is where a relative DeepSpeed JSON is looked for besides the working directory.
+    """Validate a plain mapping. A relative DeepSpeed JSON is looked for in the working directory, then in ``base``.
 
     Raises:
         ConfigError: listing every problem found.

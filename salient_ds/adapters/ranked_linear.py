@@ -112,7 +112,9 @@ class SVDLinear(RankedLinear):
         }
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        A_RI, B_OR, E_R = self.lora_A, self.lora_B, self.lora_E
+        A_RI: Tensor = self.lora_A
+        B_OR: Tensor = self.lora_B
+        E_R: Tensor = self.lora_E
         if self._penalty and self.training:
             mask_R = self.rank_mask_R if self.gated else None
             A_RI = self._penalty[0].attach(A_RI, mask_R, 0, (self.penalty_slot, 0))
