@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +86,10 @@ class MaskPolicy:
     """Zero both Adam moments of everything that is zeroed."""
     delay: int = 0
     """Optimizer steps between the event and the moment when the decision takes effect (0 or 1)."""
+    start_rank: int | None = None
+    """Rows of every matrix that live before the first event; None: all."""
+    start_sigma: float | None = None
+    """Value that E of a row gets when an event switches it on; None: it stays what it is."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,14 @@ class StepView(Protocol):
     def sigma(self) -> tuple[Tensor, Tensor]:
         """All singular values of the view at once: global row indices (n,) int64 and fp32 values (n,)."""
         ...
+
+
+def initial_decision(policy: MaskPolicy, layout: RankLayout) -> RankDecision:
+    """What is in force before the first event: all rows, or the first ``start_rank`` of every matrix."""
+    if policy.start_rank is None:
+        return RankDecision(0, layout.total, torch.ones(layout.total, dtype=torch.bool))
+    mask_N = torch.cat([torch.arange(rank) < policy.start_rank for rank in layout.ranks])
+    return RankDecision(0, int(mask_N.sum()), mask_N, hold=False)
 
 
 ReadShard = Callable[[str, Part], Tensor]
@@ -176,4 +188,20 @@ class Method(Protocol):
 
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
         """Restore after :meth:`attach`, possibly with another sharding than the one that was saved."""
+        ...
+
+
+@runtime_checkable
+class ScoringMethod(Protocol):
+    """Further duties of a method that needs scores of whole matrices (adapters/module_score.py)."""
+
+    exact_scores: bool
+    """Gradients are averaged over processes before their absolute value is taken, instead of the scores."""
+
+    def scored_at(self, step: int) -> bool:
+        """Whether the backward passes of ``step`` are to be scored."""
+        ...
+
+    def take_scores(self, score_M: Tensor, step: int) -> None:
+        """Scores of an applied step, before :meth:`Method.end_step`; the same on every process."""
         ...

@@ -1,0 +1,1 @@
+"""Salience statistics and rank selection as pure functions on tensors."""

@@ -1,0 +1,239 @@
+"""When ranks are taken away and how many remain: the events of a run, known before it starts. No torch.
+
+Numbers: N = initial sum of ranks, n_i = initial warm-up, n_f = length of the allocation phase between the two
+warm-ups, T_i and T_f = first and last window length, all in steps. Steps are applied optimizer steps, counted from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from salient_ds.method_config import SalientLoRAConfig
+
+
+@dataclass(frozen=True)
+class Event:
+    """One allocation: right after ``step``, ``total_rank`` singular values may live."""
+
+    step: int
+    """Applied optimizer step (1-based) after which it happens."""
+    total_rank: int
+    """Budget: the allowed sum of ranks from here on."""
+    window_start: int
+    """First step whose singular values are looked at; the window covers window_start..step, both included."""
+    window: int
+    """Length of the window in steps."""
+
+
+def steps_or_fraction(value: float, total_steps: int) -> int:
+    """Steps meant by ``value``: below 1 it is a fraction of ``total_steps`` (rounded), else a whole number.
+
+    Raises:
+        ValueError: negative, or above 1 and not whole.
+    """
+    if value < 0:
+        raise ValueError(f"{value:g} steps is negative: give a number of steps, or a fraction below 1")
+    if value < 1:
+        return round(value * total_steps)
+    if value != int(value):
+        raise ValueError(
+            f"{value:g} is neither a whole number of steps nor a fraction below 1: "
+            f"write {round(value)} steps, or {value / total_steps:.3g} for that share of {total_steps} steps"
+        )
+    return int(value)
+
+
+@dataclass(frozen=True)
+class AllocationPlan:
+    """The numbers that a schedule is made from, checked against each other.
+
+    Raises:
+        ValueError: target below 1 or above the initial total, or warm-ups longer than training.
+    """
+
+    total_steps: int
+    initial_total: int
+    """N, the sum of ranks at the start."""
+    target_total: int
+    """Sum of ranks wanted at the end."""
+    initial_warmup: int = 0
+    final_warmup: int = 0
+    window_initial: int = 10
+    window_final: int = 200
+
+    def __post_init__(self) -> None:
+        if self.target_total < 1:
+            raise ValueError(
+                f"target total rank {self.target_total} is below 1: at least one singular value has to stay, "
+                "raise method.target_rank or method.target_total"
+            )
+        if self.target_total > self.initial_total:
+            raise ValueError(
+                f"target total rank {self.target_total} is above the initial total {self.initial_total}: ranks "
+                "are only taken away, so lower method.target_rank or method.target_total, or raise adapter.rank"
+            )
+        if self.phase_steps < 0:
+            raise ValueError(
+                f"initial_warmup={self.initial_warmup} + final_warmup={self.final_warmup} exceeds "
+                f"total_steps={self.total_steps}: lower one, or train longer"
+            )
+
+    @property
+    def phase_steps(self) -> int:
+        """Length of the allocation phase between the two warm-ups."""
+        return self.total_steps - self.initial_warmup - self.final_warmup
+
+    def window_at(self, progress: float) -> float:
+        """T = T_f + (T_i - T_f)(1 - progress)^3, the window length at a share ``progress`` of the phase."""
+        return self.window_final + (self.window_initial - self.window_final) * (1 - progress) ** 3
+
+    def total_at(self, window: float) -> float:
+        """r = N - T / T_f (N - target), the sum of ranks that goes with the window length T."""
+        return self.initial_total - (window / self.window_final) * (self.initial_total - self.target_total)
+
+
+def paper_schedule(plan: AllocationPlan, final_prune: bool = True) -> list[Event]:
+    """Events as the paper means them (Ke et al., NeurIPS 2024: adaptive length of the time window).
+
+    With n = step - n_i: T(n) and r(n) as in :class:`AllocationPlan`; the first event comes at n = T_i, the
+    next one T(n) steps (rounded) after the event at n. The budget is r(n) rounded down.
+
+    With ``final_prune`` the last event falls on the end of the phase and its budget is the target; a regular
+    event less than T_i steps before it is merged into it.
+
+    Differs from the reference: progress is n / n_f (the code divides by n_i + n_f), and the target is reached.
+
+    Raises:
+        ValueError: the phase is shorter than the first window, so that nothing would ever be pruned.
+    """
+    _require_event(plan, plan.phase_steps)
+    events: list[Event] = []
+    start, n = 1, plan.window_initial
+    while n <= plan.phase_steps:
+        window = plan.window_at(n / plan.phase_steps)
+        budget = min(int(plan.total_at(window)), events[-1].total_rank if events else plan.initial_total)
+        step = plan.initial_warmup + n
+        events.append(Event(step, max(budget, plan.target_total), plan.initial_warmup + start, n - start + 1))
+        start, n = n + 1, n + max(1, round(window))
+    last_step = plan.initial_warmup + plan.phase_steps
+    return _end_at_target(events, plan, last_step) if final_prune else events
+
+
+class ReferenceStep(NamedTuple):
+    """What the released code holds after one step."""
+
+    total_rank: int
+    """The budget it reports (also between events)."""
+    event: bool
+    """Whether it prunes at this step."""
+    steps_left: int
+    """Steps until the next prune, after this step."""
+
+
+def reference_trace(plan: AllocationPlan) -> list[ReferenceStep]:
+    """The released code's counters at every step; element s belongs to our step s + 1.
+
+    Allocation runs while n_i < s <= total - final_warmup, s from 0. The code divides by total - final_warmup,
+    not by the length of the phase, rounds T half to even, and truncates the budget.
+    """
+    trace = []
+    left = plan.window_initial
+    end = plan.total_steps - plan.final_warmup
+    for s in range(plan.total_steps):
+        total, due = plan.initial_total, False
+        if s > end:
+            total = plan.target_total
+        elif s > plan.initial_warmup:
+            window = round(plan.window_at((s - plan.initial_warmup) / end))
+            total = int(plan.total_at(window))
+            left -= 1
+            due = left == 0
+            left = window if due else left
+        trace.append(ReferenceStep(total, due, left))
+    return trace
+
+
+def reference_schedule(plan: AllocationPlan, final_prune: bool = False) -> list[Event]:
+    """Events of the released code (Heyest/SalientLoRA): step s of the code is step s + 1 here.
+
+    Its last event is up to T_f steps before the end of the phase and usually above the target;
+    ``final_prune`` adds the missing one. The window starts anew after every event.
+
+    Raises:
+        ValueError: the phase is shorter than the first window, so that nothing would ever be pruned.
+    """
+    last_step = min(plan.total_steps, plan.total_steps - plan.final_warmup + 1)
+    _require_event(plan, last_step - 1 - plan.initial_warmup)
+    events: list[Event] = []
+    start = plan.initial_warmup + 2
+    for s, state in enumerate(reference_trace(plan)):
+        if state.event:
+            step = s + 1
+            events.append(Event(step, state.total_rank, start, step - start + 1))
+            start = step + 1
+    return _end_at_target(events, plan, last_step) if final_prune else events
+
+
+def leading_losses(schedule: str, initial_warmup: int) -> int:
+    """Steps before the first window at which the loss history begins: 1 in the released code without warm-up.
+
+    Its first step takes the loss, but not yet the singular values, of step 0: the first window's values are
+    then weighted with the losses of the step before each.
+    """
+    return 1 if schedule == "reference" and initial_warmup == 0 else 0
+
+
+def salient_plan(config: SalientLoRAConfig, ranks: Sequence[int], total_steps: int) -> AllocationPlan:
+    """The plan of a configured run over matrices with the given initial ``ranks``.
+
+    Raises:
+        ValueError: see :class:`AllocationPlan` and :func:`steps_or_fraction`.
+    """
+    target = config.target_total
+    if target is None:
+        assert config.target_rank is not None
+        target = round(config.target_rank * len(ranks))
+    return AllocationPlan(
+        total_steps=total_steps,
+        initial_total=sum(ranks),
+        target_total=target,
+        initial_warmup=steps_or_fraction(config.initial_warmup, total_steps),
+        final_warmup=steps_or_fraction(config.final_warmup, total_steps),
+        window_initial=config.window_initial,
+        window_final=config.window_final,
+    )
+
+
+def salient_events(config: SalientLoRAConfig, ranks: Sequence[int], total_steps: int) -> list[Event]:
+    """All events of a configured run; what training and ``salient-ds check`` both use.
+
+    Raises:
+        ValueError: no event, or numbers that contradict each other.
+    """
+    plan, options = salient_plan(config, ranks, total_steps), config.options()
+    schedule = paper_schedule if options.schedule == "paper" else reference_schedule
+    return schedule(plan, options.final_prune)
+
+
+def _require_event(plan: AllocationPlan, usable_steps: int) -> None:
+    """``usable_steps`` can be observed before allocation ends; the first window needs window_initial."""
+    if usable_steps >= plan.window_initial:
+        return
+    missing = plan.window_initial - usable_steps
+    raise ValueError(
+        f"no allocation event: total_steps={plan.total_steps} - initial_warmup={plan.initial_warmup} - "
+        f"final_warmup={plan.final_warmup} leaves {max(usable_steps, 0)} steps to observe, fewer than "
+        f"window_initial={plan.window_initial}, so that all {plan.initial_total} ranks would stay (target "
+        f"{plan.target_total}): train {missing} steps longer, shorten a warm-up by {missing}, or lower "
+        "window_initial" + (f" to {usable_steps}" if usable_steps >= 2 else "")
+    )
+
+
+def _end_at_target(events: list[Event], plan: AllocationPlan, last_step: int) -> list[Event]:
+    """Make ``last_step`` the last event, with the target as budget."""
+    kept = [event for event in events if last_step - event.step >= plan.window_initial]
+    start = kept[-1].step + 1 if kept else events[0].window_start
+    return [*kept, Event(last_step, plan.target_total, start, last_step - start + 1)]

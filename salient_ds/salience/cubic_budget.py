@@ -1,0 +1,91 @@
+"""AdaLoRA's budget: when ranks are taken away and how many remain, LoRA^2 included. No torch.
+
+Numbers: N = initial sum of ranks, t_i / t_f = initial and final warm-up, T = all steps, dT = interval, b = budget.
+Steps are applied optimizer steps, counted from 1; the released code's step s, counted from 0, is our step s + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from salient_ds.salience.budget import AllocationPlan, Event, steps_or_fraction
+
+if TYPE_CHECKING:
+    from salient_ds.method_config import AdaLoRAConfig, LoRA2Config
+
+
+def budget_at(plan: AllocationPlan, step: int) -> int:
+    """Allowed sum of ranks after ``step`` (1-based): N, then b_T + (N - b_T)(1 - progress)^3, then the target b_T.
+
+    Progress runs from 0 to 1 over the steps t_i < s <= T - t_f of the released code (AdaLoRA, Zhang et al. 2023,
+    section 3.3), rounded down as there. Differs from the formula as printed in the paper (Eq. 14), which subtracts
+    t_f in the numerator too, and so starts above N and ends above the target.
+    """
+    s, end = step - 1, plan.total_steps - plan.final_warmup
+    if s <= plan.initial_warmup:
+        return plan.initial_total
+    if s > end:
+        return plan.target_total
+    left = 1 - (s - plan.initial_warmup) / plan.phase_steps
+    return int(plan.target_total + (plan.initial_total - plan.target_total) * left**3)
+
+
+def cubic_schedule(plan: AllocationPlan, interval: int) -> list[Event]:
+    """Events at every multiple of ``interval`` inside the allocation phase, and a final one that leaves the target.
+
+    The released code masks with frozen scores at every step of the final phase. All those masks are one and the same,
+    so that here the first of them is the last event, and its decision is held. The final event comes at the latest
+    after the last step: differs from the released code and PEFT, which with a final warm-up below 2 (PEFT: of 0) never
+    make the final cut.
+
+    The window of an event is what its scores have seen: all steps so far, none of the final phase.
+
+    Returns:
+        No event if the target is the initial total: the method then is LoRA in SVD form.
+
+    Raises:
+        ValueError: the target is below the initial total, and no step is left to get there.
+    """
+    if plan.target_total == plan.initial_total:
+        return []
+    if plan.phase_steps == 0:
+        raise ValueError(
+            f"no allocation phase: initial_warmup={plan.initial_warmup} + final_warmup={plan.final_warmup} takes all "
+            f"of total_steps={plan.total_steps}, so that no step is left to go from {plan.initial_total} ranks to "
+            f"{plan.target_total}: shorten a warm-up, or train longer"
+        )
+    end = plan.total_steps - plan.final_warmup
+    first = (plan.initial_warmup // interval + 1) * interval
+    regular = range(first, min(end, plan.total_steps - 1) + 1, interval)
+    final = end if end in regular else min(end + 1, plan.total_steps - 1)
+    budgets = {s + 1: budget_at(plan, s + 1) for s in regular} | {final + 1: plan.target_total}
+    return [Event(step, budget, 1, min(step, end)) for step, budget in budgets.items()]
+
+
+def cubic_plan(config: AdaLoRAConfig | LoRA2Config, ranks: Sequence[int], total_steps: int) -> AllocationPlan:
+    """The plan of a configured run over matrices with the given initial ``ranks``.
+
+    Raises:
+        ValueError: see :class:`AllocationPlan` and :func:`steps_or_fraction`.
+    """
+    target = config.target_total
+    if target is None:
+        assert config.target_rank is not None
+        target = round(config.target_rank * len(ranks))
+    return AllocationPlan(
+        total_steps=total_steps,
+        initial_total=sum(ranks),
+        target_total=target,
+        initial_warmup=steps_or_fraction(config.initial_warmup, total_steps),
+        final_warmup=steps_or_fraction(config.final_warmup, total_steps),
+    )
+
+
+def cubic_events(config: AdaLoRAConfig | LoRA2Config, ranks: Sequence[int], total_steps: int) -> list[Event]:
+    """All events of a configured run; what training and ``salient-ds check`` both use.
+
+    Raises:
+        ValueError: no event although ranks have to go, or numbers that contradict each other.
+    """
+    return cubic_schedule(cubic_plan(config, ranks, total_steps), config.interval)

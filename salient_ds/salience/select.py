@@ -1,0 +1,56 @@
+"""Which singular values are kept, given their scores and a budget.
+
+Shape legend: N = values in module-major order, so that "lower row" means (earlier module, lower row in it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_exact(score_N: Tensor, budget: int, live_N: Tensor) -> Tensor:
+    """Keep exactly ``budget`` of the live values: the highest scores, of equal ones those with the lower row.
+
+    A score of NaN counts as the lowest. A budget above the number of live values keeps them all: what was
+    pruned does not come back.
+
+    Returns:
+        bool (N,), on the scores' device.
+    """
+    assert budget >= 0 and score_N.shape == live_N.shape
+    live_N = live_N.to(score_N.device)
+    ranked_N = torch.where(live_N & ~score_N.isnan(), score_N, float("-inf"))
+    # two stable sorts, by score and then live before dead: a live value of score -inf still beats a dead one
+    by_score_N = torch.argsort(ranked_N, descending=True, stable=True)
+    order_N = by_score_N[torch.argsort(live_N[by_score_N].to(torch.uint8), descending=True, stable=True)]
+    mask_N = torch.zeros_like(live_N)
+    mask_N[order_N[:budget]] = True
+    return mask_N & live_N
+
+
+def reference_threshold(score_N: Tensor, budget: int) -> float:
+    """The (N - budget)-th smallest score, NaN counting as the largest; -inf if the budget covers all."""
+    dropped = len(score_N) - budget
+    if dropped <= 0:
+        return float("-inf")
+    return float(torch.sort(score_N).values[dropped - 1])
+
+
+def select_threshold(score_N: Tensor, budget: int) -> Tensor:
+    """Keep what lies strictly above :func:`reference_threshold` (the released code's rule).
+
+    Values tied with the threshold all go, so that fewer than ``budget`` may remain. NaN is never above
+    anything: such a value goes, but has taken one of the places, and with at least ``budget`` of them nothing
+    remains.
+
+    Returns:
+        bool (N,), on the scores' device.
+    """
+    return score_N > reference_threshold(score_N, budget)
+
+
+def score_at_cut(score_N: Tensor, mask_N: Tensor, live_N: Tensor) -> float:
+    """Highest score among the live values that go, for the log; NaN if all of them stay."""
+    gone = score_N[live_N.to(score_N.device) & ~mask_N]
+    return float(gone.max()) if len(gone) else float("nan")

@@ -1,0 +1,112 @@
+"""Smoothed sensitivity of parameters to the loss, and its sum over the rows of a factor: AdaLoRA's statistic.
+
+Shape legend: n = elements of one part (any piece of a flattened factor that one process owns), R = ranks of the
+factor.  Everything is elementwise until :func:`row_means`, so that no shard needs to know another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from salient_ds.methods.base import Part
+
+CHUNK = 2**24
+"""Elements whose temporaries may exist at once (64 MiB); bounds the memory of an update."""
+
+
+@dataclass
+class Smoothed:
+    """State of one list of parts; both lists are parallel to it."""
+
+    sensitivity: list[Tensor]
+    """Ibar (n,) fp32 each: moving average of |w g|."""
+    uncertainty: list[Tensor]
+    """Ubar (n,) fp32 each: moving average of how far |w g| lies from Ibar."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state: twice that of the observed fp32 masters."""
+        return sum(t.nbytes for t in self.sensitivity + self.uncertainty)
+
+
+def init(values: Sequence[Tensor]) -> Smoothed:
+    """State before the first step: zeros, without bias correction later (as in the paper and its code)."""
+    return Smoothed(*([torch.zeros_like(v, dtype=torch.float32) for v in values] for _ in range(2)))
+
+
+def update(state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: float, beta2: float) -> Smoothed:
+    """Take in one step, in place (AdaLoRA, Zhang et al. 2023, Eq. 8 to 10).
+
+    I = |w g|;  Ibar <- beta1 Ibar + (1 - beta1) I;  Ubar <- beta2 Ubar + (1 - beta2) |I - Ibar| with the new Ibar.
+
+    Args:
+        values: weights w of every part (n,).
+        grads: their gradients g, unscaled and clipped (n,).
+    """
+    assert len(state.sensitivity) == len(values) == len(grads)
+    for span in _chunks(values):
+        now = torch._foreach_mul(values[span], grads[span])  # one launch for many small parts
+        torch._foreach_abs_(now)
+        torch._foreach_mul_(state.sensitivity[span], beta1)
+        torch._foreach_add_(state.sensitivity[span], now, alpha=1 - beta1)
+        torch._foreach_sub_(now, state.sensitivity[span])
+        torch._foreach_abs_(now)
+        torch._foreach_mul_(state.uncertainty[span], beta2)
+        torch._foreach_add_(state.uncertainty[span], now, alpha=1 - beta2)
+    return state
+
+
+def row_scores(state: Smoothed, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
+    """The reduce-form: every part with its share of the means of Ibar Ubar over each rank's elements (R,) float64.
+
+    Summed over all parts of a factor, on any number of processes, the shares are the factor's contribution to the
+    scores (Eq. 7 and 11).
+    """
+    for part, sensitivity_n, uncertainty_n in zip(parts, state.sensitivity, state.uncertainty, strict=True):
+        yield part, row_means(part, sensitivity_n * uncertainty_n)
+
+
+def row_means(part: Part, value_n: Tensor) -> Tensor:
+    """This part's share of the mean of a factor over each of its ranks, (R,) float64.
+
+    A part may begin and end in the middle of a line of the (row-major) factor. It is cut there into at most three
+    pieces, of which the middle one is a matrix of whole lines: no index is as large as the part.
+    """
+    assert part.rank_axis in (0, 1), "a factor that all ranks share has no score"
+    line = math.prod(part.shape[1:])
+    ranks = part.shape[part.rank_axis]
+    first, start = divmod(part.lo, line)
+    head = min(part.numel, (line - start) % line)
+    whole = (part.numel - head) // line
+    head_n, body_n, tail_n = value_n.split([head, whole * line, part.numel - head - whole * line])
+    body_nl = body_n.view(whole, line)
+    sum_R = torch.zeros(ranks, dtype=torch.float64, device=value_n.device)
+    if part.rank_axis == 0:
+        lines = first + bool(head)
+        sum_R[first : first + 1] += head_n.sum(dtype=torch.float64)
+        sum_R[lines : lines + whole] += body_nl.sum(1, dtype=torch.float64)
+        sum_R[lines + whole : lines + whole + 1] += tail_n.sum(dtype=torch.float64)
+    else:
+        sum_R[start : start + head] += head_n
+        sum_R += body_nl.sum(0, dtype=torch.float64)
+        sum_R[: len(tail_n)] += tail_n
+    return sum_R / (math.prod(part.shape) // ranks)
+
+
+def _chunks(values: Sequence[Tensor]) -> Iterator[slice]:
+    """Consecutive spans of parts of at most CHUNK elements together (a larger part stands alone)."""
+    start = filled = 0
+    for index, value in enumerate(values):
+        if filled and filled + value.numel() > CHUNK:
+            yield slice(start, index)
+            start, filled = index, 0
+        filled += value.numel()
+    if filled:
+        yield slice(start, len(values))
