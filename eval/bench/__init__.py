@@ -1,0 +1,1 @@
+"""Speed: training steps side by side, and allocation events by themselves."""

@@ -1,0 +1,61 @@
+"""The random base model and the run configuration that all arms share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from salient_ds.config import RunConfig, parse_config
+from salient_ds.models import load_model
+from salient_ds.zero.config import load_ds_config, resolve_ds_config
+
+from .plan import PLAIN, ArmSpec
+
+
+def run_config(spec: ArmSpec, model_dir: str, method: dict[str, Any]) -> RunConfig:
+    """The arm as a run of salient_ds (what concerns data and output is never read)."""
+    settings = spec.settings
+    return parse_config({
+        "output_dir": "unused", "deepspeed": "unused", "data": {"train": "unused"},
+        "model": {"path": model_dir, "random_weights": True, "attn_implementation": settings.attention},
+        "adapter": {"rank": spec.rank, "alpha": float(spec.rank)},
+        "method": method,
+        "train": {
+            "max_steps": 1, "global_batch_size": settings.batch * spec.gpus, "micro_batch_size": settings.batch,
+            "precision": settings.precision, "lr": 1e-4, "lr_schedule": "constant", "max_grad_norm": settings.clip,
+            "activation_checkpointing": spec.checkpointing, "seed": settings.seed,
+        },
+    })  # fmt: skip
+
+
+@contextlib.contextmanager
+def model_directory(config: dict[str, Any]) -> Any:
+    """A directory that holds nothing but ``config`` as config.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        yield folder
+
+
+def ds_config(spec: ArmSpec, run: RunConfig, total_steps: int) -> dict[str, Any]:
+    """The ZeRO JSON of the arm's stage, the same for every arm; empty for the plain loop."""
+    if spec.loop == PLAIN:
+        return {}
+    path = Path(spec.settings.ds_configs) / f"zero{spec.zero}.json"
+    raw = {**load_ds_config(path), "steps_per_print": 10**9}
+    return resolve_ds_config(raw, run, spec.gpus, total_steps, source=path.name)
+
+
+def load_base(run: RunConfig, ds: dict[str, Any], device: torch.device) -> nn.Module:
+    """Random weights made where they are used (ZeRO-3: partitioned while they are made)."""
+    torch.manual_seed(run.train.seed)
+    partitioned = ds.get("zero_optimization", {}).get("stage") == 3
+    with contextlib.nullcontext() if partitioned else device:
+        model = load_model(run.model, run.train, ds)
+    model.train()
+    return model

@@ -1,0 +1,174 @@
+"""salient_ds' methods as arms: its own adapters, engine and observation, and a shortened allocation schedule."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salient_ds.adapters.inject import AdaptedModel, inject
+from salient_ds.config import RunConfig
+from salient_ds.methods.lora import LoRA
+from salient_ds.methods.table import build_method
+from salient_ds.models import DTYPES
+from salient_ds.zero.build import build_engine, optimizer_factory, parameter_groups
+from salient_ds.zero.engine import AllocatingEngine, MicroBatch
+
+from .models import ds_config, load_base, model_directory, run_config
+from .plain_engine import PlainEngine
+from .plan import PLAIN, ArmSpec, method_classes
+from .timing import Stopwatch, peak_gib, reset_peak, wait
+
+STEADY_STEPS = 10_000
+"""Length of the run that timed steps pretend to belong to."""
+
+
+class TimedEngine:
+    """An engine whose three calls per step are timed parts; everything else is the engine's own."""
+
+    def __init__(self, engine: Any, watch: Stopwatch) -> None:
+        self._engine = engine
+        self._watch = watch
+        self.stepped_at = 0.0
+        self.mark_steps = False
+        """Wait for the device after every optimizer step and remember when that was."""
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        with self._watch.part("forward"):
+            return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        with self._watch.part("backward"):
+            self._engine.backward(loss)
+
+    def step(self) -> None:
+        with self._watch.part("step"):
+            self._engine.step()
+        if self.mark_steps:
+            wait(self._watch.device)
+            self.stepped_at = time.perf_counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def method_options(spec: ArmSpec, schedule: bool) -> dict[str, Any]:
+    """Options of the arm's method: the shortened schedule, or one whose first event no timed step reaches.
+
+    Either way statistics are taken from the first step on, as in the middle of a real run. AdaLoRA's events come as
+    often as those of PEFT's arm.
+    """
+    settings = spec.settings
+    long = max(200, 2 * (settings.warmup + settings.steps + settings.part_steps))
+    first, last = settings.windows if schedule else (long, long)
+    wanted: dict[str, Any] = {
+        "target_rank": min(settings.target_rank, spec.rank), "window_initial": first, "window_final": last,
+        "final_warmup": settings.schedule_steps // 5 if schedule else 0,
+        "interval": max(1, settings.schedule_steps // 6) if schedule else settings.delta_t,
+    }  # fmt: skip
+    known = method_class(spec.arm).model_fields
+    return {"name": spec.arm, **{key: value for key, value in wanted.items() if key in known}}
+
+
+def method_class(name: str) -> Any:
+    return next(variant for variant in method_classes() if variant.model_fields["name"].default == name)
+
+
+@dataclass
+class OwnArm:
+    """A model with adapters on its engine, and the method that watches it now."""
+
+    spec: ArmSpec
+    adapted: AdaptedModel
+    engine: TimedEngine
+    allocating: AllocatingEngine
+    watch: Stopwatch
+
+    @classmethod
+    def build(cls, spec: ArmSpec, device: torch.device) -> OwnArm:
+        with model_directory(spec.settings.config) as folder:
+            run = run_config(spec, folder, method_options(spec, schedule=False))
+            ds = ds_config(spec, run, STEADY_STEPS)
+            base = load_base(run, ds, device)
+        adapted = inject(base, run.adapter, run.method, run.train.seed, DTYPES[run.train.precision], device)
+        watch = Stopwatch(device)
+        engine = TimedEngine(make_engine(spec, adapted, run, ds, device, autocast=False), watch)
+        method = build_method(run.method, adapted.layout, STEADY_STEPS)
+        return cls(spec, adapted, engine, AllocatingEngine(engine, adapted, method, device), watch)
+
+    def step(self, tokens_BS: Tensor) -> Any:
+        """One optimizer step, the product's own."""
+        targets = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
+        batch = MicroBatch({"input_ids": tokens_BS, "labels": tokens_BS}, targets, ())
+        return self.allocating.train_step([batch], targets * self.spec.gpus)
+
+    def loss(self, tokens_BS: Tensor) -> float:
+        return float(self.step(tokens_BS).loss)
+
+    def facts(self) -> dict[str, Any]:
+        return {"compacted": False, "total_rank": self.adapted.layout.total}
+
+    def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
+        """Train through a shortened allocation schedule; the time of every event, and what is left at the end.
+
+        An event's ``seconds`` run from the end of the optimizer's step to the end of the training step, the device
+        idle at both ends; ``gather``, ``solve`` and ``apply`` are the engine's own readings.
+        """
+        spec, device = self.spec, self.watch.device
+        run = run_config(spec, "unused", method_options(spec, schedule=True))
+        method = build_method(run.method, self.adapted.layout, spec.settings.schedule_steps)
+        if not method.events or spec.settings.target_rank >= spec.rank:
+            return {}
+        self.allocating.method = LoRA()  # the method of the timed steps looks no further
+        self.allocating = AllocatingEngine(self.engine, self.adapted, method, device)
+        self.engine.mark_steps = True
+        reset_peak(device)
+        events: list[dict[str, Any]] = []
+        after: list[float] = []
+        for _ in range(spec.settings.schedule_steps):
+            wait(device)
+            began = time.perf_counter()
+            report = self.step(tokens_BS)
+            wait(device)
+            ended = time.perf_counter()
+            if report.event is not None:
+                events.append(event_row(report.event, ended - self.engine.stepped_at))
+                after.clear()
+            else:
+                after.append(ended - began)
+        self.allocating.finish()
+        self.engine.mark_steps = False
+        target = method.events[-1].total_rank
+        left = sum(int(adapter.rank_mask_R.sum()) for adapter in self.adapted.adapters.values())
+        return {
+            "event_seconds": [event["seconds"] for event in events],
+            "events": events,
+            "target_total_rank": target,
+            "final_total_rank": left,
+            "exact": left == target == self.allocating.in_force.latest.total,
+            "seconds_after_events": median(after) if after else None,
+            "peak_gib_schedule": peak_gib(device),
+        }
+
+
+def event_row(report: Any, seconds: float) -> dict[str, Any]:
+    return {
+        "step": report.event.step, "window": report.event.window, "budget": report.event.total_rank,
+        "kept": report.decision.total, "seconds": seconds, "gather": report.gather, "solve": report.solve,
+        "apply": report.apply,
+    }  # fmt: skip
+
+
+def make_engine(
+    spec: ArmSpec, adapted: AdaptedModel, run: RunConfig, ds: dict[str, Any], device: torch.device, autocast: bool
+) -> Any:
+    """The plain loop, or DeepSpeed's engine as the product builds it; for every arm the same."""
+    if spec.loop != PLAIN:
+        return build_engine(adapted, run.train, ds, STEADY_STEPS, device)
+    optimizer = optimizer_factory(run.train, fused=device.type == "cuda")
+    groups = [{k: v for k, v in g.items() if k != "name"} for g in parameter_groups(adapted, run.train)]
+    return PlainEngine(adapted.model, groups, optimizer, spec.settings.clip, autocast)

@@ -1,0 +1,121 @@
+"""What one would use instead: LoRA and AdaLoRA of the PEFT library, in the same loop and the same engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.config import RunConfig
+from salient_ds.methods.base import RankLayout
+from salient_ds.models import DTYPES
+
+from .models import ds_config, load_base, model_directory, run_config
+from .own_arms import STEADY_STEPS, make_engine
+from .plan import PLAIN, ArmSpec
+from .timing import Stopwatch
+
+
+@dataclass
+class PeftArm:
+    """A PEFT model on its engine.
+
+    AdaLoRA's ``update_and_allocate`` reads gradients. In the plain loop it is called where PEFT's documentation puts
+    it, after the optimizer's step. Under DeepSpeed gradients can be read between backward and step only (through an
+    HfDeepSpeedConfig that is alive): there it runs, although from ZeRO-1 on the masks it sets are lost, because the
+    fp32 masters overwrite them.
+    """
+
+    spec: ArmSpec
+    engine: Any
+    adapter_model: Any
+    watch: Stopwatch
+    keep_alive: Any
+    count: int = 0
+
+    @classmethod
+    def build(cls, spec: ArmSpec, device: torch.device) -> PeftArm:
+        with model_directory(spec.settings.config) as folder:
+            run = run_config(spec, folder, {"name": "lora"})
+            ds = ds_config(spec, run, STEADY_STEPS)
+            base = load_base(run, ds, device)
+        model = with_adapters(base, spec, run, device)
+        nothing = RankLayout((), (), (), ())
+        low = spec.loop == PLAIN and run.train.precision != "fp32"
+        engine = make_engine(spec, AdaptedModel(model, {}, nothing, None), run, ds, device, autocast=low)
+        return cls(spec, engine, model.base_model, Stopwatch(device), hf_deepspeed_config(spec, ds))
+
+    def step(self, tokens_BS: Tensor) -> Tensor:
+        """One optimizer step; returns its loss (device tensor)."""
+        self.count += 1
+        with self.watch.part("forward"):
+            loss: Tensor = self.engine(input_ids=tokens_BS, labels=tokens_BS).loss
+        with self.watch.part("backward"):
+            self.engine.backward(loss)
+        plain, adaptive = self.spec.loop == PLAIN, self.spec.arm == "peft_adalora"
+        if not adaptive:
+            with self.watch.part("step"):
+                self.engine.step()
+        elif plain:
+            with self.watch.part("step"):
+                self.engine.update()
+            self.allocate()
+            self.engine.basic_optimizer.zero_grad(set_to_none=True)
+        else:
+            self.allocate()
+            with self.watch.part("step"):
+                self.engine.step()
+        return loss.detach()
+
+    def allocate(self) -> None:
+        with self.watch.part("allocate"):
+            self.adapter_model.update_and_allocate(self.count)
+
+    def loss(self, tokens_BS: Tensor) -> float:
+        return float(self.step(tokens_BS))
+
+    def facts(self) -> dict[str, Any]:
+        return {"compacted": False}
+
+    def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
+        """PEFT has no event by itself: its allocation is part of every step."""
+        return {}
+
+
+def with_adapters(base: nn.Module, spec: ArmSpec, run: RunConfig, device: torch.device) -> Any:
+    """PEFT's model. Its adapters are fp32 in the plain loop (PEFT's default, with autocast) and in training precision
+    under DeepSpeed, which keeps fp32 masters itself."""
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    common: dict[str, Any] = {"target_modules": run.adapter.target_modules, "task_type": "CAUSAL_LM"}
+    settings = spec.settings
+    if spec.arm == "peft_lora":
+        config: Any = LoraConfig(r=spec.rank, lora_alpha=spec.rank, **common)
+    else:
+        timed = settings.warmup + settings.steps + settings.part_steps
+        target = min(settings.target_rank, max(1, spec.rank // 2))
+        config = AdaLoraConfig(
+            init_r=spec.rank, target_r=target, lora_alpha=spec.rank, tinit=0, tfinal=2, deltaT=settings.delta_t,
+            total_step=max(100, 4 * timed), **common,
+        )  # fmt: skip
+    plain = spec.loop == PLAIN
+    with device:
+        model = get_peft_model(base, config, autocast_adapter_dtype=plain)
+    if not plain:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(DTYPES[run.train.precision])
+    model.train()
+    return model
+
+
+def hf_deepspeed_config(spec: ArmSpec, ds: dict[str, Any]) -> Any:
+    """By this object, while it lives, PEFT's AdaLoRA knows that gradients are DeepSpeed's."""
+    if spec.loop == PLAIN or spec.arm != "peft_adalora":
+        return None
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds)

@@ -1,0 +1,97 @@
+"""A bare PyTorch training loop behind the few methods of a DeepSpeed engine that the arms use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ParameterGroups = list[dict[str, Any]]
+BuildOptimizer = Callable[[ParameterGroups], torch.optim.Optimizer]
+
+
+class FP16_UnfusedOptimizer:
+    """fp32 masters of low-precision parameters, one by one.
+
+    Has the name and the two attributes of DeepSpeed's optimizer wrapper that does the same at ZeRO stage 0: by them
+    salient_ds finds the masters, so that its methods observe and mask here exactly as they do inside an engine.
+    """
+
+    def __init__(self, groups: ParameterGroups) -> None:
+        self.fp16_groups: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        self.fp32_groups = [[nn.Parameter(p.detach().float()) for p in group] for group in self.fp16_groups]
+        self.masters = [master for group in self.fp32_groups for master in group]
+        self.copies = [copy for group in self.fp16_groups for copy in group]
+
+    def take_gradients(self) -> None:
+        """Move the copies' gradients to the masters in fp32."""
+        for master, copy in zip(self.masters, self.copies, strict=True):
+            if copy.grad is not None:
+                master.grad = copy.grad.float()
+                copy.grad = None
+
+    @torch.no_grad()
+    def write_copies(self) -> None:
+        torch._foreach_copy_([copy.data for copy in self.copies], [master.data for master in self.masters])
+
+
+class PlainEngine:
+    """Model and AdamW on one process, no DeepSpeed: what a step costs by itself.
+
+    Args:
+        groups: trainable parameters as an optimizer takes them.
+        build_optimizer: AdamW over such groups.
+        clip: bound of the gradient's norm, 0 = none.
+        autocast: run the forward pass in bf16 although trainable parameters are fp32 (PEFT's default form).
+    """
+
+    def __init__(
+        self, module: nn.Module, groups: ParameterGroups, build_optimizer: BuildOptimizer, clip: float, autocast: bool
+    ) -> None:
+        self.module = module
+        self.clip = clip
+        self.autocast = autocast
+        self.masters: FP16_UnfusedOptimizer | None = None
+        if any(p.dtype != torch.float32 for group in groups for p in group["params"]):
+            self.masters = FP16_UnfusedOptimizer(groups)
+            groups = [{**g, "params": m} for g, m in zip(groups, self.masters.fp32_groups, strict=True)]
+        self.stepped: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.basic_optimizer = build_optimizer(groups)
+        self.optimizer: Any = self.masters or self.basic_optimizer
+        self._norm: Tensor | None = None
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module(**inputs)
+
+    def train(self) -> None:
+        self.module.train()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        """Clip, update, forget the gradients."""
+        self.update()
+        self.basic_optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Everything of a step before the gradients are forgotten."""
+        if self.masters is not None:
+            self.masters.take_gradients()
+        if self.clip > 0:
+            self._norm = torch.nn.utils.clip_grad_norm_(self.stepped, self.clip)
+        self.basic_optimizer.step()
+        if self.masters is not None:
+            self.masters.write_copies()
+
+    def gradient_accumulation_steps(self) -> int:
+        return 1
+
+    def was_step_applied(self) -> bool:
+        return True
+
+    def get_global_grad_norm(self) -> Tensor | None:
+        return self._norm

@@ -1,0 +1,148 @@
+"""Which arms are timed: every combination that was asked for, less those that cannot run, with the reason. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from salient_ds.method_config import MethodConfig
+
+PEFT_ARMS = ("peft_lora", "peft_adalora")
+PLAIN = "plain"
+_STAGES = ("0", "1", "2", "3")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all arms of one run have in common."""
+
+    config: dict[str, Any]
+    """The model's config.json."""
+    ds_configs: str
+    """Folder with zero0.json .. zero3.json."""
+    precision: str
+    batch: int
+    seq: int
+    warmup: int
+    steps: int
+    part_steps: int
+    target_rank: int
+    schedule_steps: int
+    """Length of the shortened allocation schedule (0: none)."""
+    windows: tuple[int, int]
+    delta_t: int
+    """Steps between AdaLoRA's masks (PEFT's deltaT)."""
+    clip: float
+    attention: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """One row of the table; everything that its processes need to know."""
+
+    arm: str
+    """peft_lora, peft_adalora, or the name of one of salient_ds' methods."""
+    loop: str
+    """plain (a bare PyTorch loop on one process) or deepspeed."""
+    zero: int
+    """ZeRO stage; 0 for the plain loop."""
+    rank: int
+    gpus: int
+    checkpointing: str
+    """none or all decoder layers."""
+    settings: Settings = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        where = PLAIN if self.loop == PLAIN else f"zero{self.zero}"
+        return f"{self.arm} r={self.rank} {where} x{self.gpus} checkpointing={self.checkpointing}"
+
+    def key(self) -> dict[str, Any]:
+        """What identifies the arm in a record."""
+        return {"arm": self.arm, "loop": self.loop, "zero": self.zero, "rank": self.rank, "gpus": self.gpus,
+                "checkpointing": self.checkpointing, "form": self.form}  # fmt: skip
+
+    @property
+    def form(self) -> str:
+        """Name of the arms that have the same floor."""
+        return f"{'lora2 ' if self.arm == 'lora2' else ''}r={self.rank}"
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ArmSpec:
+        settings = Settings(**{**data["settings"], "windows": tuple(data["settings"]["windows"])})
+        return cls(**{**data, "settings": settings})
+
+
+def own_methods() -> list[str]:
+    """Names of salient_ds' methods."""
+    return [variant.model_fields["name"].default for variant in method_classes()]
+
+
+def method_classes() -> tuple[Any, ...]:
+    """Configuration classes of salient_ds' methods."""
+    return get_args(MethodConfig) or (MethodConfig,)
+
+
+def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """``"peft_lora,peft_adalora@480,salientlora"`` -> arms with their ranks (``@a+b``, else all of ``ranks``).
+
+    Raises:
+        ValueError: an unknown arm, with the known ones.
+    """
+    known = [*PEFT_ARMS, *own_methods()]
+    found = []
+    for item in text.split(","):
+        name, _, own = item.strip().partition("@")
+        if name not in known:
+            raise ValueError(f"--arms: {name!r} is unknown; known: {', '.join(known)}")
+        found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
+    return found
+
+
+def parse_zero(text: str) -> list[tuple[str, int]]:
+    """``"plain,2,3"`` -> (loop, stage) pairs.
+
+    Raises:
+        ValueError: anything but plain, 0, 1, 2, 3.
+    """
+    found = []
+    for item in (part.strip() for part in text.split(",")):
+        if item != PLAIN and item not in _STAGES:
+            raise ValueError(f"--zero: {item!r} is none of {', '.join((PLAIN, *_STAGES))}")
+        found.append((PLAIN, 0) if item == PLAIN else ("deepspeed", int(item)))
+    return found
+
+
+def impossible(spec: ArmSpec) -> str | None:
+    """Why an arm is left out, if it is."""
+    if spec.loop == PLAIN and spec.gpus > 1:
+        return "the plain loop is one process"
+    if spec.arm == "peft_adalora" and spec.zero == 3:
+        return "PEFT's update_and_allocate raises on parameters that ZeRO-3 has partitioned"
+    return None
+
+
+def plan(
+    arms: Sequence[tuple[str, Sequence[int]]],
+    zero: Sequence[tuple[str, int]],
+    gpus: Sequence[int],
+    checkpointing: Sequence[str],
+    settings: Settings,
+) -> tuple[list[ArmSpec], list[tuple[ArmSpec, str]]]:
+    """(arms to run, arms left out with the reason); arms that are compared with each other stand side by side."""
+    ranks = list(dict.fromkeys(rank for _, own in arms for rank in own))
+    run, left_out = [], []
+    for count in gpus:
+        for how in checkpointing:
+            for loop, stage in zero:
+                for rank in ranks:
+                    for name in (name for name, own in arms if rank in own):
+                        spec = ArmSpec(name, loop, stage, rank, count, how, settings)
+                        reason = impossible(spec)
+                        if reason is None:
+                            run.append(spec)
+                        else:
+                            left_out.append((spec, reason))
+    return run, left_out

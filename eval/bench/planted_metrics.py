@@ -1,0 +1,97 @@
+"""How well recovered ranks match planted ones, and means over seeds with their intervals. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class RankScores:
+    """One student against one teacher."""
+
+    overlap: int
+    """Sum over matrices of min(recovered, planted) ranks."""
+    precision: float | None
+    """Overlap relative to the student's total rank; None if it kept nothing."""
+    recall: float
+    """Overlap relative to the planted total."""
+    spearman: float | None
+    """Rank correlation over matrices; None if all of the student's (or the teacher's) ranks are equal."""
+    mean_difference: float
+    """Mean over matrices of |recovered - planted|."""
+
+
+def rank_scores(recovered: Sequence[int], planted: Sequence[int]) -> RankScores:
+    """Compare ranks per matrix, in the same order.
+
+    With the planted total as budget, met exactly, precision and recall are equal.
+    """
+    from scipy.stats import spearmanr
+
+    assert len(recovered) == len(planted) > 0 and sum(planted) > 0
+    overlap = sum(map(min, recovered, planted))
+    constant = len(set(recovered)) == 1 or len(set(planted)) == 1
+    return RankScores(
+        overlap=overlap,
+        precision=overlap / sum(recovered) if sum(recovered) else None,
+        recall=overlap / sum(planted),
+        spearman=None if constant else float(spearmanr(recovered, planted).statistic),
+        mean_difference=sum(abs(a - b) for a, b in zip(recovered, planted, strict=True)) / len(planted),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval; without a spread (fewer than two values) both ends are None."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    def side_of(self, value: float) -> int:
+        """1 or -1 if the whole interval lies above or below ``value``, 0 if it does not tell."""
+        if self.low is None or self.high is None:
+            return 0
+        return (self.low > value) - (self.high < value)
+
+
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """Mean of the defined values and the interval of Student's t at 95%; None if no value is defined.
+
+    If all values are equal the interval is that value.
+    """
+    from scipy.stats import t
+
+    known = [value for value in values if value is not None and isfinite(value)]
+    if not known:
+        return None
+    count, mean = len(known), sum(known) / len(known)
+    if count == 1:
+        return Estimate(mean, None, None, 1)
+    variance = sum((value - mean) ** 2 for value in known) / (count - 1)
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * (variance / count) ** 0.5
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Estimate | None:
+    """Estimate of value minus other, seed by seed, where both are defined."""
+    pairs = zip(values, others, strict=True)
+    return estimate([a - b if a is not None and b is not None else None for a, b in pairs])
+
+
+def random_recall(planted: Sequence[int], initial_rank: int, budget: int) -> float:
+    """Expected recall if ``budget`` of the ``initial_rank`` values per matrix are kept by lot.
+
+    The number kept in one matrix is hypergeometric.
+    """
+    from scipy.stats import hypergeom
+
+    kept = hypergeom(initial_rank * len(planted), initial_rank, budget)
+    chances = [float(kept.pmf(k)) for k in range(initial_rank + 1)]
+    expected = sum(chance * min(k, rank) for rank in planted for k, chance in enumerate(chances))
+    return expected / sum(planted)

@@ -1,0 +1,130 @@
+"""A frozen network, and a teacher that differs from it by updates of known, unequal ranks.
+
+Shape legend: I/O = in/out features of one matrix, r = planted rank, D = width of the residual stream, n = examples.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from salient_ds.adapters.inject import module_generator
+
+from .planted_plan import ProblemSize, Regime
+
+TEST_CHUNK = 2048
+
+
+class Block(nn.Module):
+    """h + down(gelu(up(h / rms(h)))); matrices without bias."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, h_nD: Tensor) -> Tensor:
+        normed_nD = F.rms_norm(h_nD, h_nD.shape[-1:])
+        out_nD: Tensor = h_nD + self.down(F.gelu(self.up(normed_nD)))
+        return out_nD
+
+
+class ResidualMLP(nn.Module):
+    """Blocks one after the other on a residual stream; random weights of variance 1 / in."""
+
+    def __init__(self, size: ProblemSize, seed: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(size.width, size.hidden) for _ in range(len(size.planted) // 2)))
+        for name, module in self.matrices().items():
+            draw = module_generator(seed, f"weight of {name}")
+            weight_OI = torch.randn(module.weight.shape, generator=draw)
+            module.weight = nn.Parameter(weight_OI / module.in_features**0.5, requires_grad=False)
+
+    def matrices(self) -> dict[str, nn.Linear]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+
+    def forward(self, x_nD: Tensor) -> Tensor:
+        out_nD: Tensor = self.blocks(x_nD)
+        return out_nD
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One teacher with its data. Everything depends on size, regime and seed alone."""
+
+    base: ResidualMLP
+    updates: dict[str, Tensor]
+    """The teacher's weight minus the frozen one, (O, I) by matrix, in the order of the network."""
+    ranks: dict[str, int]
+    inputs_nD: Tensor
+    targets_nD: Tensor
+    """Noisy outputs of the teacher."""
+    test_inputs_nD: Tensor
+    test_targets_nD: Tensor
+    """Outputs of the teacher, without noise."""
+    base_error: float
+    """Mean squared error of the frozen network on the test set: the unit of all losses."""
+
+
+def make_problem(size: ProblemSize, regime: Regime, seed: int) -> Problem:
+    """Plant ``size.planted`` in random order into a random network.
+
+    Both regimes have the same total energy (sum of squared singular values). ``equal_energy``: every update that is
+    not zero has the same Frobenius norm, so that norms do not show ranks (and a direction of a high-rank update is
+    worth less). ``equal_singular_value``: all planted directions are worth the same, and norms grow with the root
+    of the rank.
+    """
+    base = ResidualMLP(size, seed)
+    order = torch.randperm(len(size.planted), generator=module_generator(seed, "order of the ranks")).tolist()
+    ranks = {name: size.planted[place] for name, place in zip(base.matrices(), order, strict=True)}
+    teacher, updates = copy.deepcopy(base), {}
+    for name, module in teacher.matrices().items():
+        value = singular_value(size, regime, ranks[name])
+        update_OI = low_rank_update(
+            module.weight.shape, ranks[name], value, module_generator(seed, f"update of {name}")
+        )
+        module.weight = nn.Parameter(module.weight + update_OI, requires_grad=False)
+        updates[name] = update_OI
+    inputs_nD = torch.randn(size.train_examples, size.width, generator=module_generator(seed, "inputs"))
+    test_inputs_nD = torch.randn(size.test_examples, size.width, generator=module_generator(seed, "test inputs"))
+    test_targets_nD = outputs(teacher, test_inputs_nD)
+    base_error = float(F.mse_loss(outputs(base, test_inputs_nD), test_targets_nD))
+    noise_nD = torch.randn(size.train_examples, size.width, generator=module_generator(seed, "noise"))
+    targets_nD = outputs(teacher, inputs_nD) + size.noise * base_error**0.5 * noise_nD
+    return Problem(base, updates, ranks, inputs_nD, targets_nD, test_inputs_nD, test_targets_nD, base_error)
+
+
+def singular_value(size: ProblemSize, regime: Regime, rank: int) -> float:
+    """Value of all singular values of an update of this rank."""
+    if regime == "equal_singular_value" or rank == 0:
+        return size.update_scale
+    occupied = sum(r > 0 for r in size.planted)
+    return size.update_scale * (size.total / occupied / rank) ** 0.5
+
+
+def low_rank_update(shape: torch.Size, rank: int, value: float, generator: torch.Generator) -> Tensor:
+    """A random (O, I) matrix with ``rank`` singular values, all equal to ``value``."""
+    tall, wide = shape
+    left_Or = torch.linalg.qr(torch.randn(tall, rank, generator=generator)).Q
+    right_Ir = torch.linalg.qr(torch.randn(wide, rank, generator=generator)).Q
+    return value * left_Or @ right_Ir.T
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs_nD: Tensor) -> Tensor:
+    return torch.cat([model(chunk_nD) for chunk_nD in inputs_nD.split(TEST_CHUNK)])
+
+
+def held_out_loss(model: nn.Module, problem: Problem) -> float:
+    """Mean squared error against the noiseless teacher, in units of the frozen network's: 1 = nothing was learned."""
+    return float(F.mse_loss(outputs(model, problem.test_inputs_nD), problem.test_targets_nD)) / problem.base_error
+
+
+def update_error(updates: dict[str, Tensor], problem: Problem) -> float:
+    """Squared distance of a student's updates (O, I) to the planted ones, relative to the planted energy."""
+    distance = sum(float((updates[name] - planted).square().sum()) for name, planted in problem.updates.items())
+    return distance / sum(float(planted.square().sum()) for planted in problem.updates.values())

@@ -1,0 +1,71 @@
+"""Students of a planted teacher: every method of the package, all ending at the same sum of ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from salient_ds.adapters.inject import AdaptedModel, inject, module_generator
+from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
+from salient_ds.config import AdapterConfig
+from salient_ds.method_config import LoRAConfig
+from salient_ds.methods.base import Method, RankLayout
+from salient_ds.methods.table import build_method
+
+from .planted_plan import Arm, ProblemSize, Training, method_config
+from .planted_problem import Problem
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model in training, and the method that decides its ranks."""
+
+    model: nn.Module
+    adapted: AdaptedModel
+    method: Method
+
+
+def build_student(arm: Arm, problem: Problem, size: ProblemSize, training: Training, seed: int) -> Student:
+    """A copy of the frozen network with adapters whose update has the multiplier 1 at any rank (alpha = rank).
+
+    Where ranks grow the multiplier is alpha / current rank: there it is 1 at the mean of the budget.
+    """
+    model = copy.deepcopy(problem.base)
+    config = method_config(arm, size, training)
+    if arm.oracle:
+        assert isinstance(config, LoRAConfig)
+        adapted = with_ranks(model, problem.ranks, config, seed)
+    else:
+        rank = size.uniform_rank if arm.start == "uniform" else training.initial_rank
+        adapter = AdapterConfig.model_validate({
+            "rank": rank, "alpha": size.uniform_rank if arm.start == "grow" else rank, "target_modules": "all-linear",
+            "orthogonality": {"coefficient": training.orthogonality},
+        })  # fmt: skip
+        adapted = inject(model, adapter, config, seed, torch.float32)
+    return Student(model, adapted, build_method(config, adapted.layout, training.steps, training.rates))
+
+
+def with_ranks(model: nn.Module, ranks: dict[str, int], config: LoRAConfig, seed: int) -> AdaptedModel:
+    """Fixed adapters of the given ranks; matrices of rank 0 get none."""
+    adapters: dict[str, RankedLinear] = {}
+    plain = config.form == "plain"
+    build: Callable[..., RankedLinear] = PlainLinear if plain else SVDLinear
+    for name, rank in ranks.items():
+        if rank == 0:
+            continue
+        adapter = build(model.get_submodule(name), rank, 1.0, generator=module_generator(seed, name))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapter)
+        adapters[name] = adapter
+    sides = [(adapter.in_features, adapter.out_features) for adapter in adapters.values()]
+    layout = RankLayout(
+        modules=tuple(adapters),
+        ranks=tuple(adapter.rank for adapter in adapters.values()),
+        in_features=tuple(wide for wide, _ in sides),
+        out_features=tuple(tall for _, tall in sides),
+    )
+    return AdaptedModel(model, adapters, layout, None)

@@ -1,0 +1,167 @@
+"""Records: a folder DATE_model_method_hardware with result.json and a README.md that shows it as a table. No torch."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .plan import PEFT_ARMS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COLUMNS = ("arm", "loop", "rank", "GPUs", "ckpt", "s/step", "tokens/s", "peak GiB", "x PEFT LoRA", "x floor",
+           "events s")  # fmt: skip
+Row = Mapping[str, Any]
+
+
+def with_ratios(arms: Sequence[Row], floors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The arms plus ``ratio_to_floor`` and ``ratio_to_peft_lora`` (above 1 = slower; None without that arm).
+
+    Args:
+        floors: seconds of the floor by the arms' form ("r=64").
+    """
+    same = ("loop", "zero", "rank", "gpus", "checkpointing")
+    peft = {tuple(arm[key] for key in same): arm["seconds"] for arm in arms if arm["arm"] == "peft_lora"}
+    out = []
+    for arm in arms:
+        base = peft.get(tuple(arm[key] for key in same))
+        ratios = {
+            "ratio_to_floor": arm["seconds"] / floors[arm["form"]],
+            "ratio_to_peft_lora": arm["seconds"] / base if base else None,
+        }
+        out.append({**arm, **ratios})
+    return out
+
+
+def row(arm: Row) -> list[str]:
+    """One line of the table, see :data:`COLUMNS`."""
+    events = arm.get("event_seconds") or []
+    ratio = arm.get("ratio_to_peft_lora")
+    return [
+        arm["arm"] + (" (compacted)" if arm.get("compacted") else ""),
+        "plain" if arm["loop"] == "plain" else f"ZeRO-{arm['zero']}",
+        str(arm["rank"]), str(arm["gpus"]), arm["checkpointing"],
+        f"{arm['seconds']:.4f}", f"{arm['tokens_per_s']:,.0f}", f"{arm['peak_gib']:.2f}",
+        f"{ratio:.2f}" if ratio else "-", f"{arm['ratio_to_floor']:.2f}",
+        f"{len(events)} x {max(events):.3f}" if events else "-",
+    ]  # fmt: skip
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def hardware_name(hardware: Row, gpus: int) -> str:
+    """Short name for a folder: ``1xh100``, ``2xh200``, ``2-cpu-cores``."""
+    if hardware["device"] == "cpu":
+        return f"{hardware['cpu_cores']}-cpu-cores"
+    short = re.search(r"\b[A-Z]{1,3}\d{1,4}[A-Z]?\b", hardware["gpu"])
+    name = short.group() if short else re.sub(r"\W+", "-", hardware["gpu"]).strip("-")
+    return f"{gpus}x{name.lower()}"
+
+
+def new_folder(out: Path, model: str, arms: Sequence[str], hardware: str, today: datetime.date) -> Path:
+    """Create DATE_model_method_hardware in ``out``; a number is added where that exists already."""
+    own = [name for name in dict.fromkeys(arms) if name not in PEFT_ARMS] or list(dict.fromkeys(arms))
+    name = "_".join((today.isoformat(), model, "-".join(own), hardware))
+    for number in range(1, 1000):
+        folder = out / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"--out {out} holds a thousand records called {name}: choose another folder")
+
+
+def commit() -> str:
+    """The repository's commit, "-dirty" if files differ from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(REPOSITORY)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def without_places(text: str) -> str:
+    """``text`` without the folders of this machine, so that a record can be published."""
+    for place, sign in ((str(REPOSITORY), "."), (str(Path.home()), "~")):
+        text = text.replace(place, sign) if len(place) > 1 else text
+    return text
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write result.json and README.md of a record, whole or not at all (an interrupted run keeps its last state)."""
+    for name, text in (("result.json", json.dumps(record, indent=1) + "\n"), ("README.md", readme(record))):
+        partial = folder / f"{name}.partial"
+        partial.write_text(without_places(text))
+        partial.replace(folder / name)
+
+
+def readme(record: Mapping[str, Any]) -> str:
+    """The record as a page: command, machine, table, events, and what is missing from it."""
+    hardware, settings, rate = record["hardware"], record["settings"], record["matrix_rate"]
+    machine = hardware.get("gpu") or hardware["cpu"]
+    floors = ", ".join(f"{form}: {floor:.4f} s" for form, floor in record["floor_seconds"].items())
+    parts = [
+        f"# Training steps: {record['model']}, {machine}",
+        f"Command, at commit {record['commit']}, {record['date']}:",
+        f"    {record['command']}",
+        f"Random weights, {settings['precision']}, {settings['batch']} x {settings['seq']} tokens per process and "
+        f"step, all linear layers of the decoder adapted, AdamW, gradients clipped at {settings['clip']:g}. Seconds "
+        f"are the median of {settings['steps']} steps after {settings['warmup'] + 1}; the peak is that of all steps "
+        "but the first. AdaLoRA's update_and_allocate is part of every step (masks every "
+        f"{settings['delta_t']} steps). Versions: "
+        + ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+        + ".",
+        f"Floor: counted matrix products (frozen: forward and input gradients; adapters: all; attention; no "
+        f"recomputation) at the measured {rate['flops_per_second'] / 1e12:.4g} TFLOP/s ({rate['dtype']}, "
+        f"{rate['size']} squared): {floors}.",
+        markdown_table(COLUMNS, [row(arm) for arm in record["arms"]]),
+        parts_table(record["arms"]),
+        *schedule_lines(record["arms"]),
+        *missing_lines(record),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def parts_table(arms: Sequence[Row]) -> str:
+    """Seconds of the parts of a step, each with the device idle at both ends."""
+    names = list(dict.fromkeys(name for arm in arms for name in arm["parts"]))
+    rows = [
+        [*row(arm)[:5], *(f"{arm['parts'][name]:.4f}" if name in arm["parts"] else "-" for name in names)]
+        for arm in arms
+    ]
+    return markdown_table([*COLUMNS[:5], *names], rows) if arms else ""
+
+
+def schedule_lines(arms: Sequence[Row]) -> list[str]:
+    """One sentence per arm that went through a shortened allocation schedule."""
+    lines = []
+    for arm in arms:
+        if not arm.get("events"):
+            continue
+        steps = ", ".join(f"{e['step']} (to {e['kept']:,}, {e['seconds']:.3f} s)" for e in arm["events"])
+        verdict = "exactly the target" if arm["exact"] else f"NOT the target {arm['target_total_rank']:,}"
+        later = arm["seconds_after_events"]
+        lines.append(
+            f"{arm['arm']} {row(arm)[1]} r={arm['rank']} x{arm['gpus']}, checkpointing {arm['checkpointing']}, "
+            f"shortened schedule: {arm['total_rank']:,} ranks, events after steps {steps}; {arm['final_total_rank']:,} "
+            f"left, {verdict}."
+            + (f" Steps after the last event: {later:.4f} s." if later is not None else "")
+            + f" Peak {arm['peak_gib_schedule']:.2f} GiB."
+        )
+    return lines
+
+
+def missing_lines(record: Mapping[str, Any]) -> list[str]:
+    """What was asked for and is not in the table."""
+    lines = [f"- failed: {item['title']}: {item['error']}" for item in record["failed"]]
+    lines += [f"- left out: {item['title']}: {item['reason']}" for item in record["left_out"]]
+    return ["Not in the table:", "\n".join(lines)] if lines else []

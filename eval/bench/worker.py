@@ -1,0 +1,177 @@
+"""One arm (or the probe of the machine) in processes of its own: started by step.py, never by hand.
+
+``worker.py SPEC.json RESULT.json``: an :class:`ArmSpec`, or ``{"probe": ...}``; the main process writes the result.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import standalone
+
+    __package__ = standalone.PACKAGE
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .plan import PEFT_ARMS, PLAIN, ArmSpec
+
+PACKAGES = ("deepspeed", "transformers", "peft", "accelerate", "numpy", "pydantic")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("result", type=Path)
+    args, _ = parser.parse_known_args()
+    request = json.loads(args.spec.read_text())
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        result = probe(request["probe"]) if "probe" in request else run_arm(ArmSpec.from_dict(request))
+    except Exception as error:
+        if not args.result.exists():  # the first process to fail knows why
+            args.result.write_text(json.dumps({"error": explain(error)}))
+        raise
+    if is_main:
+        args.result.write_text(json.dumps(result))
+    if "probe" not in request:
+        from salient_ds.zero.environment import stop
+
+        stop()
+
+
+def explain(error: Exception) -> str:
+    """Type and first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def run_arm(spec: ArmSpec) -> dict[str, Any]:
+    """Build, time and, where there is a schedule, allocate."""
+    import torch
+
+    from .timing import measure
+
+    device = join(spec)
+    arm = build(spec, device)
+    settings = spec.settings
+    draw = torch.Generator().manual_seed(settings.seed + int(os.environ.get("RANK", "0")))
+    shape = (settings.batch, settings.seq)
+    tokens_BS = torch.randint(3, int(settings.config["vocab_size"]), shape, generator=draw).to(device)
+    first_loss = arm.loss(tokens_BS)
+    measured = measure(lambda: arm.step(tokens_BS), arm.watch, settings.warmup, settings.steps, settings.part_steps)
+    everyone = gather({"seconds": median(measured.seconds), "peak_gib": measured.peak_gib})
+    schedule = run_schedule(arm, tokens_BS) if settings.schedule_steps else {}
+    seconds = max(one["seconds"] for one in everyone)
+    return {
+        **spec.key(), **arm.facts(),
+        "seconds": seconds,
+        "tokens_per_s": spec.gpus * settings.batch * settings.seq / seconds,
+        "peak_gib": max(one["peak_gib"] for one in everyone),
+        "parts": measured.parts,
+        "seconds_of_steps": measured.seconds,
+        "event_seconds": [],
+        **schedule,
+        "first_loss": first_loss,
+        "last_loss": arm.loss(tokens_BS) if "schedule_error" not in schedule else None,
+    }  # fmt: skip
+
+
+def run_schedule(arm: Any, tokens_BS: Any) -> dict[str, Any]:
+    """The arm's schedule; if it fails, the steps that were timed before are still worth having."""
+    try:
+        found: dict[str, Any] = arm.run_schedule(tokens_BS)
+    except Exception as error:
+        traceback.print_exc()
+        return {"schedule_error": explain(error)}
+    return found
+
+
+def join(spec: ArmSpec) -> Any:
+    """The process' device; under DeepSpeed also its process group."""
+    import torch
+
+    if spec.loop != PLAIN:
+        from salient_ds.zero.environment import start
+
+        return start(timeout_minutes=10)
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0)
+
+
+def build(spec: ArmSpec, device: Any) -> Any:
+    if spec.arm in PEFT_ARMS:
+        from .peft_arms import PeftArm
+
+        return PeftArm.build(spec, device)
+    from .own_arms import OwnArm
+
+    return OwnArm.build(spec, device)
+
+
+def gather(mine: dict[str, float]) -> list[dict[str, float]]:
+    """``mine`` of every process."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def probe(request: dict[str, Any]) -> dict[str, Any]:
+    """What the machine is, which versions run on it, and its matrix rate."""
+    import torch
+
+    from .floor import matrix_rate
+
+    on_gpu = request["device"] != "cpu" and torch.cuda.is_available()
+    if request["device"] == "cuda" and not on_gpu:
+        raise RuntimeError("--device cuda: PyTorch sees no GPU here")
+    hardware: dict[str, Any] = {"device": "cuda" if on_gpu else "cpu", "cpu": cpu_name(), "cpu_cores": os.cpu_count()}
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        hardware |= {
+            "gpu": properties.name, "gpus_seen": torch.cuda.device_count(),
+            "gpu_memory_gib": properties.total_memory / 2**30, "driver": driver_version(),
+        }  # fmt: skip
+    dtype = "bfloat16" if (request["precision"] or ("bf16" if on_gpu else "fp32")) == "bf16" else "float32"
+    versions = {name: installed(name) for name in PACKAGES}
+    versions |= {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return {"hardware": hardware, "versions": versions, "matrix_rate": matrix_rate(hardware["device"], dtype)}
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def driver_version() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split("\n")[0].strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+if __name__ == "__main__":
+    main()
