@@ -59,9 +59,10 @@ class AdapterConfig(Strict):
     target_modules: str | list[str] = LLAMA_MODULES
     """Names (suffixes of module paths), one regular expression as "re:...", or "all-linear"."""
     rank: int = Field(gt=0)
-    """Initial rank r of every adapted matrix."""
+    """Initial rank r of every adapted matrix (IncreLoRA: the most it may grow to)."""
     alpha: float = Field(32.0, gt=0)
-    """Scaling numerator: the update is (alpha / r) B diag(E) A, with r the initial rank throughout."""
+    """Scaling numerator: the update is (alpha / r) B diag(E) A, with r the initial rank throughout (IncreLoRA: the
+    current one)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     init_std: float = Field(0.02, gt=0)
@@ -151,7 +152,7 @@ class RunConfig(Strict):
         if target is not None and target > self.adapter.rank:
             raise ValueError(
                 f"method.target_rank={target:g} is above adapter.rank={self.adapter.rank}: "
-                "ranks are only taken away, so lower the target or raise the initial rank"
+                "no more rows than that are allocated, so lower the target or raise it"
             )
         return self
 

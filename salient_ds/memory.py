@@ -11,7 +11,8 @@ n = trainable parameters at the initial rank, N = singular values, T = longest w
                 at most everything, and nothing on a single process
     statistics  SalientLoRA's window 4 N T / W, and at an event about 24 N T and a block of 256 MiB (a gathered copy,
                 its double-precision form and temporaries); AdaLoRA's two moving averages 8 / W per scored element
-                (12 / W with moment=paper, which keeps the weights before the step)
+                (12 / W with moment=paper, which keeps the weights before the step); IncreLoRA's copy of the rows that
+                joined late, at most 4 n / W (n at adapter.rank), and while a step is scored method.block_bytes
     activations per token and layer (h hidden, a = heads x head dimension, k = key/value width, f intermediate,
                 r rank; sdpa attention): two fp32 copies of the input in the norms and their outputs 8 h + 2 c h;
                 q, attention output and its contiguous copy 3 c a; k, v 2 c k; gate, its activation, up and their
@@ -32,7 +33,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from salient_ds.config import RunConfig
-from salient_ds.method_config import AdaLoRAConfig, LoRA2Config, LoRAConfig, MethodConfig, SalientLoRAConfig
+from salient_ds.method_config import (
+    AdaLoRAConfig,
+    IncreLoRAConfig,
+    LoRA2Config,
+    LoRAConfig,
+    MethodConfig,
+    SalientLoRAConfig,
+)
 from salient_ds.model_shapes import Architecture
 from salient_ds.zero.config import DsSummary
 
@@ -65,6 +73,8 @@ class Workload:
     eager_attention: bool
     dropout: bool
     architecture: Architecture | None
+    scoring: int = 0
+    """Bytes that scoring whole matrices needs during the backward pass on each process."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ def _method_bytes(method: MethodConfig, shapes: Sequence[tuple[int, int]], ranks
         if isinstance(method, LoRA2Config):
             scored -= sum(method.inner_width * (out + inner) for out, inner in shapes)
         return (12 if method.options().moment == "paper" else 8) * scored, 0
+    if isinstance(method, IncreLoRAConfig):
+        return (4 * adapter_parameters(method, shapes, ranks) if method.lr_restart else 0), 0
     return 0, 0
 
 
@@ -138,6 +150,7 @@ def workload(
         eager_attention=run.model.attn_implementation == "eager",
         dropout=run.adapter.dropout > 0,
         architecture=architecture,
+        scoring=method.block_bytes if isinstance(method, IncreLoRAConfig) else 0,
     )
 
 
@@ -161,7 +174,7 @@ def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
     activations = _activations(work)
 
     stays = base + adapters + optimizer + statistics
-    forward = buffers + (activations or 0) + (low_precision_grads if work.accumulation > 1 else 0)
+    forward = buffers + (activations or 0) + (low_precision_grads if work.accumulation > 1 else 0) + work.scoring
     peak = stays + max(forward, gradients, work.event)
     return MemoryEstimate(stage, base, adapters, optimizer, gradients, buffers, statistics, activations, peak, host)
 

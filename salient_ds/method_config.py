@@ -183,6 +183,46 @@ class LoRA2Config(_BySensitivity):
         return self.inner_width * (in_features + out_features + 2 * rank) + rank
 
 
+class IncreLoRAConfig(_Method):
+    name: Literal["increlora"] = "increlora"
+    target_rank: float | None = Field(None, gt=0)
+    """Mean rank per matrix at which growth ends; a single matrix grows to adapter.rank at the most."""
+    target_total: int | None = Field(None, gt=0)
+    """Instead of target_rank: the total number of singular values at which growth ends."""
+    start_rank: int = Field(1, ge=1)
+    """Rank of every matrix at the start (1 in all released scripts)."""
+    initial_warmup: float = Field(0, ge=0)
+    """Steps before ranks may grow (a fraction of all steps if below 1); the scripts use one interval."""
+    interval: int = Field(100, ge=1)
+    """Steps between events (100 to 1000 in the scripts, by task)."""
+    top_h: int = Field(ge=1)
+    """Matrices that grow at an event (2 to 22 in the scripts, by task and target)."""
+    add: int | None = Field(None, ge=1)
+    """Rows that a matrix gains at once; by default 1, 2, 3 or 4 for a target_rank of 2, 4, 6 or 8."""
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed score."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed deviation from it (uncertainty)."""
+    ties: Literal["exact", "threshold"] = "exact"
+    """exact: growth stops at the target, the earlier matrix wins a tie; threshold: all at the threshold grow (code)."""
+    advance_learning: bool = True
+    """Rows train with a singular value of 1e-5 before they count (the next `add` rows of every matrix)."""
+    lr_restart: bool = True
+    """Rows that join get their own warm-up and decay; false: they follow the learning rate of all others."""
+    score_reduction: Literal["mean", "exact"] = "mean"
+    """mean: scores of single processes and micro-batches, averaged; exact: score of the averaged gradient."""
+    score_every: int = Field(1, ge=1)
+    """Steps between two scores; each costs as much as the adapted layers' forward pass (exact: and its traffic)."""
+    block_bytes: int = Field(64 * 2**20, gt=0)
+    """Memory for the blocks of a matrix' gradient and update while it is scored."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.target_rank is None) == (self.target_total is None):
+            raise ValueError("set exactly one of method.target_rank (mean per matrix) and method.target_total")
+        return self
+
+
 class LoRAConfig(_Method):
     name: Literal["lora"] = "lora"
     form: Literal["plain", "svd"] = "plain"
@@ -191,4 +231,4 @@ class LoRAConfig(_Method):
     """Scale by alpha / sqrt(r) (rank-stabilised LoRA) instead of alpha / r."""
 
 
-MethodConfig = SalientLoRAConfig | AdaLoRAConfig | LoRA2Config | LoRAConfig
+MethodConfig = SalientLoRAConfig | AdaLoRAConfig | LoRA2Config | IncreLoRAConfig | LoRAConfig

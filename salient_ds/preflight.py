@@ -15,10 +15,12 @@ from typing import Any
 
 from salient_ds.config import ConfigError, RunConfig
 from salient_ds.memory import GIB, adapter_parameters, estimate, estimate_stages, workload
+from salient_ds.method_config import IncreLoRAConfig
 from salient_ds.model_files import ModelFiles, inspect_model
 from salient_ds.model_shapes import architecture
 from salient_ds.salience.budget import steps_or_fraction
-from salient_ds.salience.schedules import method_events, method_plan
+from salient_ds.salience.growth import require_whole_batch
+from salient_ds.salience.schedules import initial_total, method_events, method_plan
 from salient_ds.targets import match_targets
 from salient_ds.tokenizer_files import inspect_tokenizer
 from salient_ds.zero.config import load_ds_config, resolve_ds_config, summary
@@ -189,7 +191,11 @@ class _Checks:
             return
         ranks = [self.run.adapter.rank] * len(shapes)
         start = adapter_parameters(method, shapes, ranks)
-        self.facts.update(initial_total=sum(ranks), trainable_start=start)
+        self.facts.update(initial_total=initial_total(method, ranks), trainable_start=start)
+        if isinstance(method, IncreLoRAConfig):
+            per_pass = self.run.train.micro_batch_size * self.world_size
+            exact = method.score_reduction == "exact"
+            self.guarded(lambda: require_whole_batch(exact, self.run.train.global_batch_size // per_pass))
         total_steps = self.facts.get("total_steps")
         if total_steps is None:
             return
@@ -199,7 +205,12 @@ class _Checks:
         self.facts.update(target_total=target, trainable_end=end)
         events = method_events(method, ranks, total_steps)
         self.facts["events"] = [asdict(event) for event in events]
-        if events and events[-1].total_rank > target:
+        if isinstance(method, IncreLoRAConfig):
+            self.report.notes.append(
+                f"memory and trainable parameters are those of adapter.rank={self.run.adapter.rank} rows per matrix, "
+                "all of which exist from the start: as low as the largest rank you expect is enough"
+            )
+        elif events and events[-1].total_rank > target:
             self.report.notes.append(
                 f"the last event leaves {events[-1].total_rank} ranks, above the target {target}: "
                 "set method.final_prune=true to end at the target"

@@ -24,7 +24,7 @@ from salient_ds.models import DTYPES, hidden_size, load_model, load_tokenizer, m
 from salient_ds.monitor.progress import Progress
 from salient_ds.monitor.run_log import RunLog
 from salient_ds.run_directory import RunDirectory, RunDirectoryError, claim, shared_by_all
-from salient_ds.zero.build import build_engine
+from salient_ds.zero.build import build_engine, rate_plan
 from salient_ds.zero.checkpoint import load, save
 from salient_ds.zero.collectives import all_succeeded, sum_numbers, world
 from salient_ds.zero.config import load_ds_config, resolve_ds_config
@@ -123,7 +123,9 @@ class Training:
         model = load_model(config.model, config.train, ds_config)
         dtype = DTYPES[config.train.precision]
         adapted = inject(model, config.adapter, config.method, config.train.seed, dtype, self.device)
-        method = build_method(config.method, adapted.layout, self.total_steps)
+        method = build_method(
+            config.method, adapted.layout, self.total_steps, rate_plan(config.train, self.total_steps)
+        )
         engine = build_engine(adapted, config.train, ds_config, self.total_steps, self.device)
         self.engine = AllocatingEngine(engine, adapted, method, self.device)
         self.identity = self._identity(model_identity(model))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 
 CONFIDENCE = 0.95
+FEWEST = 3
+"""Values that an interval needs: below, two equal ones would look like certainty."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def rank_scores(recovered: Sequence[int], planted: Sequence[int]) -> RankScores:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval; without a spread (fewer than two values) both ends are None."""
+    """A mean with its interval; both ends are None if there are too few values for one."""
 
     mean: float
     low: float | None
@@ -61,9 +63,9 @@ class Estimate:
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
-    """Mean of the defined values and the interval of Student's t at 95%; None if no value is defined.
+    """Mean of the defined values and Student's t interval at 95%; None if no value is defined.
 
-    If all values are equal the interval is that value.
+    If all values are equal, the interval is that value; below :data:`FEWEST` values there is none.
     """
     from scipy.stats import t
 
@@ -71,8 +73,8 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     if not known:
         return None
     count, mean = len(known), sum(known) / len(known)
-    if count == 1:
-        return Estimate(mean, None, None, 1)
+    if count < FEWEST:
+        return Estimate(mean, None, None, count)
     variance = sum((value - mean) ** 2 for value in known) / (count - 1)
     half = float(t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * (variance / count) ** 0.5
     return Estimate(mean, mean - half, mean + half, count)

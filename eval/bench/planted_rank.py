@@ -21,8 +21,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +38,8 @@ from .worker import cpu_name, installed
 USAGE_ERROR, INCOMPLETE = 2, 1
 PACKAGES = ("torch", "numpy", "scipy", "pydantic")
 QUICK_SIZE = ProblemSize(planted=(0, 1, 2, 5), width=24, hidden=32, train_examples=4096, test_examples=1024)
-QUICK_TRAINING = Training(steps=200, batch=64, initial_rank=6, window_initial=5, window_final=40)
+QUICK_ARMS = "true-ranks,lora,adalora,lora2,increlora,salientlora-paper-released,salientlora-paper-robust"
+QUICK_TRAINING = Training(steps=120, batch=64, initial_rank=6, window_initial=5, window_final=30)
 Task = tuple[Arm, ProblemSize, Training, Regime, int, float]
 
 
@@ -50,7 +51,9 @@ def main(
     lrs: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "3e-3,1e-2,3e-2",
     steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: the default.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny problem, two seeds, one learning rate.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny problem, two seeds, one learning rate, fewer students.")
+    ] = False,
     deadline: Annotated[float, typer.Option(help="Start no run later than this many seconds; 0: never.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the record's folder is made.")] = record.REPOSITORY
     / "eval"
@@ -63,11 +66,11 @@ def main(
     if steps:
         training = replace(training, steps=steps)
     if quick:
-        seeds, lrs, regimes = min(seeds, 2), "1e-2", regimes.split(",")[0]
+        seeds, lrs, regimes, arms = min(seeds, 2), "2e-2", regimes.split(",")[0], arms or QUICK_ARMS
     try:
         chosen, left_out = usable(pick(arms, {arm.name: arm for arm in ARMS}, "--arms"), size, training)
         where = pick(regimes, {regime: regime for regime in REGIMES}, "--regimes")
-        rates = sorted({float(lr) for lr in lrs.split(",")})
+        rates = learning_rates(lrs)
         if tuning_seed < seeds:
             raise ValueError(f"--tuning-seed {tuning_seed} is one of the seeds 0 to {seeds - 1} of the results")
     except ValueError as error:
@@ -114,6 +117,21 @@ def pick(text: str, known: dict[str, Any], option: str) -> list[Any]:
     return [value for name, value in known.items() if name in names]
 
 
+def learning_rates(text: str) -> list[float]:
+    """The grid, rising.
+
+    Raises:
+        ValueError: not positive numbers separated by commas.
+    """
+    try:
+        rates = sorted({float(item) for item in text.split(",") if item.strip()})
+    except ValueError:
+        rates = []
+    if not rates or rates[0] <= 0:
+        raise ValueError(f"--lrs {text!r}: expected positive numbers separated by commas")
+    return rates
+
+
 def usable(arms: Sequence[Arm], size: ProblemSize, training: Training) -> tuple[list[Arm], list[dict[str, str]]]:
     """Arms whose method this version has, and the others with the reason."""
     found, left_out = [], []
@@ -138,7 +156,10 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run_one(task: Task) -> dict[str, Any]:
+def run_one(task: Task, limit: float) -> dict[str, Any] | None:
+    """Train one student; None if it is too late to begin."""
+    if time.monotonic() > limit:
+        return None
     from .planted_train import train
 
     return train(*task)
@@ -148,28 +169,22 @@ def run_all(
     executor: ProcessPoolExecutor, tasks: Sequence[Task], limit: float, left_out: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
     """Results in the order of the tasks; what did not start before ``limit`` goes to ``left_out``."""
-    futures = {executor.submit(run_one, task): task for task in tasks}
-    for number, future in enumerate(finished(futures, limit), 1):
+    futures = [executor.submit(run_one, task, limit) for task in tasks]
+    for number, future in enumerate(as_completed(futures), 1):
         result = future.result()
-        loss = result["error"] if result["loss"] is None else f"loss {result['loss']:.4g}"
-        print(
-            f"[{number}/{len(tasks)}] {result['regime']} seed {result['seed']} lr {result['lr']:g} {result['arm']}: "
-            f"{loss}, {result.get('seconds', 0):.0f} s", file=sys.stderr, flush=True,
-        )  # fmt: skip
-    for future, (arm, _, _, regime, seed, lr) in futures.items():
-        if future.cancelled():
+        if result is not None:
+            outcome = result["error"] if result["loss"] is None else f"loss {result['loss']:.4g}"
+            print(
+                f"[{number}/{len(tasks)}] {result['regime']} seed {result['seed']} lr {result['lr']:g} "
+                f"{result['arm']}: {outcome}, {result['seconds']:.0f} s", file=sys.stderr, flush=True,
+            )  # fmt: skip
+    results = []
+    for future, (arm, _, _, regime, seed, lr) in zip(futures, tasks, strict=True):
+        if (result := future.result()) is None:
             left_out.append({"arm": arm.name, "reason": f"{regime}, seed {seed}, lr {lr:g}: no time left (--deadline)"})
-    return [future.result() for future in futures if not future.cancelled()]
-
-
-def finished(futures: dict[Future, Task], limit: float) -> Iterator[Future]:
-    """Futures as they end; those that have not started at ``limit`` are cancelled."""
-    for future in as_completed(futures):
-        if not future.cancelled():
-            yield future
-        if time.monotonic() > limit:
-            for other in futures:
-                other.cancel()
+        else:
+            results.append(result)
+    return results
 
 
 def finish(page: dict[str, Any], out: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .planted_metrics import Estimate, estimate, paired, rank_scores
+from .planted_metrics import FEWEST, Estimate, estimate, paired, rank_scores
 from .planted_plan import ORACLE, ORACLES, UNIFORM
 
 Run = Mapping[str, Any]
@@ -90,6 +90,8 @@ def _losses(others: Sequence[Run], runs: Sequence[Run]) -> list[float | None]:
 
 def findings(rows: Sequence[Row], budget: int) -> list[str]:
     """What the intervals of one regime say and what they leave open; nothing is claimed where an interval does not."""
+    if max(row.seeds for row in rows) < FEWEST:
+        return [f"Fewer than {FEWEST} seeds: no intervals, and nothing to claim."]
     by_name = {row.arm: row for row in rows}
     others = [row for row in rows if row.arm not in (ORACLE, UNIFORM)]
     adaptive = [row for row in others if _varies(row)]
@@ -134,7 +136,7 @@ def _reference_line(oracle: Row | None) -> Iterator[str]:
         return
     verdict = {
         -1: "the true ranks reach a lower loss than uniform ones, so that there is something to find",
-        0: "the true ranks do no better than uniform ones, so that losses say nothing about ranks here",
+        0: "the losses of true and uniform ranks are not told apart, so that losses say nothing about ranks here",
         1: "the true ranks do WORSE than uniform ones: the losses measure something else than ranks here",
     }[gain.side_of(0)]
     yield f"Control: {verdict} (difference {show(gain)})."

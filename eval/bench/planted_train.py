@@ -171,7 +171,7 @@ def train(arm: Arm, size: ProblemSize, training: Training, regime: Regime, seed:
     try:
         steps(run, problem, training, seed)
     except (Diverged, ValueError) as error:  # methods refuse statistics that are not finite
-        return result | {"error": str(error), "loss": None}
+        return result | {"error": str(error), "loss": None, "seconds": round(time.perf_counter() - began, 2)}
     run.finish()
     run.student.model.eval()
     live = run.ranks()

@@ -6,16 +6,20 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from salient_ds.adapters.growing import GrowingLinear
+from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
 from salient_ds.adapters.two_scale import TwoScaleLinear
 from salient_ds.config import AdapterConfig
-from salient_ds.method_config import LoRA2Config, LoRAConfig, MethodConfig
+from salient_ds.method_config import IncreLoRAConfig, LoRA2Config, LoRAConfig, MethodConfig
 from salient_ds.methods.base import RankLayout
+from salient_ds.salience.growth import reserve_rows
 from salient_ds.targets import select_modules
 
 Build = Callable[[nn.Linear, torch.Generator], RankedLinear]
@@ -30,12 +34,13 @@ class AdaptedModel:
     """By module path in the base model, in model order."""
     layout: RankLayout
     penalty: OrthogonalityPenalty | None
+    scores: ModuleScores | None = None
+    """Where a method needs them, the scores of whole matrices that backward passes leave behind."""
 
-    def set_mask(self, mask_N: torch.Tensor, gate: bool) -> None:
-        """Write a decision's mask (bool, any device) into every adapter."""
+    def set_mask(self, mask_N: torch.Tensor, gate: bool, final: bool = True) -> None:
+        """Write a decision's mask (bool, any device) into every adapter; see :meth:`RankedLinear.set_mask`."""
         for adapter, mask_R in zip(self.adapters.values(), mask_N.split(list(self.layout.ranks)), strict=True):
-            adapter.rank_mask_R.copy_(mask_R)
-            adapter.gated = gate
+            adapter.set_mask(mask_R, gate, final)
 
 
 def module_generator(seed: int, name: str) -> torch.Generator:
@@ -44,7 +49,7 @@ def module_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+def linear_modules(model: Any) -> dict[str, nn.Linear]:
     """All ``nn.Linear`` layers by path, without the output embedding (it is tied or excluded by convention)."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -70,7 +75,8 @@ def inject(
     candidates = linear_modules(model)
     names = select_modules(list(candidates), adapter.target_modules)
     penalty = _penalty(adapter, method, len(names))
-    build = _builder(adapter, method, penalty, dtype, device)
+    scores = ModuleScores(len(names), method.block_bytes) if isinstance(method, IncreLoRAConfig) else None
+    build = _builder(adapter, method, penalty, scores, len(names), dtype, device)
     adapters: dict[str, RankedLinear] = {}
     for slot, name in enumerate(names):
         wrapped = build(candidates[name], module_generator(seed, name))
@@ -87,7 +93,7 @@ def inject(
         in_features=tuple(a.in_features for a in adapters.values()),
         out_features=tuple(a.out_features for a in adapters.values()),
     )
-    return AdaptedModel(model, adapters, layout, penalty)
+    return AdaptedModel(model, adapters, layout, penalty, scores)
 
 
 def _penalty(adapter: AdapterConfig, method: MethodConfig, num_modules: int) -> OrthogonalityPenalty | None:
@@ -101,6 +107,8 @@ def _builder(
     adapter: AdapterConfig,
     method: MethodConfig,
     penalty: OrthogonalityPenalty | None,
+    scores: ModuleScores | None,
+    num_modules: int,
     dtype: torch.dtype,
     device: torch.device | None,
 ) -> Build:
@@ -115,6 +123,12 @@ def _builder(
         return lambda base, g: TwoScaleLinear(
             base, rank, method.inner_width, scaling, dropout, adapter.init_std, g, penalty, dtype, device
         )
+    if isinstance(method, IncreLoRAConfig):
+        reserve = reserve_rows(method, num_modules)
+        return lambda base, g: GrowingLinear(
+            base, rank, method.start_rank, reserve, adapter.alpha, dropout, adapter.init_std, g, penalty, scores,
+            dtype, device,
+        )  # fmt: skip
     return lambda base, g: SVDLinear(
         base, rank, scaling, dropout, adapter.init_std, g, penalty, dtype=dtype, device=device
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 TwoScaleFactors = tuple[Tensor, Tensor, Tensor, Tensor]
 """A (k, I), B (R, k), aa (k, R), bb (O, k)."""
 
-TINY = 1e-12  # the norm is not differentiable at 0: below this the gradient is taken as 0, as autograd's subgradient
+TINY = 1e-12  # the norm is not differentiable at 0, where the residual and with it the gradient are taken as 0
 
 
 class OrthogonalityPenalty:
@@ -86,22 +86,22 @@ class OrthogonalityPenalty:
         if self.form == "squared":
             return torch.full_like(norm, 4.0 * self.coefficient * self.gradient_scale)
         weight = 2.0 * self.coefficient * self.gradient_scale / (self.terms * self.num_modules)
-        return torch.where(norm > TINY, weight / norm.clamp_min(TINY), 0.0)
+        return weight / norm.clamp_min(TINY)
 
 
 def gram_residual(factor: Tensor, mask_R: Tensor | None, rank_axis: int) -> Tensor:
     """A A^T - I (or B^T B - I) in fp32, with masked rows taken out of both terms; shape (R, R)."""
     wide = factor if rank_axis == 0 else factor.t()
-    if mask_R is not None:
-        wide = wide * mask_R.unsqueeze(1).to(wide.dtype)
     if wide.is_cuda and wide.dtype != torch.float32:
         # bf16 operands, fp32 sum and result: products of two bf16 numbers are exact in fp32
         residual_RR = torch.mm(wide, wide.t(), out_dtype=torch.float32)
     else:
         wide = wide.float()
         residual_RR = wide @ wide.t()
-    ones = torch.ones_like(residual_RR[0]) if mask_R is None else mask_R.float()
-    residual_RR.diagonal().sub_(ones)
+    residual_RR.diagonal().sub_(1.0)
+    if mask_R is not None:  # cheaper here than on the factor: a masked row leaves product and identity alike
+        off_R = ~mask_R
+        residual_RR.masked_fill_(off_R.unsqueeze(1), 0.0).masked_fill_(off_R, 0.0)
     return residual_RR
 
 
@@ -124,18 +124,15 @@ class _AddPenaltyGradient(torch.autograd.Function):
         (factor,) = ctx.saved_tensors
         penalty: OrthogonalityPenalty = ctx.penalty
         residual_RR = gram_residual(factor.detach(), ctx.mask_R, ctx.rank_axis)
-        norm = residual_RR.norm()
+        norm = torch.linalg.vector_norm(residual_RR)
         assert penalty.norms_M2 is not None
-        penalty.norms_M2[ctx.slot] = norm
+        penalty.norms_M2[ctx.slot].copy_(norm)
         if penalty.coefficient == 0:
             return grads[0], None, None, None, None
-        left = (residual_RR * penalty.gradient_factor(norm)).to(factor.dtype)
-        detached = factor.detach()
-        extra = left @ detached if ctx.rank_axis == 0 else detached @ left
-        if ctx.mask_R is not None:
-            keep = ctx.mask_R.to(extra.dtype)
-            extra = extra * (keep.unsqueeze(1) if ctx.rank_axis == 0 else keep)
-        return grads[0] + extra, None, None, None, None
+        # A masked row of the residual is zero, so its row of the factor gets nothing and gives nothing.
+        scaled_RR = residual_RR.mul_(penalty.gradient_factor(norm)).to(factor.dtype)
+        pair = (scaled_RR, factor.detach()) if ctx.rank_axis == 0 else (factor.detach(), scaled_RR)
+        return torch.addmm(grads[0], *pair), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -217,7 +214,10 @@ class _AddTwoScaleGradient(torch.autograd.Function):
         penalty.norms_M2[ctx.module] = norms_5
         if penalty.coefficient == 0:
             return (*grads, None, None, None)
-        extras = _two_scale_gradient(factors, residuals, penalty.gradient_factor(norms_5), ctx.mask_R)
+        weight_5 = penalty.gradient_factor(norms_5)
+        # a cross norm of 0 may be a rounded one, with a gradient that is not quite 0 to be divided by it
+        weight_5[4] *= norms_5[4] > TINY
+        extras = _two_scale_gradient(factors, residuals, weight_5, ctx.mask_R)
         return (*(grad + extra for grad, extra in zip(grads, extras, strict=True)), None, None, None)
 
 

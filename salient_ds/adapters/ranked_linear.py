@@ -63,6 +63,14 @@ class RankedLinear(nn.Module, ABC):
     def bias(self) -> Tensor | None:
         return self.base.bias
 
+    def set_mask(self, mask_R: Tensor, gate: bool, final: bool = True) -> None:
+        """Write a decision's rows (bool, any device); ``gate``: what they drop gets no gradient in forward either.
+
+        ``final`` says that what is dropped will not come back; only forms that grow care.
+        """
+        self.rank_mask_R.copy_(mask_R)
+        self.gated = gate
+
     @abstractmethod
     def factors(self) -> dict[str, FactorAddress]:
         """Addresses of the trainable factors by short name ("A", "E", "B")."""

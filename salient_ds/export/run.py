@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import yaml
 
+from salient_ds.adapters.growing import GrowingLinear
+from salient_ds.adapters.two_scale import two_scale_pair
 from salient_ds.export.api import export_adapter
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta, Form
@@ -32,13 +34,20 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def read_factors(checkpoint: Path) -> list[AdapterFactors]:
-    """All adapters of a checkpoint as fp32 CPU tensors, with the mask that is in force."""
+    """All adapters of a checkpoint as fp32 CPU tensors, with the mask that is in force.
+
+    Between the events of a method that lets dropped rows grow back (AdaLoRA, LoRA^2) all rows are in force. While
+    IncreLoRA still grows, its reserve rows, with singular values of 1e-5, are left out.
+    """
     reader = ShardReader(checkpoint)
     adapters = reader.manifest["adapters"]
     shared = reader.shared()
-    mask_N: torch.Tensor = shared["latest"]["mask_N"]
-    masks = mask_N.split([item["rank"] for item in adapters])
-    return [_factors(reader, item, mask) for item, mask in zip(adapters, masks, strict=True)]
+    latest = shared["latest"]
+    masks = latest["mask_N"].split([item["rank"] for item in adapters])
+    return [
+        _factors(reader, item, mask if latest["hold"] or item["form"] == GrowingLinear.__name__ else mask | True)
+        for item, mask in zip(adapters, masks, strict=True)
+    ]
 
 
 def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> AdapterFactors:
@@ -47,7 +56,10 @@ def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> A
         return reader.read("master", item["factors"][factor], 0, int(torch.tensor(shape).prod())).view(shape).float()
 
     sigma = read("E") if "E" in item["factors"] else None
-    return AdapterFactors(item["name"], read("A"), sigma, read("B"), mask, item["scaling"])
+    A, B = read("A"), read("B")
+    if "aa" in item["factors"]:
+        A, B = two_scale_pair(A, B, read("aa"), read("bb"))
+    return AdapterFactors(item["name"], A, sigma, B, mask, item["scaling"])
 
 
 def export_run(

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config import TrainConfig
 from salient_ds.salience.budget import steps_or_fraction
+from salient_ds.salience.learning_rate import RatePlan
 from salient_ds.zero.config import summary
 
 
@@ -55,6 +56,12 @@ def scheduler_factory(train: TrainConfig, total_steps: int) -> Callable[[torch.o
         return schedule
 
     return build
+
+
+def rate_plan(train: TrainConfig, total_steps: int) -> RatePlan:
+    """The same schedule as numbers, for methods that let rows join late."""
+    warmup = steps_or_fraction(train.lr_warmup, total_steps)
+    return RatePlan(train.lr_schedule, warmup, total_steps, train.betas, train.weight_decay)
 
 
 def build_engine(

@@ -213,7 +213,7 @@ def load(engine: AllocatingEngine, path: Path, identity: dict[str, Any]) -> dict
     force = engine.in_force
     force.latest, held = RankDecision(**shared["latest"]), RankDecision(**shared["held"])
     force.pending = [RankDecision(**d) for d in shared["pending"]]
-    if not bool(held.mask_N.all()):
+    if held.digest() != force.held.digest():
         engine.apply(held)
     engine.method.load_state(shared["method"], reader.read_part)
     rank, size = world()

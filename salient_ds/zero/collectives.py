@@ -32,6 +32,14 @@ def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.devic
     return {n: p.view(tensors[n].shape) for n, p in zip(names, pieces, strict=True)}
 
 
+def average(tensor: Tensor) -> None:
+    """Mean over all processes, in place."""
+    size = world()[1]
+    if size > 1:
+        dist.all_reduce(tensor)
+        tensor.div_(size)
+
+
 def all_equal(digest: str, device: torch.device) -> bool:
     """Whether every process holds the same hexadecimal digest (one small all-gather)."""
     size = world()[1]

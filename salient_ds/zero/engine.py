@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.methods.base import Method, RankDecision
+from salient_ds.methods.base import Method, RankDecision, ScoringMethod, initial_decision
 from salient_ds.salience.budget import Event
-from salient_ds.zero.collectives import all_equal, packed_sum, sum_numbers, world
+from salient_ds.salience.growth import require_whole_batch
+from salient_ds.zero.collectives import all_equal, average, packed_sum, sum_numbers, world
 from salient_ds.zero.layouts import loss_scale
 from salient_ds.zero.shards import LocalView, ShardMap
 
@@ -86,8 +88,12 @@ class AllocatingEngine:
         self.step = 0
         """Applied optimizer steps so far (DeepSpeed's global_steps also counts skipped ones)."""
         self.shards = ShardMap(engine, adapted)
-        everything = RankDecision(0, adapted.layout.total, torch.ones(adapted.layout.total, dtype=torch.bool))
-        self.in_force = _InForce(everything, everything)
+        if isinstance(method, ScoringMethod):
+            require_whole_batch(method.exact_scores, engine.gradient_accumulation_steps())
+        initial = initial_decision(method.policy, adapted.layout)
+        self.in_force = _InForce(initial, initial)
+        if not bool(initial.mask_N.all()):
+            adapted.set_mask(initial.mask_N, method.policy.gate_forward, initial.hold)
         self._events = {event.step: event for event in method.events}
         self._hold: dict[int, list[Tensor]] = {}
         method.attach(adapted.layout, list(self.shards.views.values()))
@@ -113,9 +119,13 @@ class AllocatingEngine:
         skipped = not self.engine.was_step_applied()
         report = StepReport(loss, self._grad_norm(), skipped)
         penalty = self._end_penalty()
+        scores = self._end_scores()
         if not skipped:
             self.step += 1
             self._settle_pending()
+            if scores is not None and isinstance(self.method, ScoringMethod):
+                average(scores)
+                self.method.take_scores(scores, self.step)
             self.method.end_step(self.step, None if penalty is None else penalty.norms_M2)
             event = self._events.get(self.step)
             report.event = self._allocate(event) if event is not None else None
@@ -127,6 +137,7 @@ class AllocatingEngine:
         scale = world()[1] * len(batches) / max(global_targets, 1)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.train()
+        self._arm_scores()
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             if last:
@@ -143,6 +154,7 @@ class AllocatingEngine:
         loss_sum, broken = sum_numbers([mine if math.isfinite(mine) else 0.0, float(not math.isfinite(mine))], self.device)
         if broken:
             self._end_penalty()
+            self._end_scores()
             raise NonFiniteLoss(self.step + 1, self._gather_indices(batches if not math.isfinite(mine) else []))
         return loss_sum
 
@@ -165,6 +177,21 @@ class AllocatingEngine:
             return None
         penalty.disarm()
         return penalty
+
+    def _arm_scores(self) -> None:
+        """Score all micro-batches of this step, if the method asks for it."""
+        scores, method = self.adapted.scores, self.method
+        if scores is not None and isinstance(method, ScoringMethod) and method.scored_at(self.step + 1):
+            several = method.exact_scores and world()[1] > 1
+            scores.arm(loss_scale(self.engine), self.device, average if several else None)
+
+    def _end_scores(self) -> Tensor | None:
+        """Scores of this process (M,) float64, summed over its micro-batches; None for a step without."""
+        scores = self.adapted.scores
+        if scores is None or not scores.armed:
+            return None
+        scores.disarm()
+        return scores.score_M
 
     def _grad_norm(self) -> float:
         norm = self.engine.get_global_grad_norm()
@@ -199,7 +226,8 @@ class AllocatingEngine:
         dropped_N = ~decision.mask_N if decision.hold else torch.zeros_like(decision.mask_N)
         self._hold = {i: _by_run(view, dropped_N) for i, view in self.shards.views.items()}
 
-    def _allocate(self, event: Event) -> EventReport:
+    def _allocate(self, event: Event) -> EventReport | None:
+        """Decide and apply; None if the method had reached its target before."""
         t0 = time.perf_counter()
         contribute = not self.shards.replicated or world()[0] == 0
         statistics = packed_sum(self.method.contribution(), contribute, self.device)
@@ -210,13 +238,16 @@ class AllocatingEngine:
                 f"processes disagree on the allocation of step {event.step} (digest {decision.digest()[:12]} here): "
                 "their statistics or hardware differ; nothing was applied, resume from the last checkpoint"
             )
+        if decision is self.in_force.latest:
+            return None
         t2 = time.perf_counter()
         changed = int((decision.mask_N != self.in_force.latest.mask_N).sum())
-        self.in_force.latest = decision
+        previous, self.in_force.latest = self.in_force.latest, decision
         if self.method.policy.delay:
             self.in_force.pending.append(decision)
         else:
             self.apply(decision)
+            self._start_rows(decision.mask_N & ~previous.mask_N)
         return EventReport(decision, event, t1 - t0, t2 - t1, time.perf_counter() - t2, changed)
 
     def _settle_pending(self) -> None:
@@ -232,14 +263,27 @@ class AllocatingEngine:
         """Bring masks, masters, copies and moments in line with ``decision``; purely local."""
         policy = self.method.policy
         self._set_hold(decision)
-        self.adapted.set_mask(decision.mask_N, policy.gate_forward)
-        masks = decision.mask_N.split(list(self.adapted.layout.ranks))
-        for adapter, mask_R in zip(self.adapted.adapters.values(), masks, strict=True):
-            if bool(mask_R.all()):
-                continue
+        self.adapted.set_mask(decision.mask_N, policy.gate_forward, decision.hold)
+        if not decision.hold and decision.step < self.step:
+            return  # taken up again from a checkpoint: what has grown back since the event stays
+        ranks = list(self.adapted.layout.ranks)
+        prunes = [not bool(mask_R.all()) for mask_R in decision.mask_N.split(ranks)]
+        drops = (~decision.mask_N).to(self.device).split(ranks)  # one copy to the device for all matrices
+        for adapter, drop_R in itertools.compress(zip(self.adapted.adapters.values(), drops, strict=True), prunes):
             for factor, address in adapter.factors().items():
                 if factor == "E" or policy.zero_vectors:
-                    self.shards.zero_rows(address.parameter, ~mask_R, policy.zero_moments)
+                    self.shards.zero_rows(address.parameter, drop_R, policy.zero_moments)
+
+    @torch.no_grad()
+    def _start_rows(self, new_N: Tensor) -> None:
+        """Give E of rows that an event has switched on its first value, if the method has one for them."""
+        value = self.method.policy.start_sigma
+        if value is None:
+            return
+        news = new_N.split(list(self.adapted.layout.ranks))
+        for adapter, new_R in zip(self.adapted.adapters.values(), news, strict=True):
+            if bool(new_R.any()):
+                self.shards.write_rows(adapter.factors()["E"].parameter, new_R, value, zero_moments=True)
 
 
 def _by_run(view: LocalView, dropped_N: Tensor) -> list[Tensor]:

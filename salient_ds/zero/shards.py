@@ -124,17 +124,23 @@ class ShardMap:
             parameter: a factor of an adapter; nothing happens if all its ranks share it.
             drop_R: bool (R,), True = zero.
         """
+        self.write_rows(parameter, drop_R, 0.0, moments)
+
+    @torch.no_grad()
+    def write_rows(self, parameter: nn.Parameter, rows_R: Tensor, value: float, zero_moments: bool) -> None:
+        """As :meth:`zero_rows`, with ``value`` in master and copies."""
         owner = self.owners[id(parameter)]
         if owner.rank_axis is None:
             return
-        drop = _expand(drop_R, owner.shape, owner.rank_axis)
+        rows = _expand(rows_R, owner.shape, owner.rank_axis)
         for fragment in self.by_parameter[id(parameter)]:
-            part = drop[fragment.lo : fragment.lo + fragment.numel]
-            targets = [self.master(fragment)] + (list(self.moments(fragment).values()) if moments else [])
-            for target in targets:
-                target.masked_fill_(part.to(target.device), 0)
+            part = rows[fragment.lo : fragment.lo + fragment.numel]
+            master = self.master(fragment)
+            master.masked_fill_(part.to(master.device), value)
+            for moment in self.moments(fragment).values() if zero_moments else []:
+                moment.masked_fill_(part.to(moment.device), 0)
         for copy, lo in copies(parameter):
-            copy.masked_fill_(drop[lo : lo + copy.numel()].to(copy.device), 0)
+            copy.masked_fill_(rows[lo : lo + copy.numel()].to(copy.device), value)
 
 
 def _expand(drop_R: Tensor, shape: tuple[int, ...], rank_axis: int) -> Tensor:

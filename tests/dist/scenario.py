@@ -12,7 +12,7 @@ from salient_ds.adapters.inject import inject
 from salient_ds.config import RunConfig, parse_config
 from salient_ds.methods.table import build_method
 from salient_ds.models import DTYPES, load_model
-from salient_ds.zero.build import build_engine
+from salient_ds.zero.build import build_engine, rate_plan
 from salient_ds.zero.config import resolve_ds_config
 from salient_ds.zero.engine import AllocatingEngine, MicroBatch
 from salient_ds.zero.layouts import copies
@@ -77,7 +77,7 @@ def build(case: Case, model: Path, world: int) -> AllocatingEngine:
     ds_config = case.ds_config(config, world)
     base = load_model(config.model, config.train, ds_config)
     adapted = inject(base, config.adapter, config.method, 0, DTYPES[case.precision], torch.device("cpu"))
-    method = build_method(config.method, adapted.layout, TOTAL_STEPS)
+    method = build_method(config.method, adapted.layout, TOTAL_STEPS, rate_plan(config.train, TOTAL_STEPS))
     engine = build_engine(adapted, config.train, ds_config, TOTAL_STEPS, torch.device("cpu"))
     return AllocatingEngine(engine, adapted, method, torch.device("cpu"))
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from salient_ds.adapters.growing import GrowingLinear
 from salient_ds.adapters.module_score import ModuleScores, module_score
+from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 from salient_ds.method_config import IncreLoRAConfig
 from salient_ds.methods.base import RankDecision, RankLayout, initial_decision
 from salient_ds.methods.increlora import IncreLoRA
@@ -149,6 +150,19 @@ def test_forward_and_score() -> None:
     assert float(scores.score_M[0]) == pytest.approx(float(golden["score_code"]), rel=2e-6)
     direct = (golden["deltaW"] * golden["grad_deltaW"]).abs().sum() / math.sqrt(30)
     assert float(direct) == pytest.approx(float(golden["score_code"]), rel=1e-6)
+
+
+def test_penalty_counts_active_and_reserve_rows() -> None:
+    expected = json.loads((FOLDER / "misc.json").read_text())["orth_trainer_concatenated"]
+    golden = read("score_and_forward")
+    penalty = OrthogonalityPenalty(1, 1.0, "mean_norm")
+    adapter = GrowingLinear(nn.Linear(6, 5), 7, 2, 1, 16.0, init_std=3.0, penalty=penalty)
+    with torch.no_grad():
+        adapter.lora_A[:3] = torch.from_numpy(golden["A"])
+        adapter.lora_B[:, :3] = torch.from_numpy(golden["B"])
+    penalty.arm(1.0, torch.device("cpu"))
+    adapter(torch.from_numpy(golden["x"])).sum().backward()
+    assert float(penalty.value()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_module_score_from_the_dense_gradient() -> None:

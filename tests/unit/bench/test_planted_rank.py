@@ -87,7 +87,9 @@ def test_estimate_is_the_t_interval_over_what_is_defined() -> None:
     lonely = estimate([4.0])
     assert lonely is not None and lonely.low is None and lonely.side_of(0) == 0
     difference = paired([1.0, 2.0, None], [0.5, 1.5, 9.0])
-    assert difference is not None and (difference.low, difference.high, difference.count) == (0.5, 0.5, 2)
+    assert difference is not None and (difference.mean, difference.low, difference.count) == (0.5, None, 2)
+    certain = paired([1.0, 2.0, 3.0], [0.5, 1.5, 2.5])
+    assert certain is not None and (certain.low, certain.high) == (0.5, 0.5) and certain.side_of(0) == 1
 
 
 def test_recall_by_lot() -> None:
@@ -194,10 +196,11 @@ def test_a_record_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                           steps=0, workers=1, quick=True, deadline=0, out=tmp_path, commit="abc")  # fmt: skip
     assert stop.value.code == 0
     (folder,) = tmp_path.iterdir()
+    assert folder.name.split("_")[1:3] == ["planted-rank", "lora-adalora"]
     page = json.loads((folder / "result.json").read_text())
     assert [run["arm"] for run in page["runs"]] == [ORACLE, "lora", "adalora"] * 2 and page["commit"] == "abc"
     text = (folder / "README.md").read_text()
-    assert "| adalora | 0.01 | 8 |" in text and "Control:" in text
+    assert "| adalora | 0.02 | 8 |" in text and "nothing to claim" in text
     for name in ("ranks_equal_energy.png", "spearman.png"):
         assert f"({name})" in text and (folder / name).read_bytes().startswith(b"\x89PNG")
 
@@ -211,7 +214,7 @@ def test_a_deadline_leaves_runs_out_and_says_so(tmp_path: Path) -> None:
     assert "no time left" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("wrong", [{"arms": "lore"}, {"regimes": "same"}, {"tuning_seed": 1}])
+@pytest.mark.parametrize("wrong", [{"arms": "lore"}, {"regimes": "same"}, {"tuning_seed": 1}, {"lrs": "0,x"}])
 def test_wrong_options_are_usage_errors(
     wrong: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,11 +140,11 @@ def _error(fault: str) -> Body:
 
 
 def _completion(body: Body, text: str | None, finish: str) -> Body:
-    message = {"role": "assistant", "content": text}
-    size = sum(len(m["content"]) for m in body["messages"])
+    message = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+    size = len(body.get("prompt", "")) + sum(len(m["content"]) for m in body.get("messages", ()))
     return {
         "id": "c", "object": "chat.completion", "model": f"{body['model']}-0613", "system_fingerprint": "fp_1",
-        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        "choices": [{"index": 0, **message, "finish_reason": finish}],
         "usage": {"prompt_tokens": size // 4, "completion_tokens": len(text or "") // 4, "total_tokens": 0},
     }  # fmt: skip
 

@@ -1,0 +1,87 @@
+"""IncreLoRA's adapter around one frozen linear layer: rows that wait, rows that prepare, rows that count.
+
+Shape legend: I = in features, O = out features, R = preallocated rows, x_BI: any leading axes, then I.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from salient_ds.adapters.module_score import ModuleScores
+from salient_ds.adapters.orthogonality import OrthogonalityPenalty
+from salient_ds.adapters.ranked_linear import SVDLinear
+from salient_ds.salience.growth import RESERVE_SIGMA
+
+
+class GrowingLinear(SVDLinear):
+    """y = W0 x + b + alpha / r * B diag(E) A dropout(x) with r of R preallocated rows active, r growing.
+
+    A parameter cannot join a ZeRO optimizer in flight, so that all rows exist from the start, in one of three states:
+
+    active: the first r rows, as in :class:`SVDLinear`.
+    reserve: the next rows, while growth goes on. Their singular value is the constant 1e-5, so that their vectors train
+        ahead of time (advance learning) and a fresh adapter changes the base model's output by next to nothing.
+    off: all others. They contribute nothing, get no gradient and are not in the penalty.
+
+    The elements of ``lora_E`` of rows that are not active are not read. Differs from the reference: the multiplier is
+    alpha / r, without the 1e-5 added to r; the dense update is never formed; the reserve goes when growth ends, also
+    if it ends above the target.
+    """
+
+    reserve_mask_R: Tensor
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        start_rank: int,
+        reserve: int,
+        alpha: float,
+        dropout: float = 0.0,
+        init_std: float = 0.02,
+        generator: torch.Generator | None = None,
+        penalty: OrthogonalityPenalty | None = None,
+        scores: ModuleScores | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(base, rank, alpha / start_rank, dropout, init_std, generator, penalty, dtype, device)
+        self.alpha = alpha
+        self.reserve = reserve
+        """Rows that prepare while growth goes on (0 without advance learning)."""
+        self._scores = [scores] if scores is not None else []  # in a list: nothing to be registered
+        off = torch.zeros(rank, dtype=torch.bool, device=device)
+        self.register_buffer("reserve_mask_R", off, persistent=False)
+        self.set_mask(torch.arange(rank) < start_rank, gate=True, final=False)
+
+    def set_mask(self, mask_R: Tensor, gate: bool, final: bool = True) -> None:
+        """Let the first rows count, as many as the mask says; the scaling follows. ``final``: growth is over."""
+        super().set_mask(mask_R, gate, final)
+        row_R, active = torch.arange(self.rank), int(mask_R.sum())
+        assert bool(mask_R[:active].all()) and active, "rows are activated in order, and one is from the start"
+        reserve = 0 if final else self.reserve
+        self.reserve_mask_R.copy_((row_R >= active) & (row_R < active + reserve))
+        self.scaling = self.alpha / active
+
+    def sigma(self) -> Tensor:
+        """Singular values as they act, (R,): only those of active rows are trained."""
+        E_R: Tensor = self.lora_E
+        return torch.where(self.rank_mask_R, E_R, (self.reserve_mask_R * RESERVE_SIGMA).to(E_R.dtype))
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        A_RI: Tensor = self.lora_A
+        B_OR: Tensor = self.lora_B
+        if self._penalty and self.training:
+            mask_R = self.rank_mask_R | self.reserve_mask_R
+            A_RI = self._penalty[0].attach(A_RI, mask_R, 0, (self.penalty_slot, 0))
+            B_OR = self._penalty[0].attach(B_OR, mask_R, 1, (self.penalty_slot, 1))
+        gain_R = self.sigma() * self.scaling
+        input_BI = self.dropout(x_BI).to(A_RI.dtype)
+        update_BO = F.linear(F.linear(input_BI, A_RI) * gain_R, B_OR)
+        if self._scores and self.training:
+            leaves = self.lora_A, self.lora_B
+            update_BO = self._scores[0].watch(update_BO, input_BI, *leaves, gain_R, self.penalty_slot)
+        base_BO: Tensor = self.base(x_BI)
+        return base_BO + update_BO.to(base_BO.dtype)
