@@ -79,7 +79,8 @@ class Training:
         if self.is_main:
             shared_by_all(path, True, token)
         all_succeeded(True, self.device)  # written before anyone looks
-        if not all_succeeded(shared_by_all(path, self.is_main, token), self.device):
+        # the main process must not write again: another one may be reading
+        if not all_succeeded(self.is_main or shared_by_all(path, False, token), self.device):
             raise RunDirectoryError(
                 f"output_dir {path} is not on a file system that all nodes share: choose one that is"
             )

@@ -146,8 +146,8 @@ def growth_events(config: IncreLoRAConfig, ranks: Sequence[int], total_steps: in
         raise ValueError(
             f"{len(events)} growth events (after initial_warmup={plan.initial_warmup}, every {plan.interval} of "
             f"{plan.total_steps} steps, {plan.top_h} matrices by {plan.add}) only reach a sum of ranks of {total}, "
-            f"below the target {plan.target_total}: lower method.interval or the warm-up, raise method.top_h or method.add, "
-            "or train longer"
+            f"below the target {plan.target_total}: lower method.interval or the warm-up, raise method.top_h or "
+            "method.add, or train longer"
         )
     needed = plan.start_rank + len(events) * plan.add
     if not plan.exact and needed > min(plan.ranks):

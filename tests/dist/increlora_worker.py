@@ -42,8 +42,9 @@ def cell(rank: int, world: int, model: Path, case: Case, folder: Path) -> dict[s
     engine.finish()
     whole = outcome(engine, head[0] + tail[0], head[1] + tail[1])
     end = checkpoint.save(engine, folder / "end", IDENTITY, {"note": 0}, keep=2)
-    found = {"fresh": fresh, "whole": whole, "decisions": head[1] + tail[1], "end": end, "middle": middle, "logits": logits(engine),
-             "scores": scales, "scaling": [a.scaling for a in engine.adapted.adapters.values()]}  # fmt: skip
+    found = {"fresh": fresh, "whole": whole, "decisions": head[1] + tail[1], "end": end, "middle": middle,
+             "logits": logits(engine), "scores": scales,
+             "scaling": [a.scaling for a in engine.adapted.adapters.values()]}  # fmt: skip
     engine.engine.destroy()
     again = resume(case, model, folder / "middle", rank, world)
     again["losses"] = head[0] + again["losses"]

@@ -1,4 +1,4 @@
-"""IncreLoRA x ZeRO stage x two processes: every cell scores, grows and resumes like plain torch with dense gradients."""
+"""IncreLoRA x ZeRO stage on two processes: all score, grow and resume like plain torch with dense gradients."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_export_round_trip(results: dict[str, Any], tiny_llama: Path, tmp_path: 
     assert sum(f.rank for f in factors) == TARGET
     middle = read_factors(report["middle"])  # one event has taken place
     assert sum(f.rank for f in middle) == 8 and {f.scaling for f in middle} == {8.0, 4.0}
-    meta = ExportMeta(method="increlora", task_type="CAUSAL_LM", source_run="test", template="alpaca")
+    meta = ExportMeta(method="increlora", task_type="CAUSAL_LM", source_run="test")
     export_adapter(factors, meta, tmp_path / "out", "peft", tiny_llama)
     inputs = {"input_ids": increlora_worker.TOKENS}
     assert (report["logits"] - report["fresh"]).abs().max() > 0.05

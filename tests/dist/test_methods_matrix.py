@@ -158,8 +158,7 @@ def test_export_of_the_end_and_of_the_middle(
             adapter.eval()
             with torch.no_grad():
                 dense_OI = (adapter(x_II) - adapter.base(x_II)).T
-            torch.testing.assert_close(update_OI, dense_OI, atol=4e-3, rtol=4e-3)
-            assert dense_OI.abs().max() > 0.01
+            assert (update_OI - dense_OI).norm() < 0.01 * dense_OI.norm()
 
 
 @pytest.mark.parametrize("name", ALLOCATING)

@@ -46,9 +46,9 @@ def random_factors(base: Path) -> list[AdapterFactors]:
     draw = torch.Generator().manual_seed(1)
     found = []
     for name, layer in LlamaForCausalLM.from_pretrained(base).named_modules():
-        if isinstance(layer, torch.nn.Linear) and name.endswith(("q_proj", "v_proj", "down_proj")):
+        if isinstance(layer, torch.nn.Linear) and name.endswith(("v_proj", "o_proj", "gate_proj", "down_proj")):
             A = torch.randn(4, layer.in_features, generator=draw) * 0.3
-            B = torch.randn(layer.out_features, 4, generator=draw) * 0.3
+            B = torch.randn(layer.out_features, 4, generator=draw) * 0.15
             mask = torch.arange(4) < len(found) % 4
             found.append(AdapterFactors(name, A, torch.randn(4, generator=draw), B, mask, SCALING))
     return found
