@@ -62,8 +62,10 @@ class Estimate:
         return (self.low > value) - (self.high < value)
 
 
-def estimate(values: Sequence[float | None]) -> Estimate | None:
-    """Mean of the defined values and Student's t interval at 95%; None if no value is defined.
+def estimate(
+    values: Sequence[float | None], bounds: tuple[float, float] = (float("-inf"), float("inf"))
+) -> Estimate | None:
+    """Mean of the defined values and Student's t interval at 95%, cut at ``bounds``; None if no value is defined.
 
     If all values are equal, the interval is that value; below :data:`FEWEST` values there is none.
     """
@@ -77,7 +79,7 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
         return Estimate(mean, None, None, count)
     variance = sum((value - mean) ** 2 for value in known) / (count - 1)
     half = float(t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * (variance / count) ** 0.5
-    return Estimate(mean, mean - half, mean + half, count)
+    return Estimate(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]), count)
 
 
 def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Estimate | None:

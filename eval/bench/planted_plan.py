@@ -55,7 +55,7 @@ class ProblemSize:
 class Training:
     """What all students have in common."""
 
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 128
     initial_rank: int = 16
     """Rank per matrix that pruning methods start with, and the most that a matrix may grow to."""
@@ -63,8 +63,8 @@ class Training:
     final_warmup: float = 0.4
     """Shares of all steps before and after allocation."""
     window_initial: int = 10
-    window_final: int = 200
-    """SalientLoRA's windows, as in its paper."""
+    window_final: int = 100
+    """SalientLoRA's windows; its paper ends at 200, in an allocation phase of at least 1000 steps."""
     interval: int = 10
     """Steps between two allocations of AdaLoRA and LoRA^2."""
     orthogonality: float = 0.1
@@ -78,10 +78,15 @@ class Training:
         """The learning rate as numbers."""
         return RatePlan("linear", round(self.lr_warmup * self.steps), self.steps, betas=(0.9, 0.999), weight_decay=0.0)
 
+    @property
+    def phase(self) -> tuple[int, int]:
+        """Last step before and of the allocation phase."""
+        return round(self.initial_warmup * self.steps), self.steps - round(self.final_warmup * self.steps)
+
     def growth_interval(self, rows: int, top_h: int) -> int:
         """Steps between growth events such that ``rows`` rows, ``top_h`` at a time, fill the allocation phase."""
-        phase = round(self.steps * (1 - self.initial_warmup - self.final_warmup))
-        return max(1, phase // -(-rows // top_h))
+        first, last = self.phase
+        return max(1, (last - first) // -(-rows // top_h))
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from . import record
 from .planted_plan import ARMS, REGIMES, Arm, ProblemSize, Regime, Training, method_config
 from .planted_report import COLUMNS, draw, readme, table_row
 from .planted_summary import Row, best_rates, findings, summarise
+from .planted_train import train
 from .worker import cpu_name, installed
 
 USAGE_ERROR, INCOMPLETE = 2, 1
@@ -151,18 +153,12 @@ def pool(workers: int) -> ProcessPoolExecutor:
 
 
 def one_thread() -> None:
-    import torch
-
     torch.set_num_threads(1)
 
 
 def run_one(task: Task, limit: float) -> dict[str, Any] | None:
     """Train one student; None if it is too late to begin."""
-    if time.monotonic() > limit:
-        return None
-    from .planted_train import train
-
-    return train(*task)
+    return None if time.monotonic() > limit else train(*task)
 
 
 def run_all(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import record
 from .planted_metrics import random_recall
+from .planted_plan import Training
 from .planted_summary import Row, findings, show
 
 if TYPE_CHECKING:
@@ -47,14 +48,13 @@ def readme(page: Mapping[str, Any], rows: Sequence[Row], pictures: Sequence[str]
         f"matrices anew by every seed. Students see {size['train_examples']} noisy outputs of the teacher (noise "
         f"{size['noise']:g} of its difference from the frozen network), {training['steps']} steps of AdamW with "
         f"{training['batch']} examples, learning rate falling linearly to 0. All end at the planted total of {budget} "
-        f"ranks; pruning methods start with {training['initial_rank']} per matrix. plain and SVD form with the true "
-        "ranks given are the oracles.",
+        f"ranks. {students_text(page)}",
         "Loss: squared error on noiseless held-out outputs, 1 = the frozen network. Precision and recall: sum over "
         "matrices of min(recovered, planted) relative to the recovered and the planted total (equal if the budget is "
         f"met; by lot, recall would be {chance:.3f}). Mean difference: of ranks per matrix. Update error: squared "
         "distance to the planted weights, relative to their energy. "
-        f"Means over seeds {', '.join(map(str, page['seeds']))} with 95% intervals (Student's t; differences of "
-        f"losses seed by seed); of so many, one in twenty misses by chance. {rates_text(page)}",
+        f"Means over seeds {', '.join(map(str, page['seeds']))} with 95% intervals (Student's t, cut where a measure "
+        f"ends; differences of losses seed by seed); of so many, one in twenty misses by chance. {rates_text(page)}",
     ]
     for regime in page["regimes"]:
         own = [row for row in rows if row.regime == regime]
@@ -70,6 +70,23 @@ def readme(page: Mapping[str, Any], rows: Sequence[Row], pictures: Sequence[str]
     if page["left_out"]:
         parts += ["Not in the tables:", "\n".join(f"- {item['arm']}: {item['reason']}" for item in page["left_out"])]
     return "\n\n".join(parts) + "\n"
+
+
+def students_text(page: Mapping[str, Any]) -> str:
+    """What the names of the students mean, and when they decide."""
+    training = Training(**page["training"])
+    first, last = training.phase
+    return (
+        f"Ranks are decided between steps {first} and {last}. adalora, lora2 (every {training.interval} steps) and "
+        f"salientlora (windows of {training.window_initial} to {training.window_final} steps) prune from "
+        f"{training.initial_rank} ranks per matrix; increlora grows from 1, its multiplier falling with the rank; all "
+        "others have the multiplier 1. salientlora-PRESET-NORMALISATION: the preset of the paper or of the released "
+        "code, the latter with the final prune that it lacks (as-is: without). lora and svd-lora: the same rank "
+        "everywhere. true-ranks and true-ranks-plain: the planted ranks given, in SVD and in plain form. lora2 has "
+        f"an inner width of {training.initial_rank}, so that its ranks may be right, but it does not train fewer "
+        f"weights. Orthogonality penalty {training.orthogonality:g} where there is one, gradients clipped at "
+        f"{training.clip:g}."
+    )
 
 
 def rates_text(page: Mapping[str, Any]) -> str:
@@ -167,6 +184,7 @@ def draw_spearman(rows: Sequence[Row], path: Path) -> None:
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlim(-1.02, 1.02)
     axes.set_xlabel("Spearman correlation of recovered and planted ranks (95% interval)")
-    axes.legend()
+    axes.legend(loc="lower left")
     figure.savefig(path, dpi=120)

@@ -10,8 +10,13 @@ from .planted_metrics import FEWEST, Estimate, estimate, paired, rank_scores
 from .planted_plan import ORACLE, ORACLES, UNIFORM
 
 Run = Mapping[str, Any]
-MEASURES = ("precision", "recall", "spearman", "mean_difference", "loss", "above_oracle", "above_uniform",
-            "update_error")  # fmt: skip
+BOUNDS = {
+    "precision": (0.0, 1.0),
+    "recall": (0.0, 1.0),
+    "spearman": (-1.0, 1.0),
+    "mean_difference": (0.0, float("inf")),
+}
+"""What the scores of ranks can be: intervals end there."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,7 @@ def _row(group: Sequence[Run], oracle: Sequence[Run], uniform: Sequence[Run], gr
     done = [run for run in group if run["loss"] is not None]
     scores = [rank_scores(run["recovered"], run["planted"]) for run in done]
     loss = [run["loss"] for run in done]
-    estimates = {
-        name: estimate([getattr(score, name) for score in scores])
-        for name in ("precision", "recall", "spearman", "mean_difference")
-    }
+    estimates = {name: estimate([getattr(score, name) for score in scores], bounds) for name, bounds in BOUNDS.items()}
     estimates |= {
         "loss": estimate(loss),
         "above_oracle": paired(loss, _losses(oracle, done)),

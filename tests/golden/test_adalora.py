@@ -181,7 +181,7 @@ def test_the_printed_formula_is_another_one() -> None:
 
 
 def test_peft_run() -> None:
-    """PEFT's allocator decides the same. Without a final warm-up its last cut does not stay; ours, the same cut, does."""
+    """PEFT decides the same. Without a final warm-up its last cut does not stay; ours, the same cut, does."""
     golden = read("peft_run_b_tfinal0")
     layout, total = layout_of(golden), int(golden["total_step"])
     config = AdaLoRAConfig(

@@ -57,6 +57,13 @@ def start(run: Path, *arguments: str, processes: int = 2) -> subprocess.Popen[st
     )  # fmt: skip
 
 
+def alone(run: Path, *arguments: str) -> tuple[int, str]:
+    """The same training without a launcher, in one process."""
+    command = [sys.executable, "-m", "salient_ds.train", str(run), *arguments]
+    done = subprocess.run(command, cwd=run.parent, env=environment(), text=True, capture_output=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
