@@ -85,7 +85,9 @@ def show(run: Annotated[str, typer.Argument(help="Run directory.")]) -> None:
     raise typer.Exit(body(run))
 
 
-@app.command("mt-bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+@app.command(
+    "mt-bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
 def mt_bench(context: typer.Context) -> None:
     """MT-Bench: judge, report, agree, doctor (`salient-ds mt-bench --help`)."""
     from salient_eval.mt_bench.cli import app as evaluation

@@ -27,8 +27,8 @@ class SalientOptions:
     normalisation: Literal["printed", "released", "robust"]
     """printed: none; released: magnitude per module, influence over all values; robust: percentiles over live values.
 
-    The paper does not state one. robust is its preset's choice because it recovers planted ranks (recall 0.99) where the
-    released one does not (0.85): eval/records/2026-11-22_planted-rank_16-cpu-cores."""
+    The paper does not state one. robust is its preset's choice because it recovers planted ranks (recall 0.99), which
+    the released one does not (0.85): eval/records/2026-11-22_planted-rank_16-cpu-cores."""
     magnitude: Literal["absolute", "signed"]
     """|sigma| (code) or sigma (as printed in the paper)."""
     loss_weights: Literal["per_module", "global"]
@@ -36,7 +36,7 @@ class SalientOptions:
     apply_at: Literal["now", "next_step"]
     """When a decision takes effect: right after the event (paper) or after the next optimizer step (code)."""
     ties: Literal["exact", "threshold"]
-    """exact: budget met exactly, ties broken by (score, module, row); threshold: all values at the threshold go (code)."""
+    """exact: budget met exactly, ties broken by (score, module, row); threshold: all values at the cut go (code)."""
     nan_scores: Literal["zero", "reference"]
     """zero: 0/0 counts as 0 and pruned rows are not ranked; reference: NaN ranks as the largest score and is masked."""
     pruned_vectors: Literal["zero", "train"]
@@ -95,8 +95,8 @@ class SalientLoRAConfig(_Method):
     def _consistent(self) -> SalientLoRAConfig:
         if self.gamma <= 1:
             raise ValueError(
-                f"method.gamma={self.gamma:g} must be above 1: only then does the variance grow along every edge, so that "
-                "the dependency graph has no cycle and the influence is defined (the paper uses 2)"
+                f"method.gamma={self.gamma:g} must be above 1: only then does the variance grow along every edge, so "
+                "that the dependency graph has no cycle and the influence is defined (the paper uses 2)"
             )
         if (self.target_rank is None) == (self.target_total is None):
             raise ValueError("set exactly one of method.target_rank (mean per matrix) and method.target_total")
@@ -128,7 +128,7 @@ class SensitivityOptions:
     moment: Literal["paper", "reference"]
     """Weight in |weight * gradient|: where the gradient was taken (paper), or after the step (code)."""
     ties: Literal["exact", "threshold"]
-    """exact: budget met exactly, the lower row wins a tie; threshold: all values at the threshold go (code)."""
+    """exact: budget met exactly, the lower row wins a tie; threshold: all values at the cut go (code)."""
 
 
 SENSITIVITY_PRESETS: dict[str, SensitivityOptions] = {

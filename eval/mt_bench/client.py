@@ -1,4 +1,4 @@
-"""Ask a judge behind any OpenAI-compatible ``/chat/completions`` endpoint, with retries that know when to stop.
+"""Ask a model behind any OpenAI-compatible endpoint, with retries that know when to stop.
 
 The key is read from an environment variable for each client, sent in one header, and appears in no file, log line
 or error message.
@@ -28,6 +28,7 @@ HOPELESS_CODES = frozenset(
      "invalid_api_key", "model_not_found", "unsupported_parameter", "unsupported_value", "access_terminated"}
 )  # fmt: skip
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+Body = dict[str, Any]
 
 
 class Endpoint(BaseModel):
@@ -77,6 +78,10 @@ class CallFailed(RuntimeError):
     """This call got no usable answer; others may. The message is short and holds no request text."""
 
 
+class GaveUp(CallFailed):
+    """No answer for as long as was waited for; the same call may well succeed later."""
+
+
 class _Retry(Exception):
     """One attempt failed in a way that may pass; ``wait_s`` is what the server asked for, if it did."""
 
@@ -111,63 +116,59 @@ class JudgeClient:
         self._stop.set()
 
     def chat(self, messages: Messages) -> Reply:
-        """One verdict's text. Raises HopelessError or CallFailed; retries everything that may pass."""
+        """One verdict's text; errors as in ``post``."""
+        body = {"model": self.endpoint.model, "messages": messages, **self.endpoint.parameters()}
+        return self.post("/chat/completions", body)
+
+    def post(self, path: str, body: Body) -> Reply:
+        """The reply to one request. Raises HopelessError or CallFailed; retries everything that may pass."""
         reason = ""
         for attempt in range(1, self.endpoint.max_attempts + 1):
             self._wait_for_the_gate()
             if self._stop.is_set():
-                raise CallFailed("not judged: the run was stopped")
+                raise GaveUp("not asked: the run was stopped")
             try:
-                return self._attempt(messages, attempt)
+                return self._attempt(path, body, attempt)
             except _Retry as retry:
                 reason = str(retry)
                 if retry.wait_s is not None and retry.wait_s > self.endpoint.max_wait_s:
-                    raise CallFailed(
+                    raise GaveUp(
                         f"{reason}; the server asks to wait {retry.wait_s:.0f} s, more than max_wait_s="
                         f"{self.endpoint.max_wait_s:g}"
                     ) from None
                 if attempt < self.endpoint.max_attempts:
                     self._pause(attempt, retry.wait_s)
-        raise CallFailed(f"{reason}; gave up after {self.endpoint.max_attempts} attempts")
+        raise GaveUp(f"{reason}; gave up after {self.endpoint.max_attempts} attempts")
 
-    def _attempt(self, messages: Messages, attempt: int) -> Reply:
-        body = {"model": self.endpoint.model, "messages": messages, **self.endpoint.parameters()}
+    def _attempt(self, path: str, body: Body, attempt: int) -> Reply:
         begin = time.monotonic()
         try:
-            response = self._http.post(f"{self.endpoint.base_url}/chat/completions", json=body)
+            response = self._http.post(f"{self.endpoint.base_url}{path}", json=body)
         except httpx.TimeoutException as error:
             raise _Retry(f"timeout ({type(error).__name__})") from None
         except httpx.TransportError as error:
             raise _Retry(f"connection problem ({type(error).__name__})") from None
         if response.status_code != 200:
-            raise self._problem(response)
+            raise self._problem(response, body)
         return _reply_from(response, time.monotonic() - begin, attempt)
 
-    def _problem(self, response: httpx.Response) -> Exception:
+    def _problem(self, response: httpx.Response, sent: Body) -> Exception:
         code, message = _error_of(response)
         # A server may quote the key back in its message; ours must not carry it on.
         text = f"HTTP {response.status_code}" + (f" {code}" if code else "")
         if response.status_code in (401, 403) or code in HOPELESS_CODES:
             return HopelessError(f"{text} from {self.endpoint.base_url}: {_remedy(code, self.endpoint)}")
         if response.status_code == 404:
-            return HopelessError(f"{text}: no chat/completions under {self.endpoint.base_url}, or no model "
-                                 f"{self.endpoint.model!r} there")  # fmt: skip
-        if response.status_code == 400 and self._names_a_parameter(message):
+            return HopelessError(f"{text}: {response.url} does not exist, or has no model {self.endpoint.model!r}")
+        if response.status_code == 400 and _names_a_parameter(message, sent):
             return HopelessError(
                 f"{text} from {self.endpoint.base_url}: {_remedy('unsupported_parameter', self.endpoint)}"
             )
         if response.status_code in RETRIED_STATUSES or response.status_code >= 500:
             return _Retry(text, _retry_after(response))
         if "context" in (code + message).lower():
-            return CallFailed(f"{text}: prompt does not fit the judge's context window")
+            return CallFailed(f"{text}: prompt does not fit the context window")
         return CallFailed(text)
-
-    def _names_a_parameter(self, message: str) -> bool:
-        """A 400 that complains about a parameter that we send with every call."""
-        lowered = message.lower()
-        return any(name in lowered for name in self.endpoint.parameters()) and (
-            "unsupported" in lowered or "not supported" in lowered or "unrecognized" in lowered
-        )
 
     def _pause(self, attempt: int, wait_s: float | None) -> None:
         """Exponential backoff with full jitter, or what the server asked for, then for all threads."""
@@ -201,9 +202,9 @@ def _reply_from(response: httpx.Response, latency_s: float, attempt: int) -> Rep
     try:
         body = response.json()
         choice = body["choices"][0]
-        text = choice["message"].get("content")
+        text = choice["message"].get("content") if "message" in choice else choice["text"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Retry("reply is cut or is no chat completion") from None
+        raise _Retry("reply is cut or is no completion") from None
     usage = body.get("usage") or {}
     return Reply(
         text=text if isinstance(text, str) else None,
@@ -214,6 +215,14 @@ def _reply_from(response: httpx.Response, latency_s: float, attempt: int) -> Rep
         completion_tokens=usage.get("completion_tokens"),
         latency_s=round(latency_s, 3),
         attempts=attempt,
+    )
+
+
+def _names_a_parameter(message: str, sent: Body) -> bool:
+    """A 400 that complains about a parameter that goes with every call."""
+    lowered = message.lower()
+    return any(name in lowered for name in set(sent) - {"model", "messages", "prompt"}) and (
+        "unsupported" in lowered or "not supported" in lowered or "unrecognized" in lowered
     )
 
 
@@ -251,7 +260,7 @@ def _remedy(code: str, endpoint: Endpoint) -> str:
     if code in ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"):
         return "the account's quota is used up; waiting does not help"
     if code == "model_not_found":
-        return f"no model {endpoint.model!r} there; name another with --judge-model"
+        return f"no model {endpoint.model!r} there; name another"
     if code in ("unsupported_parameter", "unsupported_value"):
         return (
             f"it refuses one of {sorted(endpoint.parameters())}; try --token-parameter max_completion_tokens, "

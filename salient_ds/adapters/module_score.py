@@ -49,9 +49,7 @@ class ModuleScores:
     def disarm(self) -> None:
         self.armed = False
 
-    def watch(
-        self, update_BO: Tensor, x_BI: Tensor, A_RI: Tensor, B_OR: Tensor, gain_R: Tensor, module: int
-    ) -> Tensor:
+    def watch(self, update_BO: Tensor, x_BI: Tensor, A_RI: Tensor, B_OR: Tensor, gain_R: Tensor, module: int) -> Tensor:
         """Return ``update_BO`` unchanged, with the scoring of ``module`` hooked to its backward when armed.
 
         ``A_RI`` and ``B_OR`` must be the leaf parameters themselves: ZeRO-3 re-gathers a saved parameter for backward.

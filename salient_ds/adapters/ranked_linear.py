@@ -29,7 +29,7 @@ class FactorAddress:
 class RankedLinear(nn.Module, ABC):
     """A frozen ``nn.Linear`` plus a trainable low-rank update whose rows can be switched off.
 
-    ``rank_mask_R`` is a bool buffer: DeepSpeed casts float buffers to the training precision, bool ones it leaves alone.
+    ``rank_mask_R`` is a bool buffer: DeepSpeed casts float buffers to the training precision, not bool ones.
     It is not saved with the model; the checkpoint stores the decision itself.
     """
 

@@ -35,15 +35,11 @@ class Collator:
     without a cache: keep the model's use_cache off in training.)
     """
 
-    def __init__(
-        self, pad_token_id: int, pad_to_multiple_of: int = 8, attn_implementation: str = "sdpa"
-    ) -> None:
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, attn_implementation: str = "sdpa") -> None:
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: must be at least 1")
         if attn_implementation not in _ATTENTION:
-            raise ValueError(
-                f'attn_implementation="{attn_implementation}": known are {", ".join(_ATTENTION)}'
-            )
+            raise ValueError(f'attn_implementation="{attn_implementation}": known are {", ".join(_ATTENTION)}')
         self.pad_token_id = pad_token_id
         self.multiple = pad_to_multiple_of
         self.attention = attn_implementation
@@ -104,9 +100,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if found is not None:
             return int(found)
-    raise ValueError(
-        "the tokenizer has neither pad_token nor eos_token to fill batches with: set its pad_token"
-    )
+    raise ValueError("the tokenizer has neither pad_token nor eos_token to fill batches with: set its pad_token")
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -37,9 +37,7 @@ class Conversation:
     source: tuple[str, int] = ("", 0)
 
     @classmethod
-    def from_messages(
-        cls, messages: Sequence[dict[str, str]], source: tuple[str, int] = ("", 0)
-    ) -> Conversation:
+    def from_messages(cls, messages: Sequence[dict[str, str]], source: tuple[str, int] = ("", 0)) -> Conversation:
         """Builds one from `[{"role": ..., "content": ...}]` that is known to be well formed (evaluation
         prompts)."""
         system = messages[0]["content"] if messages and messages[0]["role"] == SYSTEM else None
@@ -100,9 +98,7 @@ class DataError(ValueError):
             return f"{self.source}: {listed[0]}"
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.counts.most_common())
         more = [f"  ... and {total - len(listed)} more"] if total > len(listed) else []
-        return "\n".join(
-            [f"{self.source}: {total} problems ({kinds})", *(f"  {text}" for text in listed), *more]
-        )
+        return "\n".join([f"{self.source}: {total} problems ({kinds})", *(f"  {text}" for text in listed), *more])
 
 
 class ProblemLog:

@@ -29,9 +29,7 @@ class _Column:
     def __init__(self, rows: Sequence[IntArray]) -> None:
         lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        self.values = (
-            np.concatenate(rows).astype(np.int32, casting="same_kind") if rows else np.zeros(0, np.int32)
-        )
+        self.values = np.concatenate(rows).astype(np.int32, casting="same_kind") if rows else np.zeros(0, np.int32)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int32]:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
@@ -51,9 +49,7 @@ class InstructionDataset(Sequence[dict[str, npt.NDArray[np.int32]]]):
             if count == 1:
                 rows = {name: [] for name in sorted(example)}
                 assert "labels" in rows, "an example needs labels"
-            assert sorted(example) == list(rows), (
-                f"example {count} has the keys {sorted(example)}, not {list(rows)}"
-            )
+            assert sorted(example) == list(rows), f"example {count} has the keys {sorted(example)}, not {list(rows)}"
             for name, values in example.items():
                 rows[name].append(np.asarray(values))
         self._columns = {name: _Column(column) for name, column in rows.items()}
@@ -134,9 +130,7 @@ def build_dataset(
     return dataset, report
 
 
-def split_eval(
-    dataset: InstructionDataset, size: float, seed: int
-) -> tuple[InstructionDataset, InstructionDataset]:
+def split_eval(dataset: InstructionDataset, size: float, seed: int) -> tuple[InstructionDataset, InstructionDataset]:
     """(train, eval): a seeded choice of examples is held out, both parts keep the data set's order.
 
     `size`: a fraction if below 1, else a whole number of examples. With packing, examples are packed

@@ -60,9 +60,7 @@ def is_local(path: str | Path) -> bool:
     return not isinstance(_locate(path), HubName)
 
 
-def read_rows(
-    path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error"
-) -> list[Conversation]:
+def read_rows(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error") -> list[Conversation]:
     """Reads and validates a whole file or data set.
 
     `path`: a JSON list, JSONL or parquet file, or a `datasets` name ("name", "name:config", with an optional
@@ -74,9 +72,7 @@ def read_rows(
     return _Reading(path, fmt, empty_answers).conversations()
 
 
-def iter_rows(
-    path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error"
-) -> Iterator[Conversation]:
+def iter_rows(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error") -> Iterator[Conversation]:
     """Like `read_rows`, one at a time; raises DataError at the first problem. JSONL and parquet are never
     held whole."""
     reading = _Reading(path, fmt, empty_answers)
@@ -174,11 +170,7 @@ class _Reading:
             other = detect_format(row) if isinstance(row, dict) and self.format else self.format
         except RowError:
             return ""
-        return (
-            f" (this row looks like {other}, the file is read as {self.format})"
-            if other != self.format
-            else ""
-        )
+        return f" (this row looks like {other}, the file is read as {self.format})" if other != self.format else ""
 
 
 def _remedy(error: RowError) -> str:

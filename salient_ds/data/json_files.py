@@ -147,14 +147,8 @@ def _spread_object(path: Path) -> Problem | None:
         return None
     if not isinstance(whole, dict):
         return None
-    inner = [
-        key
-        for key, value in whole.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
-    ]
-    remedy = (
-        f'save the list under its key "{inner[0]}" as the file' if inner else "put it into a list: [ ... ]"
-    )
+    inner = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    remedy = f'save the list under its key "{inner[0]}" as the file' if inner else "put it into a list: [ ... ]"
     return Problem(
         "one object",
         1,

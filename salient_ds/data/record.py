@@ -66,17 +66,13 @@ def template_record(template: Template, tokenizer: PreTrainedTokenizerBase | Non
     return TemplateRecord(template.name, hashlib.sha256(content.encode("utf-8")).hexdigest(), sample)
 
 
-def check_record(
-    record: TemplateRecord, template: Template, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
+def check_record(record: TemplateRecord, template: Template, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Raises ValueError when `template` renders anything else than what `record` was made from."""
     now = template_record(template, tokenizer)
     if now == record:
         return
     if now.name != record.name:
-        raise ValueError(
-            f'trained with template "{record.name}", asked for "{now.name}": use "{record.name}"'
-        )
+        raise ValueError(f'trained with template "{record.name}", asked for "{now.name}": use "{record.name}"')
     at = next(
         (k for k, (a, b) in enumerate(zip(record.sample, now.sample, strict=False)) if a != b),
         min(len(record.sample), len(now.sample)),

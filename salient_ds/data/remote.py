@@ -79,9 +79,7 @@ def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
     name = str(folder) if folder.is_dir() else hub.name
     try:
         loaded: Any = datasets.load_dataset(name, hub.config, split=hub.split)
-    except (
-        Exception
-    ) as error:  # the library raises its own, the hub's, OS and value errors: all mean "not loaded"
+    except Exception as error:  # the library raises its own, the hub's, OS and value errors: all mean "not loaded"
         reason = " ".join(str(error).split())[:300]
         raise DataError.of(
             text,
@@ -91,8 +89,6 @@ def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) > 1:
             names = ", ".join(loaded)
-            raise DataError.of(
-                text, "split", f'no split "train"; name one of {names}: "{text}[{next(iter(loaded))}]"'
-            )
+            raise DataError.of(text, "split", f'no split "train"; name one of {names}: "{text}[{next(iter(loaded))}]"')
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
     yield from enumerate(loaded, start=1)

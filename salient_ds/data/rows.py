@@ -93,9 +93,7 @@ def _from_turns(
     for position, item in enumerate(_items(row, key), start=1):
         label = f"{key}[{position}]"
         if not isinstance(item, dict):
-            raise RowError(
-                "wrong turn", f"{label} is {_kind(item)}, expected an object with {names[0]} and {names[1]}"
-            )
+            raise RowError("wrong turn", f"{label} is {_kind(item)}, expected an object with {names[0]} and {names[1]}")
         name = _text(item, names[0], label)
         text = _text(item, names[1], label)
         role = roles.get(name)
@@ -110,9 +108,7 @@ def _from_turns(
         turns.append(Turn(role, text))
     if not turns or turns[-1].role != ASSISTANT:
         last = "there is none" if not turns else "the last is a user turn"
-        raise RowError(
-            "role order", f"{key} must end with an assistant turn ({_name_of(ASSISTANT, roles)}): {last}"
-        )
+        raise RowError("role order", f"{key} must end with an assistant turn ({_name_of(ASSISTANT, roles)}): {last}")
     return Conversation(system, tuple(turns), source=source)
 
 

@@ -13,9 +13,7 @@ class Segment(NamedTuple):
     is_answer: bool
 
 
-def cut_segments(
-    full: str, prompts: Sequence[str], answers: Sequence[str], ends: Sequence[str]
-) -> list[Segment]:
+def cut_segments(full: str, prompts: Sequence[str], answers: Sequence[str], ends: Sequence[str]) -> list[Segment]:
     """Cuts `full` at the end of every prompt and after the end marker of every answer.
 
     `prompts` and `answers` go together; `ends` are markers, the preferred one first where two begin at the

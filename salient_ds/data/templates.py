@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 ALPACA_REGISTERED = "salient_alpaca"
 NAMES = ("alpaca", "vicuna_v1.1", "llama-2", "tokenizer")
 _PREFIX = "fastchat:"
-_ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
@@ -65,17 +62,13 @@ class Template(ABC):
     def _ends(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
         """Texts that may close an answer."""
 
-    def segments(
-        self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> list[Segment]:
+    def segments(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Segment]:
         """The training text, cut into what is trained on and what is not; the last segment is an answer.
 
         Without a tokenizer the special tokens are LLaMA's. Raises ValueError when this conversation does not
         survive the template (naming its file and line).
         """
-        assert conversation.turns and conversation.turns[-1].role == ASSISTANT, (
-            "training text ends with an answer"
-        )
+        assert conversation.turns and conversation.turns[-1].role == ASSISTANT, "training text ends with an answer"
         prompts = [
             self.prompt(_head(conversation, k), tokenizer)
             for k, turn in enumerate(conversation.turns)
@@ -197,9 +190,7 @@ class TokenizerTemplate(Template):
 
     def _render(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:
         if tokenizer is None:
-            raise ValueError(
-                'template "tokenizer" is the tokenizer\'s own: it cannot be rendered without one'
-            )
+            raise ValueError('template "tokenizer" is the tokenizer\'s own: it cannot be rendered without one')
         if not tokenizer.chat_template:
             raise ValueError(
                 f'template "tokenizer": the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} '
@@ -218,9 +209,7 @@ class TokenizerTemplate(Template):
                 )
             )
         except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template of the tokenizer refuses {conversation.where}: {error}"
-            ) from None
+            raise ValueError(f"the chat template of the tokenizer refuses {conversation.where}: {error}") from None
 
     def _ends(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
         assert tokenizer is not None, "rendering has refused this already"
@@ -248,8 +237,7 @@ def get_template(name: str) -> Template:
     registered = name.removeprefix(_PREFIX)
     if registered not in fastchat.conv_templates or (registered == name and name not in NAMES):
         raise ValueError(
-            f'unknown template "{name}"{_suggestion(registered)}; known are {", ".join(NAMES)} and '
-            f"{_PREFIX}NAME"
+            f'unknown template "{name}"{_suggestion(registered)}; known are {", ".join(NAMES)} and {_PREFIX}NAME'
         )
     if fastchat.conv_templates[registered].sep_style is None:
         raise ValueError(f'template "{name}" holds no text format, it is for a model behind an API')
@@ -258,9 +246,7 @@ def get_template(name: str) -> Template:
     try:
         template.segments(Conversation(None, _SENTENCES))
     except ValueError as error:
-        raise ValueError(
-            f"{error}; answers cannot be told apart in it: choose one of {', '.join(NAMES)}"
-        ) from None
+        raise ValueError(f"{error}; answers cannot be told apart in it: choose one of {', '.join(NAMES)}") from None
     return template
 
 
@@ -283,7 +269,5 @@ def _head(conversation: Conversation, turns: int) -> Conversation:
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     if not tokenizer.eos_token:
-        raise ValueError(
-            f'template "{name}" closes answers with the end token, but the tokenizer has no eos_token'
-        )
+        raise ValueError(f'template "{name}" closes answers with the end token, but the tokenizer has no eos_token')
     return str(tokenizer.eos_token)

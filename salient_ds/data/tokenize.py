@@ -102,9 +102,7 @@ def tokenize_all(
     Raises ValueError when every one of them is, with the max_length that would help.
     """
     if max_length < 2:
-        raise ValueError(
-            f"max_length={max_length}: a sequence needs at least 2 tokens, one to read and one to predict"
-        )
+        raise ValueError(f"max_length={max_length}: a sequence needs at least 2 tokens, one to read and one to predict")
     bos = _bos(template, tokenizer)
     control = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens))) or r"(?!)")
     remaining = iter(conversations)
@@ -187,9 +185,7 @@ def _encode_by_offsets(
         padding=False,
         verbose=False,
     )
-    for segments, ids, offsets in zip(
-        segmented, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
+    for segments, ids, offsets in zip(segmented, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         starts = np.array(offsets, np.int64).reshape(-1, 2)[:, 0]
         ends = np.array(list(accumulate(len(segment.text) for segment in segments)))
         owner = np.searchsorted(ends, starts, side="right").clip(max=len(segments) - 1)

@@ -167,7 +167,7 @@ class Method(Protocol):
         ...
 
     def end_step(self, step: int, penalty_M2: Tensor | None) -> None:
-        """After step ``step``; ``penalty_M2`` holds ||A A^T - I||_F and ||B^T B - I||_F per matrix in that step's loss."""
+        """After step ``step``; ``penalty_M2`` holds ||A A^T - I||_F and ||B^T B - I||_F per matrix at that step."""
         ...
 
     def contribution(self) -> dict[str, Tensor]:

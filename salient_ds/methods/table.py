@@ -28,9 +28,7 @@ METHODS: dict[type, Callable[..., Method]] = {
 }
 
 
-def build_method(
-    config: MethodConfig, layout: RankLayout, total_steps: int, rates: RatePlan | None = None
-) -> Method:
+def build_method(config: MethodConfig, layout: RankLayout, total_steps: int, rates: RatePlan | None = None) -> Method:
     """The method of a run.
 
     Args:

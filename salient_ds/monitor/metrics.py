@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,4 +31,4 @@ def truncate_metrics(path: Path, step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         fresh = path.with_name(f".{path.name}.new")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(fresh, path)
+        fresh.replace(path)

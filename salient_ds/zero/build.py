@@ -29,7 +29,11 @@ def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str
     }
     trainable = [p for p in adapted.model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if id(p) not in sigmas], "weight_decay": train.weight_decay, "name": "factors"},
+        {
+            "params": [p for p in trainable if id(p) not in sigmas],
+            "weight_decay": train.weight_decay,
+            "name": "factors",
+        },
         {"params": [p for p in trainable if id(p) in sigmas], "weight_decay": 0.0, "name": "singular_values"},
     ]
     return [group for group in groups if group["params"]]

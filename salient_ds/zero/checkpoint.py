@@ -33,9 +33,8 @@ from salient_ds.zero.shard_files import (
     shard_key,
 )
 
-def save(
-    engine: AllocatingEngine, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int
-) -> Path:
+
+def save(engine: AllocatingEngine, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int) -> Path:
     """Write one checkpoint; called by all processes after a step.
 
     Args:
@@ -109,7 +108,7 @@ def _seal(partial: Path, final: Path, identity: dict[str, Any], engine: Allocati
             os.fsync(out.fileno())
         if final.exists():
             shutil.rmtree(final)
-        os.rename(partial, final)
+        partial.rename(final)
         return None
     except OSError as error:
         return error
@@ -271,4 +270,3 @@ def _fresh_state(optimizer: torch.optim.Optimizer, buffer: Tensor, steps: int) -
         step = torch.tensor(float(steps), dtype=torch.float32, device=buffer.device if fused else "cpu")
     zeros = {key: torch.zeros_like(buffer.data) for key in ("exp_avg", "exp_avg_sq")}
     return {"step": step, **zeros}
-

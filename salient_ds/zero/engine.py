@@ -151,7 +151,9 @@ class AllocatingEngine:
             if not last:
                 self.engine.step()
         mine = float(total) / max(global_targets, 1)
-        loss_sum, broken = sum_numbers([mine if math.isfinite(mine) else 0.0, float(not math.isfinite(mine))], self.device)
+        loss_sum, broken = sum_numbers(
+            [mine if math.isfinite(mine) else 0.0, float(not math.isfinite(mine))], self.device
+        )
         if broken:
             self._end_penalty()
             self._end_scores()

@@ -67,8 +67,8 @@ def read_layout(engine: Any) -> Layout:
     if optimizer is engine.basic_optimizer:
         return _plain(optimizer, names)
     raise RuntimeError(
-        f"DeepSpeed's optimizer wrapper {kind} is not known to salient_ds: use the DeepSpeed versions that pyproject.toml "
-        "names, and a ZeRO JSON without the features that `salient-ds check` refuses"
+        f"DeepSpeed's optimizer wrapper {kind} is not known to salient_ds: use the versions that pyproject.toml names, "
+        "and a ZeRO JSON without the features that `salient-ds check` refuses"
     )
 
 

@@ -36,10 +36,12 @@ def owners_of(adapted: AdaptedModel) -> dict[int, Owner]:
 class LocalView:
     """One buffer (or, where nothing is partitioned, all of them) as methods see it; a :class:`StepView`."""
 
-    def __init__(self, key: str, pieces: list[tuple[Part, Fragment]], buffers: list[Tensor], layout: RankLayout) -> None:
+    def __init__(
+        self, key: str, pieces: list[tuple[Part, Fragment]], buffers: list[Tensor], layout: RankLayout
+    ) -> None:
         self.key = key
         self.parts = tuple(part for part, _ in pieces)
-        self._at = {part: fragment for part, fragment in pieces}
+        self._at = dict(pieces)
         self._buffers = buffers
         sigmas = [(part, fragment) for part, fragment in pieces if part.factor == "E"]
         self._runs = _merge_runs([fragment for _, fragment in sigmas])

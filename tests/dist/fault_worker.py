@@ -106,3 +106,13 @@ def events_cost(rank: int, world: int, model: Path) -> dict[str, int]:
         report = engine.train_step(*scenario.batches(engine.step, rank, world))
         (with_event.__setitem__(engine.step, calls) if report.event else counts.append(calls))
     return {"ordinary_min": min(counts), "ordinary_max": max(counts), "event_max": max(with_event.values())}
+
+
+def everything(rank: int, world: int, model: Path, overflow_cases: list[Case]) -> dict[str, Any]:
+    """All faults in one process group; the collectives are counted last, because that leaves wrappers behind."""
+    return {
+        "nan": nan_loss(rank, world, model),
+        "overflow": [overflow(rank, world, model, case) for case in overflow_cases],
+        "disagreement": disagreement(rank, world, model),
+        "cost": events_cost(rank, world, model),
+    }

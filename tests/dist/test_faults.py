@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,16 +13,22 @@ from tests.dist.test_parity import TINY_PARTITIONS
 from tests.support.spawn import spawn
 
 HUGE_SCALE = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 24, "hysteresis": 1}}
+OVERFLOWING = [Case(2, "fp16", ds=HUGE_SCALE), Case(3, "fp16", zero=TINY_PARTITIONS, ds=HUGE_SCALE)]
 
 
-def test_nan_loss_stops_every_process_before_the_step(tiny_llama: Path) -> None:
-    for result in spawn(2, fault_worker.nan_loss, tiny_llama):
-        assert result == {"step": 4, "indices": [2, 3], "unchanged": True, "engine_step": 3}
+@pytest.fixture(scope="module")
+def two(tiny_llama: Path) -> list[Any]:
+    return spawn(2, fault_worker.everything, tiny_llama, OVERFLOWING)
 
 
-@pytest.mark.parametrize("case", [Case(2, "fp16", ds=HUGE_SCALE), Case(3, "fp16", zero=TINY_PARTITIONS, ds=HUGE_SCALE)])
-def test_overflow_steps_are_not_observed(tiny_llama: Path, case: Case) -> None:
-    first, second = spawn(2, fault_worker.overflow, tiny_llama, case)
+def test_nan_loss_stops_every_process_before_the_step(two: list[Any]) -> None:
+    for result in two:
+        assert result["nan"] == {"step": 4, "indices": [2, 3], "unchanged": True, "engine_step": 3}
+
+
+@pytest.mark.parametrize("index", range(len(OVERFLOWING)))
+def test_overflow_steps_are_not_observed(two: list[Any], index: int) -> None:
+    first, second = (result["overflow"][index] for result in two)
     assert first["skipped"] >= 3
     assert first["recorded_while_skipping"][:3] == [0, 0, 0]
     assert [step for step, _ in first["decisions"]] == [5, 9, 14]  # counted in applied steps
@@ -29,14 +36,15 @@ def test_overflow_steps_are_not_observed(tiny_llama: Path, case: Case) -> None:
     assert first["digests"] == second["digests"]
 
 
-def test_disagreement_is_an_error_on_every_process(tiny_llama: Path) -> None:
-    for message in spawn(2, fault_worker.disagreement, tiny_llama):
-        assert "processes disagree on the allocation of step 5" in message
+def test_disagreement_is_an_error_on_every_process(two: list[Any]) -> None:
+    for result in two:
+        assert "processes disagree on the allocation of step 5" in result["disagreement"]
 
 
-def test_an_event_costs_two_small_collectives(tiny_llama: Path) -> None:
+def test_an_event_costs_two_small_collectives(two: list[Any]) -> None:
     """One packed sum of the statistics and one comparison of digests; ordinary steps pay nothing for the method."""
     assert SALIENT["window_initial"] == 3
-    for cost in spawn(2, fault_worker.events_cost, tiny_llama):
+    for result in two:
+        cost = result["cost"]
         assert cost["ordinary_min"] == cost["ordinary_max"]
         assert cost["event_max"] == cost["ordinary_max"] + 2

@@ -40,9 +40,7 @@ class Played:
 
     def __init__(self, golden: Golden, ties: str, **options: Any) -> None:
         modules, total_steps = int(golden["n_modules"]), int(golden["total_step"])
-        self.layout = RankLayout(
-            tuple("abcdefgh"[:modules]), (40,) * modules, (50,) * modules, (60,) * modules
-        )
+        self.layout = RankLayout(tuple("abcdefgh"[:modules]), (40,) * modules, (50,) * modules, (60,) * modules)
         settings: dict[str, Any] = {
             "target_total": int(golden["target_total"]), "start_rank": int(golden["r_init"]),
             "initial_warmup": int(golden["init_warmup"]), "interval": int(golden["incre_interval"]),

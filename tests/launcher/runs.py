@@ -79,7 +79,11 @@ def workers(launcher: int) -> list[int]:
                 session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
             except OSError:
                 continue
-            if session == launcher and b"salient_ds.train" in command and any(c.startswith(b"--local_rank") for c in command):
+            if (
+                session == launcher
+                and b"salient_ds.train" in command
+                and any(c.startswith(b"--local_rank") for c in command)
+            ):
                 found.append(int(entry.name))
     return sorted(found)
 

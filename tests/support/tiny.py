@@ -6,7 +6,10 @@ import json
 import random
 from pathlib import Path
 
-WORDS = "red blue green stone river cloud bread sugar light winter summer horse table music garden paper".split()
+WORDS = [
+    "red", "blue", "green", "stone", "river", "cloud", "bread", "sugar", "light", "winter", "summer", "horse",
+    "table", "music", "garden", "paper",
+]  # fmt: skip
 
 
 def write_alpaca(path: Path, rows: int, seed: int = 0) -> Path:

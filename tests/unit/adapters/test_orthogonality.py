@@ -58,7 +58,9 @@ def plain_penalty(model: Stack, coefficient: float, form: str, masked: bool) -> 
 @pytest.mark.parametrize("checkpointing", ["none", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("form", ["mean_norm", "squared"])
-def test_gradient_and_value_equal_autograd(form: Literal["mean_norm", "squared"], masked: bool, checkpointing: str) -> None:
+def test_gradient_and_value_equal_autograd(
+    form: Literal["mean_norm", "squared"], masked: bool, checkpointing: str
+) -> None:
     penalty = OrthogonalityPenalty(3, 0.3, form)
     model = Stack(penalty, masked, checkpointing)
     x = torch.randn(5, 6, requires_grad=checkpointing == "reentrant")

@@ -133,7 +133,9 @@ def test_a_target_that_is_nowhere_is_an_error_with_the_names_there_are(tiny_llam
 
 def test_plain_lora_starts_at_zero_and_rslora_scales_by_the_root() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    plain = inject(model, AdapterConfig(rank=4, alpha=8, target_modules=["0"]), LoRAConfig(rslora=True), 0, torch.float32)
+    plain = inject(
+        model, AdapterConfig(rank=4, alpha=8, target_modules=["0"]), LoRAConfig(rslora=True), 0, torch.float32
+    )
     (adapter,) = plain.adapters.values()
     assert isinstance(adapter, PlainLinear)
     assert adapter.scaling == 4.0 and not adapter.lora_B.any() and adapter.lora_A.all()

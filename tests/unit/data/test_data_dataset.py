@@ -72,9 +72,7 @@ def test_num_targets_is_what_a_causal_loss_averages_over() -> None:
 
     logits = torch.zeros(1, 6, 10)
     for example in InstructionDataset(examples(12)):
-        labels = torch.tensor(
-            example["labels"] % 10 * (example["labels"] >= 0) - 100 * (example["labels"] < 0)
-        )
+        labels = torch.tensor(example["labels"] % 10 * (example["labels"] >= 0) - 100 * (example["labels"] < 0))
         losses = torch.nn.functional.cross_entropy(
             logits[0, :1].expand(len(labels) - 1, -1), labels[1:].long(), reduction="none"
         )
@@ -104,14 +102,8 @@ def test_split() -> None:
     train, held_out = split_eval(dataset, 5, seed=3)
     assert (len(train), len(held_out)) == (15, 5)
     keys = [example["input_ids"].tobytes() for example in dataset]
-    in_train, in_eval = (
-        [keys.index(example["input_ids"].tobytes()) for example in part] for part in (train, held_out)
-    )
-    assert (
-        sorted(in_train + in_eval) == list(range(20))
-        and in_train == sorted(in_train)
-        and in_eval == sorted(in_eval)
-    )
+    in_train, in_eval = ([keys.index(example["input_ids"].tobytes()) for example in part] for part in (train, held_out))
+    assert sorted(in_train + in_eval) == list(range(20)) and in_train == sorted(in_train) and in_eval == sorted(in_eval)
     again = split_eval(dataset, 0.25, seed=3)
     assert same(again[0], train) and same(again[1], held_out), "a quarter is five of twenty"
     assert not same(split_eval(dataset, 5, seed=4)[1], held_out)
@@ -120,9 +112,7 @@ def test_split() -> None:
 
 @pytest.mark.parametrize("size", [0, 20, 25, 0.01, 0.99])
 def test_split_needs_examples_on_both_sides(size: float) -> None:
-    with pytest.raises(
-        ValueError, match=r"of 20 examples: it must leave at least one.*give 1 to 19 examples"
-    ):
+    with pytest.raises(ValueError, match=r"of 20 examples: it must leave at least one.*give 1 to 19 examples"):
         split_eval(InstructionDataset(examples(20)), size, seed=0)
     with pytest.raises(ValueError, match="whole number"):
         split_eval(InstructionDataset(examples(20)), 2.5, seed=0)

@@ -260,9 +260,7 @@ def test_lists_the_first_problems_and_counts_all(write: Write) -> None:
 
 
 def test_empty_answers_can_be_skipped(write: Write) -> None:
-    path = write(
-        "a.jsonl", [{"instruction": "x", "output": ""}, ALPACA, turns(("user", "u"), ("assistant", " "))]
-    )
+    path = write("a.jsonl", [{"instruction": "x", "output": ""}, ALPACA, turns(("user", "u"), ("assistant", " "))])
     assert 'no "instruction"' in error_of(path, empty_answers="skip")
     path = write("a.jsonl", [{"instruction": "x", "output": ""}, ALPACA])
     assert [row.source[1] for row in read_rows(path, empty_answers="skip")] == [2]

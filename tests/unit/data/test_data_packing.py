@@ -102,9 +102,7 @@ def test_packed_examples_keep_every_token_and_target(examples: InstructionDatase
 
 
 def test_first_label_of_a_segment_is_never_predicted_from_the_one_before() -> None:
-    two = InstructionDataset(
-        [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, 4]}]
-    )
+    two = InstructionDataset([{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, 4]}])
     (sequence,) = packed(two)
     assert sequence["labels"].tolist() == [-100, 2, -100, 4]
 
@@ -116,9 +114,7 @@ def test_mask_is_causal_within_segments() -> None:
     assert torch.equal(mask[0, 0], expected)
     added = additive_mask(mask)
     assert (
-        added.dtype == torch.float32
-        and torch.equal(added == 0, mask)
-        and added.min() == torch.finfo(torch.float32).min
+        added.dtype == torch.float32 and torch.equal(added == 0, mask) and added.min() == torch.finfo(torch.float32).min
     )
 
 
@@ -188,14 +184,9 @@ def test_packed_logits_equal_those_alone(examples: InstructionDataset, attention
 
 
 def test_control_without_the_mask_or_the_positions_it_fails(examples: InstructionDataset) -> None:
+    assert worst_difference("sdpa", "sdpa", examples, attention_mask=lambda mask: torch.ones_like(mask).tril()) > 1e-2
     assert (
-        worst_difference("sdpa", "sdpa", examples, attention_mask=lambda mask: torch.ones_like(mask).tril())
-        > 1e-2
-    )
-    assert (
-        worst_difference(
-            "sdpa", "sdpa", examples, position_ids=lambda ids: torch.arange(ids.shape[1]).expand_as(ids)
-        )
+        worst_difference("sdpa", "sdpa", examples, position_ids=lambda ids: torch.arange(ids.shape[1]).expand_as(ids))
         < 1e-4
     ), "rotary positions are relative: the mask alone separates segments"
     assert (

@@ -23,9 +23,7 @@ def test_any_step_alone_is_the_step_of_the_run() -> None:
     for step in (39, 0, 17, 3):
         assert np.array_equal(StepSampler(23, 8, seed=5).indices(step), in_order[step])
         assert np.array_equal(run.indices(step), in_order[step]), "no state is left behind"
-    assert any(
-        not np.array_equal(StepSampler(23, 8, seed=6).indices(step), in_order[step]) for step in range(3)
-    )
+    assert any(not np.array_equal(StepSampler(23, 8, seed=6).indices(step), in_order[step]) for step in range(3))
 
 
 def test_streams_are_frozen() -> None:
@@ -67,9 +65,7 @@ def test_steps_and_epochs() -> None:
     assert sampler.steps_per_epoch == 3 and sampler.total_steps(2) == 5 and sampler.total_steps(0.5) == 2
     assert sampler.epoch(0) == 0 and sampler.epoch(5) == 2.0
     assert StepSampler(52002, 128, seed=0).total_steps(3) == 1219
-    assert StepSampler(10, 11, seed=0).total_steps(1.1) == 1, (
-        "1.1 x 10 is eleven, whatever floating point says"
-    )
+    assert StepSampler(10, 11, seed=0).total_steps(1.1) == 1, "1.1 x 10 is eleven, whatever floating point says"
     with pytest.raises(ValueError, match="epochs=0"):
         sampler.total_steps(0)
 

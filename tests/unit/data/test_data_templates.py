@@ -71,8 +71,7 @@ def test_fastchats_own_alpaca_is_another_text() -> None:
 
 def test_alpaca_second_turn_and_system() -> None:
     texts = [
-        segment.text
-        for segment in get_template("alpaca").segments(ask("Q1", "A1", "Q2", "A2", system="Be brief."))
+        segment.text for segment in get_template("alpaca").segments(ask("Q1", "A1", "Q2", "A2", system="Be brief."))
     ]
     assert texts == [
         "Be brief.\n\n### Instruction:\nQ1\n\n### Response:",
@@ -101,9 +100,7 @@ def test_llama2_is_the_published_format(llama: Any) -> None:
     """Each exchange is BOS + "[INST] question [/INST] answer " + EOS, texts stripped
     (llama/generation.py)."""
     template = get_template("llama-2")
-    assert template.text(ask(" Q1\n", " A1", "Q2", "A2 ")) == (
-        "[INST] Q1 [/INST] A1 </s><s>[INST] Q2 [/INST] A2 </s>"
-    )
+    assert template.text(ask(" Q1\n", " A1", "Q2", "A2 ")) == ("[INST] Q1 [/INST] A1 </s><s>[INST] Q2 [/INST] A2 </s>")
     with_system = ask("Q1", "A1", "Q2", "A2", system="S")
     assert template.segments(with_system) == [
         ("[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST]", False),
@@ -119,9 +116,7 @@ def test_end_and_beginning_are_the_tokenizers_own(chatml: Any) -> None:
     assert get_template("vicuna_v1.1").text(conversation, chatml).endswith("ASSISTANT: A2<|im_end|>")
     assert get_template("alpaca").segments(conversation, chatml)[1].text == "A1<|im_end|>"
     text = get_template("llama-2").text(conversation, chatml)
-    assert text == "[INST] Q1 [/INST] A1 <|im_end|>[INST] Q2 [/INST] A2 <|im_end|>", (
-        "this tokenizer has no BOS"
-    )
+    assert text == "[INST] Q1 [/INST] A1 <|im_end|>[INST] Q2 [/INST] A2 <|im_end|>", "this tokenizer has no BOS"
     chatml.eos_token = None
     with pytest.raises(ValueError, match=r'"alpaca" closes answers.*no eos_token'):
         get_template("alpaca").text(conversation, chatml)
@@ -135,9 +130,7 @@ def test_tokenizer_template(chatml: Any, two_turns: Conversation) -> None:
         "Dresden<|im_end|>",
     ]
     whole = chatml.apply_chat_template(two_turns.messages(), tokenize=False)
-    assert "".join(segment.text for segment in segments) + "\n" == whole, (
-        "only the line end after the last answer goes"
-    )
+    assert "".join(segment.text for segment in segments) + "\n" == whole, "only the line end after the last answer goes"
     with pytest.raises(ValueError, match="cannot be rendered without one"):
         template.text(two_turns)
 
@@ -145,9 +138,7 @@ def test_tokenizer_template(chatml: Any, two_turns: Conversation) -> None:
 def test_tokenizer_template_as_smollm2_has_it(chatml: Any) -> None:
     """Its beginning token opens every turn, and it brings a system message of its own."""
     chatml.bos_token = "<|im_start|>"
-    own = (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
-    )
+    own = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
     chatml.chat_template = own + chatml.chat_template
     segments = get_template("tokenizer").segments(ask("Q", "A"), chatml)
     prompt = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
@@ -167,9 +158,7 @@ def test_tokenizer_template_that_adds_to_the_last_answer(chatml: Any, two_turns:
         "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    answers = [
-        segment.text for segment in get_template("tokenizer").segments(two_turns, chatml) if segment.is_answer
-    ]
+    answers = [segment.text for segment in get_template("tokenizer").segments(two_turns, chatml) if segment.is_answer]
     assert answers == ["The Elbe é.<|im_end|>", "<think>\n\n</think>\n\nDresden<|im_end|>"]
 
 
@@ -205,9 +194,7 @@ def test_tokenizer_template_that_cannot_be_cut(
 
 
 def test_date_of_a_chat_template_is_fixed(chatml: Any) -> None:
-    chatml.chat_template = (
-        "{{ date_string if date_string is defined else strftime_now('%c') }}" + chatml.chat_template
-    )
+    chatml.chat_template = "{{ date_string if date_string is defined else strftime_now('%c') }}" + chatml.chat_template
     assert get_template("tokenizer").text(ask("Q", "A"), chatml).startswith("26 Jul 2024<|im_start|>")
 
 
@@ -278,9 +265,7 @@ def test_system_message_is_never_dropped() -> None:
 def test_unknown_name(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match="unknown template") as caught:
         get_template(name)
-    assert f'did you mean "{nearest}"?' in str(caught.value) and "known are alpaca, vicuna_v1.1" in str(
-        caught.value
-    )
+    assert f'did you mean "{nearest}"?' in str(caught.value) and "known are alpaca, vicuna_v1.1" in str(caught.value)
 
 
 def test_fastchat_prefix_on_a_named_template_is_the_same_template() -> None:
@@ -318,8 +303,7 @@ def test_record_notices_a_changed_chat_template(chatml: Any) -> None:
 
 def test_record_of_a_template_that_takes_no_system_message(chatml: Any) -> None:
     chatml.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        + chatml.chat_template
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + chatml.chat_template
     )
     record = template_record(get_template("tokenizer"), chatml)
     assert record.sample.endswith("(takes no system message)")
@@ -328,9 +312,7 @@ def test_record_of_a_template_that_takes_no_system_message(chatml: Any) -> None:
 
 def test_record_is_stable() -> None:
     """These hashes are stored with adapters: a change here makes every adapter refuse to be evaluated."""
-    hashes = {
-        name: template_record(get_template(name)).sha256[:16] for name in ("alpaca", "vicuna_v1.1", "llama-2")
-    }
+    hashes = {name: template_record(get_template(name)).sha256[:16] for name in ("alpaca", "vicuna_v1.1", "llama-2")}
     assert hashes == {
         "alpaca": "a5d4e645372caa14",
         "vicuna_v1.1": "11e9de2d894ccef1",

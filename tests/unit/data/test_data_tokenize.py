@@ -41,9 +41,7 @@ def qa(question: str, answer: str) -> Conversation:
 
 @pytest.mark.parametrize("kind", ["llama", "slow"])
 @pytest.mark.parametrize("name", ["alpaca", "vicuna_v1.1", "llama-2"])
-def test_labels_are_answers_and_their_end_tokens(
-    request: Any, two_turns: Conversation, kind: str, name: str
-) -> None:
+def test_labels_are_answers_and_their_end_tokens(request: Any, two_turns: Conversation, kind: str, name: str) -> None:
     tokenizer = request.getfixturevalue(kind)
     example = tokenize_conversation(two_turns, get_template(name), tokenizer)
     ids, labels = example["input_ids"], example["labels"]
@@ -68,9 +66,7 @@ def test_blank_before_the_answer_is_trained_on(llama: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["alpaca", "vicuna_v1.1", "llama-2"])
-def test_whole_text_is_what_the_tokenizer_itself_makes_of_it(
-    llama: Any, two_turns: Conversation, name: str
-) -> None:
+def test_whole_text_is_what_the_tokenizer_itself_makes_of_it(llama: Any, two_turns: Conversation, name: str) -> None:
     template = get_template(name)
     text = template.text(two_turns, llama)
     assert tokenize_conversation(two_turns, template, llama)["input_ids"].tolist() == llama(text)["input_ids"]
@@ -99,16 +95,12 @@ def test_with_and_without_offsets_agree_on_what_is_trained_on(
     )
     assert [text.strip() for text in fast_answers] == [text.strip() for text in slow_answers]
     single = Conversation(None, two_turns.turns[:2])
-    fast_one, slow_one = (
-        tokenize_conversation(single, get_template(name), tokenizer) for tokenizer in (llama, slow)
-    )
+    fast_one, slow_one = (tokenize_conversation(single, get_template(name), tokenizer) for tokenizer in (llama, slow))
     assert fast_one["input_ids"].tolist() == slow_one["input_ids"].tolist()
     assert fast_one["labels"].tolist() == slow_one["labels"].tolist()
 
 
-def test_a_joint_that_a_token_crosses_still_has_all_answer_text(
-    slow: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_joint_that_a_token_crosses_still_has_all_answer_text(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without offsets, an answer whose start would merge with the prompt is tokenised by itself."""
     template = get_template("alpaca")
     conversation = qa("Q", "answer")
@@ -173,9 +165,7 @@ def test_chat_template_alone_decides_on_the_beginning_token(
     assert ids.tolist() == own["input_ids"]
 
 
-def test_a_token_belongs_to_the_segment_of_its_first_character(
-    chatml: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_belongs_to_the_segment_of_its_first_character(chatml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     template = get_template("alpaca")
     conversation = qa("Q", "A")
     segments = template.segments(conversation, chatml)
@@ -215,18 +205,14 @@ def test_examples_without_an_answer_left_are_dropped(llama: Any) -> None:
     assert (report.dropped, report.truncated, report.kept) == (1, 1, 1) and len(only["input_ids"]) == short
     report.sequences = 1
     summary = report.summary()
-    assert (
-        "1 examples" in summary and f"1 cut at {short} tokens" in summary and "1 of them dropped" in summary
-    )
+    assert "1 examples" in summary and f"1 cut at {short} tokens" in summary and "1 of them dropped" in summary
 
 
 def test_every_answer_lost_names_the_remedy(llama: Any) -> None:
     template = get_template("alpaca")
     conversations = [qa("Q", "A"), qa("a longer question", "A")]
     report = TokenizationReport(20)
-    with pytest.raises(
-        ValueError, match="max_length=20 leaves no answer token in any of the 2 examples"
-    ) as caught:
+    with pytest.raises(ValueError, match="max_length=20 leaves no answer token in any of the 2 examples") as caught:
         list(tokenize_all(conversations, template, llama, 20, report))
     needed = report.shortest_useful
     assert f"raise max_length to {needed}" in str(caught.value)
@@ -243,9 +229,7 @@ def test_batches_do_not_matter(llama: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("salient_ds.data.tokenize._BATCH", 3)
     batched = tokenize_all(conversations, template, llama, 500, TokenizationReport(500))
     for example, conversation in zip(batched, conversations, strict=True):
-        assert np.array_equal(
-            example["labels"], tokenize_conversation(conversation, template, llama)["labels"]
-        )
+        assert np.array_equal(example["labels"], tokenize_conversation(conversation, template, llama)["labels"])
 
 
 def test_special_tokens_in_the_data_are_counted(llama: Any) -> None:

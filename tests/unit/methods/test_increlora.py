@@ -279,9 +279,7 @@ def fresh_groups(steps_joined: Tensor, weight_decay: float) -> Tensor:
     size = len(steps_joined)
     start = torch.randn(size, generator=torch.Generator().manual_seed(1))
     groups = {int(j): nn.Parameter(start.clone()) for j in steps_joined.unique() if j != NEVER}
-    optimizers = {
-        j: torch.optim.AdamW([p], lr=0.1, weight_decay=weight_decay, eps=1e-12) for j, p in groups.items()
-    }
+    optimizers = {j: torch.optim.AdamW([p], lr=0.1, weight_decay=weight_decay, eps=1e-12) for j, p in groups.items()}
     draw = torch.Generator().manual_seed(2)
     for step in range(1, STEPS + 1):
         grad = torch.randn(size, generator=draw)

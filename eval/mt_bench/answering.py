@@ -1,0 +1,154 @@
+"""The two turns of every question: temperatures, prompts, and the batches they are asked in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from salient_ds.data.conversation import ASSISTANT, USER, Conversation, Turn
+from salient_ds.data.templates import Template
+
+from .answer_file import TurnResult, no_first_answer, with_text_status
+from .questions import CATEGORIES, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .local_model import LocalAnswerer
+
+TEMPERATURES = {
+    "writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0, "stem": 0.1,
+    "humanities": 0.1,
+}  # fmt: skip
+"""Of MT-Bench, by category (FastChat, llm_judge/common.py: temperature_config)."""
+
+
+def parse_temperatures(text: str) -> dict[str, float]:
+    """Temperatures by category from "mt_bench", one number for all, or "writing=0.7,math=0" for some of them.
+
+    Raises:
+        ValueError: not a number, negative, or an unknown category.
+    """
+    if text == "mt_bench":
+        return dict(TEMPERATURES)
+    pairs = [part.partition("=") for part in text.split(",")]
+    if len(pairs) == 1 and not pairs[0][1]:
+        return dict.fromkeys(CATEGORIES, _degree(text))
+    unknown = [name for name, _, _ in pairs if name not in CATEGORIES]
+    if unknown:
+        raise ValueError(f"--temperature names {unknown[0]!r}, which is none of {', '.join(CATEGORIES)}")
+    return TEMPERATURES | {name: _degree(value) for name, _, value in pairs}
+
+
+def _degree(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 10.0:
+        raise ValueError(f"--temperature {text!r}: use mt_bench, a number from 0 to 10, or category=number,...")
+    return value
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, as tokens, with what its answer is drawn by."""
+
+    ids: tuple[int, ...]
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Renders conversations with one template and tokenizer; ``stops`` are texts that end an answer."""
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    stops: tuple[str, ...]
+
+    def text(self, question: Question, answers: Sequence[str]) -> str:
+        """The prompt of turn ``len(answers) + 1``."""
+        return self.template.prompt(conversation(question, answers), self.tokenizer)
+
+    def tokens(self, question: Question, answers: Sequence[str]) -> tuple[int, ...]:
+        """The prompt as training would have tokenised it: one beginning token if the tokenizer puts one."""
+        text = self.text(question, answers)
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.template.adds_bos and self.puts_bos and not text.startswith(str(self.tokenizer.bos_token)):
+            ids.insert(0, int(self.tokenizer.bos_token_id))
+        return tuple(ids)
+
+    @property
+    def puts_bos(self) -> bool:
+        """Whether the tokenizer puts its beginning token before a plain text."""
+        begin = self.tokenizer.bos_token_id
+        return begin is not None and self.tokenizer("a")["input_ids"][:1] == [begin]
+
+
+def conversation(question: Question, answers: Sequence[str]) -> Conversation:
+    """The question's turns up to the one to be answered, with the answers so far."""
+    turns: list[Turn] = []
+    for said, answer in zip(question.turns, answers, strict=False):
+        turns += [Turn(USER, said), Turn(ASSISTANT, answer)]
+    return Conversation(None, (*turns, Turn(USER, question.turns[len(answers)])))
+
+
+def end_text(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What closes an answer in the training text."""
+    sample = Conversation(None, (Turn(USER, "Name a river."), Turn(ASSISTANT, "The Elbe.")))
+    return template.segments(sample, tokenizer)[-1].text.partition("The Elbe.")[2].strip()
+
+
+def fixed_batches(questions: Sequence[Question], lengths: Mapping[int, int], size: int) -> list[list[Question]]:
+    """All questions in batches of similar prompt length.
+
+    Cut from the whole list whatever is answered already, and dealt out to processes whole: what is computed together
+    is then the same in a first run, a resumed one, and on any number of processes, and so is every bit of it.
+    """
+    if size < 1:
+        raise ValueError(f"--batch-size {size} must be at least 1")
+    ordered = sorted(questions, key=lambda question: (lengths[question.question_id], question.question_id))
+    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+
+def turn_seed(seed: int, question_id: int, turn: int, choice: int = 0) -> int:
+    """63 bits for one turn of one answer."""
+    digest = hashlib.sha256(f"{seed}/{question_id}/{choice}/{turn}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def answer_batch(
+    batch: Sequence[Question], prompter: Prompter, model: LocalAnswerer, temperatures: Mapping[str, float],
+    seed_of: Callable[[int, int], int],
+) -> dict[int, list[TurnResult]]:  # fmt: skip
+    """Results of every turn by question; turn 2 goes on from the model's own answer to turn 1."""
+    results: dict[int, list[TurnResult]] = {question.question_id: [] for question in batch}
+    for turn in range(1, max(len(question.turns) for question in batch) + 1):
+        asked = list(_still_asked(batch, results, turn))
+        prompts = [
+            Prompt(
+                prompter.tokens(question, [result.text for result in results[question.question_id]]),
+                temperatures[question.category],
+                seed_of(question.question_id, turn),
+            )
+            for question in asked
+        ]
+        for question, result in zip(asked, model.answer(prompts), strict=True):
+            results[question.question_id].append(with_text_status(result))
+    return results
+
+
+def _still_asked(batch: Sequence[Question], results: Mapping[int, list[TurnResult]], turn: int) -> Iterator[Question]:
+    """Questions that have this turn and something to go on from; the others get their failure."""
+    for question in batch:
+        if turn > len(question.turns):
+            continue
+        before = results[question.question_id]
+        missing = no_first_answer(before[-1]) if before else None
+        if missing is None:
+            yield question
+        else:
+            before.append(missing)

@@ -1,0 +1,191 @@
+"""The command ``generate``: answers of a local model, or of a model behind a server, to all questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .answering import Prompter, end_text, parse_temperatures
+from .cli_common import (
+    EXIT_STOPPED,
+    Attempts,
+    Data,
+    KeyEnv,
+    Source,
+    SourcePath,
+    Timeout,
+    TokenParameter,
+    console,
+    escape,
+    show_origin,
+)
+from .client import Endpoint, JudgeClient
+from .local_run import Job, answer_locally, global_rank_and_size
+from .questions import load_question_set
+from .sources import ModelSource, choose_template, default_name, find_source
+from .store import ANSWER_STATUSES, Layout, Row, check_model_name
+
+SERVER_TEMPLATE = "server"
+"""The template's name when the server applies its own."""
+
+
+def generate(
+    model: Annotated[
+        str | None, typer.Argument(help="Run directory, adapter directory, merged or base model, or hub name.")
+    ] = None,
+    model_id: Annotated[
+        str | None, typer.Option(help="Name of the answers; default: the last telling part of MODEL.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it is not where training found it.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if not the adapter's or the base's.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="For models without a record; with one, it must be the template of training.")
+    ] = None,
+    data: Data = Path("data"),
+    questions: Source = "mt_bench",
+    questions_path: SourcePath = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 1024,
+    temperature: Annotated[
+        str, typer.Option(help="mt_bench (by category), a number, category=number,...; for a server also none.")
+    ] = "mt_bench",
+    seed: Annotated[int, typer.Option(help="Another seed is another sample; give it another --model-id.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that also ends an answer (repeat).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Split one model over so many processes: all that the launcher started.")
+    ] = 1,
+    overwrite: Annotated[bool, typer.Option(help="Replace the answers that are there.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="The model's name at the server.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Questions asked at one time, of a server.")] = 8,
+    token_parameter: TokenParameter = "max_tokens",
+    api_key_env: KeyEnv = "OPENAI_API_KEY",
+    timeout: Timeout = 600.0,
+    attempts: Attempts = 8,
+) -> None:
+    """Answer all questions in two turns. Run the same command to go on where one was stopped."""
+    global_rank, size = global_rank_and_size()
+    console.quiet = global_rank > 0
+    if (model is None and endpoint is None) or (endpoint is None) != (model_name is None):
+        raise ValueError("give a MODEL to load, or the --endpoint of a server with --model-name")
+    if endpoint is not None and size > 1:
+        raise ValueError(f"--endpoint is for one process, and the launcher started {size}")
+    if tensor_parallel not in (1, size):
+        raise ValueError(
+            f"--tensor-parallel {tensor_parallel} must be the launcher's number of processes, {size}, or 1"
+        )
+    found = load_question_set(questions, questions_path)
+    show_origin(found)
+    source = find_source(model, base, tokenizer) if model is not None else None
+    prompter, record = _template(source, template, tokenizer, stop or [], endpoint is not None)
+    name = model_id or default_name(model or str(model_name))
+    check_model_name(name)
+    settings: Row = {
+        **record, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or [],
+        "questions_sha256": next(value for key, value in found.sha256.items() if key.endswith("question.jsonl")),
+    }  # fmt: skip
+    temperatures = None if endpoint is not None and temperature == "none" else parse_temperatures(temperature)
+    job = Job(name, Layout(data, found.bench).answers(name), found.questions, temperatures, seed, settings, overwrite)
+    if endpoint is None:
+        assert source is not None and prompter is not None
+        rows = _from_model(job, source, prompter, dtype, max_new_tokens, batch_size, tensor_parallel > 1)
+    else:
+        fields: dict[str, Any] = {
+            "model": model_name, "base_url": endpoint, "api_key_env": api_key_env, "max_tokens": max_new_tokens,
+            "token_parameter": token_parameter, "timeout_s": timeout, "max_attempts": attempts,
+        }  # fmt: skip
+        rows = _from_server(job, prompter, Endpoint(**fields), concurrency)
+    if rows is not None:
+        show_answers(job, rows)
+
+
+def _template(
+    source: ModelSource | None, wanted: str | None, tokenizer: str | None, stops: Sequence[str], server: bool
+) -> tuple[Prompter | None, Row]:
+    """How prompts are made, None where the server does it, and what is written down about it."""
+    record = source.record if source else None
+    if server and (wanted == SERVER_TEMPLATE or (wanted is None and source is None)):
+        if record is not None:
+            raise ValueError(
+                f'trained with template "{record.name}", asked for the server\'s own: leave --template out, and our '
+                "rendered prompt goes to /completions"
+            )
+        if stops:
+            raise ValueError("--stop does not go with the server's own template")
+        return None, {"template": SERVER_TEMPLATE, "template_sha256": None}
+    where = source.tokenizer if source else tokenizer
+    if where is None:
+        raise ValueError(f"--template {wanted} needs a tokenizer to be rendered with: give --tokenizer, or MODEL")
+    loaded = _load_tokenizer(where, source)
+    template, used = choose_template(record, wanted, loaded)
+    ends = [text for text in [end_text(template, loaded), *stops] if text]
+    return Prompter(template, loaded, tuple(ends)), {"template": used.name, "template_sha256": used.sha256}
+
+
+def _load_tokenizer(where: str, source: ModelSource | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            where,
+            revision=source.revision if source and where == source.base else None,
+            trust_remote_code=bool(source and source.trust_remote_code),
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a tokenizer from {where}: {error}; give --tokenizer") from None
+
+
+def _from_model(
+    job: Job, source: ModelSource, prompter: Prompter, dtype: str, max_new_tokens: int, batch_size: int, split: bool
+) -> list[Row] | None:
+    import torch
+
+    from .local_model import DTYPES, LocalAnswerer, load_model, local_device
+
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"--dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    kind = dtype if dtype != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
+    job.settings.update(model=source.identity(), dtype=kind)
+
+    def load() -> LocalAnswerer:
+        model = load_model(source, DTYPES[kind], local_device(), split)
+        return LocalAnswerer(model, prompter.tokenizer, prompter.stops, max_new_tokens, together=split)
+
+    return answer_locally(job, prompter, load, batch_size, together=split)
+
+
+def _from_server(job: Job, prompter: Prompter | None, endpoint: Endpoint, concurrency: int) -> list[Row]:
+    from .server_run import ServerAnswerer, answer_from_server
+
+    job.settings.update(endpoint=endpoint.base_url, model=endpoint.model)
+    client = JudgeClient(endpoint)
+    try:
+        rows, problem = answer_from_server(job, ServerAnswerer(client, prompter, job), concurrency)
+    finally:
+        client.close()
+    if rows is None:
+        console.print(f"[bold red]stopped early:[/] {escape(problem)}. Run the same command to go on.")
+        raise typer.Exit(EXIT_STOPPED)
+    return rows
+
+
+def show_answers(job: Job, rows: Sequence[Row]) -> None:
+    """Counts of what the turns came to, and their length."""
+    table = Table("turn", *ANSWER_STATUSES, "mean characters", title=f"answers in {job.path}")
+    for turn in range(max(len(row["statuses"]) for row in rows)):
+        at = [row for row in rows if len(row["statuses"]) > turn]
+        counts = Counter(row["statuses"][turn] for row in at)
+        lengths = [len(row["choices"][0]["turns"][turn]) for row in at if row["statuses"][turn] in ("ok", "truncated")]
+        shown = f"{mean(lengths):,.0f}" if lengths else "none"
+        table.add_row(str(turn + 1), *(str(counts[status]) for status in ANSWER_STATUSES), shown)
+    console.print(table)
+    reasons = Counter(reason for row in rows for reason in row["reasons"] if reason)
+    for reason, count in reasons.most_common(5):
+        console.print(f"  {count} x {escape(reason)}")

@@ -1,0 +1,116 @@
+"""Answer all questions through an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from .answer_file import AnswerJournal, TurnResult, answer_row, no_first_answer, remove_answers, with_text_status
+from .answering import Prompter, conversation
+from .client import Body, CallFailed, GaveUp, HopelessError, JudgeClient
+from .local_run import Job
+from .questions import Question
+from .store import Row
+
+MOST_IN_A_ROW = 3
+"""So many questions without any reply, none between them with one, and the server counts as gone."""
+
+
+@dataclass(frozen=True)
+class ServerAnswerer:
+    """Asks one question at a time; may be used from several threads.
+
+    With a prompter, our own rendered prompt goes to ``/completions``, where no server puts a template of its own around
+    it. Without one, messages go to ``/chat/completions`` and the server's template decides.
+    """
+
+    client: JudgeClient
+    prompter: Prompter | None
+    job: Job
+
+    def answer(self, question: Question) -> list[TurnResult]:
+        """Results of all turns. Raises GaveUp (ask again later) or HopelessError (do not)."""
+        results: list[TurnResult] = []
+        for turn in range(1, len(question.turns) + 1):
+            missing = no_first_answer(results[-1]) if results else None
+            if missing is None:
+                answers = [result.text for result in results]
+                missing = self._turn(self._body(question, answers, turn))
+            results.append(with_text_status(missing))
+        return results
+
+    def _body(self, question: Question, answers: list[str], turn: int) -> Body:
+        endpoint = self.client.endpoint
+        body: Body = {"model": endpoint.model, "seed": self.job.seed_of(question.question_id, turn) % 2**31}
+        if endpoint.token_parameter != "none":
+            body[endpoint.token_parameter] = endpoint.max_tokens
+        if self.job.temperatures is not None:
+            body |= {"temperature": self.job.temperatures[question.category], "top_p": 1.0}
+        if self.prompter is None:
+            return body | {"messages": conversation(question, answers).messages()}
+        text = self.prompter.text(question, answers)
+        if self.prompter.puts_bos:  # the server's tokenizer puts it too
+            text = text.removeprefix(str(self.prompter.tokenizer.bos_token))
+        body["prompt"] = text
+        return body | ({"stop": list(self.prompter.stops)} if self.prompter.stops else {})
+
+    def _turn(self, body: Body) -> TurnResult:
+        try:
+            reply = self.client.post("/completions" if "prompt" in body else "/chat/completions", body)
+        except GaveUp:
+            raise
+        except CallFailed as error:
+            return TurnResult("", "failed", str(error))
+        used = (reply.prompt_tokens, reply.completion_tokens)
+        if reply.text is None or reply.finish_reason == "content_filter":
+            return TurnResult("", "failed", f"no content ({reply.finish_reason or 'no reason given'})", *used)
+        if reply.finish_reason == "length":
+            return TurnResult(reply.text.strip(), "truncated", "cut by the server", *used)
+        return TurnResult(reply.text.strip(), "ok", "", *used)
+
+
+def answer_from_server(job: Job, server: ServerAnswerer, concurrency: int) -> tuple[list[Row] | None, str]:
+    """Ask what is not answered yet.
+
+    Returns:
+        the rows of the answer file, or None with the reason if some questions got no reply (they are asked again next
+        time).
+    """
+    if job.overwrite:
+        remove_answers(job.path)
+    with AnswerJournal(job.path, job.settings) as journal:
+        missing = [question for question in job.questions if question.question_id not in journal.done]
+        stopped = _ask(job, missing, server, concurrency, journal)
+        rows = journal.merge(job.ids)
+    return rows, stopped
+
+
+def _ask(job: Job, questions: list[Question], server: ServerAnswerer, concurrency: int, journal: AnswerJournal) -> str:
+    """Why questions were left without an answer, or ""."""
+    problem, in_a_row, stopped = "", 0, False
+    with (
+        tqdm(total=len(questions), unit="question", desc=job.model_id) as bar,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+        waiting: dict[Future[list[TurnResult]], Question] = {pool.submit(server.answer, q): q for q in questions}
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                question = waiting.pop(future)
+                try:
+                    turns = future.result()
+                except (CancelledError, GaveUp, HopelessError) as error:
+                    hopeless, in_a_row = isinstance(error, HopelessError), in_a_row + 1
+                    if not stopped and (hopeless or not problem):
+                        problem = str(error)
+                    if not stopped and (hopeless or in_a_row == MOST_IN_A_ROW):
+                        stopped = True
+                        server.client.stop()
+                        for other in waiting:
+                            other.cancel()
+                    continue
+                in_a_row = 0
+                journal.add(answer_row(job.model_id, question.question_id, turns, job.settings))
+                bar.update()
+    return problem

@@ -1,0 +1,162 @@
+"""What answers come from: a base model, a merged model, an adapter directory, or a run directory.
+
+Kinds are told apart by the files: ``adapter_config.json`` is an adapter, ``run.yaml`` or a checkpoint's
+``manifest.json`` a run, ``config.json`` a model; what is no directory is a hub name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from salient_ds.data.record import TemplateRecord, check_record, template_record
+from salient_ds.data.templates import Template, get_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["model", "adapter", "run"]
+RECORD_FILE = "salient_ds.json"
+_GENERIC = ("adapter", "checkpoints", "export-peft", "export-padded", "export-merged")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """``base`` is what is loaded, ``update`` the adapter directory or run checkpoint put on top of it, if any."""
+
+    kind: Kind
+    base: str
+    update: Path | None
+    tokenizer: str
+    record: TemplateRecord | None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def identity(self) -> dict[str, str]:
+        """What the weights are, wherever they lie: the same for the same files."""
+        found = {"kind": self.kind, "base": _fingerprint(self.base, self.revision)}
+        if self.update is not None:
+            names = ("adapter_config.json", "adapter_model.*") if self.kind == "adapter" else ("*",)
+            files = [path for name in names for path in self.update.glob(name) if path.is_file()]
+            found["update"] = _sampled_hash(files)
+        return found
+
+
+def find_source(model: str, base: str | None = None, tokenizer: str | None = None) -> ModelSource:
+    """Tell what ``model`` is and find everything that belongs to it.
+
+    Args:
+        model: directory or hub name.
+        base: base model of an adapter or run, if it is not where training found it.
+        tokenizer: directory or hub name, if neither the adapter nor the base is to be asked.
+
+    Raises:
+        ValueError: not a model, adapter or run; or an adapter whose base is unknown.
+    """
+    folder = Path(model)
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder, base, tokenizer)
+    if (folder / "run.yaml").is_file() or (folder / "manifest.json").is_file():
+        return _run(folder, base, tokenizer)
+    if base is not None:
+        raise ValueError(f"--base goes with an adapter or a run directory, and {model} is neither")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{model} holds no model (config.json), adapter (adapter_config.json) or run (run.yaml): give one of "
+            "these, or a hub name"
+        )
+    return ModelSource("model", model, None, tokenizer or model, _record(_read(folder / RECORD_FILE)))
+
+
+def _adapter(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
+    chosen = base or _read(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not chosen:
+        raise ValueError(f"{folder}/adapter_config.json does not name its base model: give --base")
+    if Path(chosen).is_absolute() and not Path(chosen).is_dir():
+        raise ValueError(f"the base model of {folder} is no longer at {chosen}: give --base")
+    own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else chosen
+    return ModelSource("adapter", chosen, folder, tokenizer or own_tokenizer, _record(_read(folder / RECORD_FILE)))
+
+
+def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
+    import yaml
+
+    from salient_ds.export.run import newest_checkpoint
+    from salient_ds.zero.shard_files import CheckpointError
+
+    try:
+        checkpoint = newest_checkpoint(folder)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    root = folder if (folder / "run.yaml").is_file() else checkpoint.parent.parent
+    if not (root / "run.yaml").is_file():
+        raise ValueError(f"{folder} is a checkpoint without its run: run.yaml is not in {root}")
+    model = yaml.safe_load((root / "run.yaml").read_text(encoding="utf-8"))["model"]
+    chosen = base or model["path"]
+    return ModelSource(
+        "run", chosen, checkpoint, tokenizer or model.get("tokenizer") or chosen, _record(_read(root / "run.json")),
+        model.get("revision") if base is None else None, bool(model.get("trust_remote_code")),
+    )  # fmt: skip
+
+
+def default_name(model: str) -> str:
+    """Name of the answer file for a model given by its path: the last part that says which one it is."""
+    parts = [part for part in Path(model).resolve().parts if part != "/"] if Path(model).exists() else model.split("/")
+    telling = [part for part in parts if part not in _GENERIC and not part.startswith("step-")]
+    return telling[-1] if telling else parts[-1]
+
+
+def choose_template(
+    record: TemplateRecord | None, wanted: str | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Template, TemplateRecord]:
+    """The template to ask with, and its record: the one trained with, or for a model without a record the wanted one.
+
+    Raises:
+        ValueError: no record and nothing wanted; another template than in training; or the same one that renders
+            differently (another tokenizer or version).
+    """
+    name = wanted or (record.name if record else None)
+    if name is None:
+        raise ValueError(
+            "nothing says which prompt template this model was trained with: give --template (alpaca, vicuna_v1.1, "
+            "llama-2, tokenizer or fastchat:NAME)"
+        )
+    template = get_template(name)
+    if record is not None:
+        check_record(record, template, tokenizer)
+    return template, record or template_record(template, tokenizer)
+
+
+def _record(content: dict[str, Any]) -> TemplateRecord | None:
+    found = content.get("template")
+    return TemplateRecord.from_dict(found) if found else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _fingerprint(name: str, revision: str | None) -> str:
+    """Of a model: its config and samples of its weight files; of a hub name: the name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name + (f"@{revision}" if revision else "")
+    return _sampled_hash([folder / "config.json", *(path for pattern in _WEIGHTS for path in folder.glob(pattern))])
+
+
+def _sampled_hash(paths: Iterable[Path]) -> str:
+    """Hash of names, sizes and 16 pieces of 64 KiB of each file: a 13 GB model would take half a minute in full."""
+    digest = hashlib.sha256()
+    for path in sorted(set(paths)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for piece in range(16):
+                file.seek(size * piece // 16)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,36 @@
+"""One model over the GPUs of a launcher run, by DeepSpeed's automatic tensor parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def join_group(timeout_minutes: float) -> None:
+    """Join the launcher's process group as DeepSpeed wants it."""
+    from salient_ds.zero.environment import start
+
+    start(timeout_minutes)
+
+
+def split_model(model: nn.Module, dtype: torch.dtype) -> Any:
+    """The model with its linear layers shared out among all processes of the group, on their devices.
+
+    Every process must then run the same batches.
+
+    Raises:
+        ValueError: DeepSpeed cannot split this architecture over so many processes.
+    """
+    import deepspeed
+    import torch.distributed as dist
+
+    size = {"tp_size": dist.get_world_size()}
+    try:
+        engine = deepspeed.init_inference(model, tensor_parallel=size, dtype=dtype, replace_with_kernel_inject=False)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"DeepSpeed cannot split {type(model).__name__} over {size['tp_size']} processes: {error}"
+        ) from error
+    return engine.module

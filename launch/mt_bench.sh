@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# From a run file to an MT-Bench report: train -> export -> generate -> judge -> report.
+#
+#   launch/mt_bench.sh RUN.yaml [key=value]...        (key=value: overrides of the run file)
+#
+# A step whose result is there does nothing, and one that was stopped goes on: start the same command again.
+# Set in the environment:
+#   STEPS          which steps (default "train export generate judge report")
+#   PROCESSES      processes for training and generating, one per GPU (default 1)
+#   FORM           peft (default), padded or merged: what is exported, and answers
+#   BASE_TOO       1: the base model answers as well, as "base", and the report compares the two
+#   QUESTIONS      mt_bench (default) or own (our 16 questions; not MT-Bench)
+#   MODEL_ID       name of the answers (default: name of the run directory)
+#   DATA, REPORT   folders (default data, report)
+#   JUDGE_MODEL    the judge's name at its endpoint; without it nothing is judged
+#   JUDGE_URL      OpenAI-compatible endpoint (default https://api.openai.com/v1, key in OPENAI_API_KEY)
+#   GENERATE_ARGS, JUDGE_ARGS, REPORT_ARGS    further options of `salient-ds mt-bench generate`, `judge`, `report`
+# The cases: mt_bench_api_judge.sh, mt_bench_local_judge.sh, mt_bench_own_set.sh.
+set -euo pipefail
+
+if (($# == 0)); then
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+  exit 2
+fi
+run_file=$1
+overrides=("${@:2}")
+steps=" ${STEPS:-train export generate judge report} "
+for step in $steps; do
+  [[ " train export generate judge report " == *" $step "* ]] || {
+    echo "error: STEPS names '$step', which is none of train, export, generate, judge, report" >&2
+    exit 2
+  }
+done
+processes=${PROCESSES:-1} form=${FORM:-peft} data=${DATA:-data}
+questions=(--questions "${QUESTIONS:-mt_bench}")
+read -r -a generate_args <<<"${GENERATE_ARGS:-}"
+read -r -a judge_args <<<"${JUDGE_ARGS:-}"
+read -r -a report_args <<<"${REPORT_ARGS:-}"
+# One name per line, read by the package itself, so that overrides count.
+mapfile -t facts < <(python - "$run_file" "${overrides[@]}" <<'PYTHON'
+import sys
+from salient_ds.config import ConfigError, load_config
+try:
+    config = load_config(sys.argv[1], sys.argv[2:])
+except ConfigError as error:
+    sys.exit(f"error: {error}")
+print(config.output_dir, config.model.path, config.data.template, sep="\n")
+PYTHON
+)
+((${#facts[@]} == 3)) || exit 2
+run_dir=${facts[0]} base=${facts[1]} template=${facts[2]}
+model_id=${MODEL_ID:-$(basename "$run_dir")}
+
+wanted() { [[ $steps == *" $1 "* ]]; }
+say() { printf '\n== %s\n' "$*"; }
+
+# Training itself leaves the peft form in RUN/adapter.
+exported=$run_dir/adapter
+[[ $form == peft ]] || exported=$run_dir/export-$form
+mark=adapter_config.json
+[[ $form != merged ]] || mark=config.json
+
+answer() { # MODEL NAME [option]...
+  local command=(mt-bench generate "$1" --model-id "$2" --data "$data" "${questions[@]}" "${generate_args[@]}" "${@:3}")
+  if ((processes > 1)); then
+    deepspeed --num_accelerators "$processes" --no_local_rank --module salient_ds.cli "${command[@]}"
+  else
+    salient-ds "${command[@]}"
+  fi
+}
+
+if wanted train; then
+  if [[ -f $run_dir/adapter/adapter_config.json ]]; then
+    say "train: $run_dir is finished"
+  else
+    say "train: $run_file"
+    # --gpus makes this the launcher, which must end with the training's own status
+    salient-ds train "$run_file" "${overrides[@]}" --gpus "$processes" --resume auto
+  fi
+fi
+if wanted export; then
+  if [[ -f $exported/$mark ]]; then
+    say "export: $exported is there"
+  else
+    say "export: $form"
+    salient-ds export "$run_dir" --form "$form" --output "$exported"
+  fi
+fi
+if wanted generate; then
+  say "generate: $model_id"
+  answer "$exported" "$model_id"
+  [[ ${BASE_TOO:-0} != 1 ]] || answer "$base" base --template "$template"
+fi
+if [[ -z ${JUDGE_MODEL:-} ]]; then
+  if wanted judge || wanted report; then
+    say "not judged: set JUDGE_MODEL (and JUDGE_URL for a server of your own), then start this again"
+  fi
+  exit 0
+fi
+if wanted judge; then
+  say "judge: $JUDGE_MODEL"
+  salient-ds mt-bench judge --data "$data" "${questions[@]}" --judge-model "$JUDGE_MODEL" \
+    --base-url "${JUDGE_URL:-https://api.openai.com/v1}" "${judge_args[@]}"
+fi
+if wanted report; then
+  say "report"
+  salient-ds mt-bench report --data "$data" "${questions[@]}" --judge-model "$JUDGE_MODEL" \
+    --out "${REPORT:-report}" "${report_args[@]}"
+fi

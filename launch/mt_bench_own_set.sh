@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The whole way on the demo's model and our own 16 questions (not MT-Bench), base model and adapter side by side.
+#
+#   make demo                           (fetches the model; trains the adapter)
+#   launch/mt_bench_own_set.sh          (answers; judged if JUDGE_MODEL is set, see launch/mt_bench.sh)
+#
+# Another run file: launch/mt_bench_own_set.sh RUN.yaml [key=value]...
+set -euo pipefail
+here=$(dirname "$0")
+(($# > 0)) || set -- "$here/recipes/demo_smollm2.yaml"
+export QUESTIONS=own BASE_TOO=1 DATA=${DATA:-.demo/mt_bench} REPORT=${REPORT:-.demo/mt_bench/report}
+export GENERATE_ARGS="--max-new-tokens 128 ${GENERATE_ARGS:-}"
+export JUDGE_ARGS="--judge-truncated ${JUDGE_ARGS:-}"
+exec "$here/mt_bench.sh" "$@"

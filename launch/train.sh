@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Check a run, then start it on all GPUs of this node, or of the nodes in $HOSTFILE; goes on where an earlier start
+# of the same run ended.
+#   launch/train.sh RUN.yaml [section.key=value ...]
+#   HOSTFILE=hosts PORT=29501 launch/train.sh RUN.yaml
+set -euo pipefail
+
+if [ $# -eq 0 ]; then
+    sed -n '2,5p' "$0" >&2
+    exit 2
+fi
+
+where=(--master_port "${PORT:-29500}")
+if [ -n "${HOSTFILE:-}" ]; then
+    where+=(--hostfile "$HOSTFILE")
+    processes=$(awk -F 'slots=' '!/^[[:space:]]*#/ && NF > 1 { sum += $2 } END { print sum + 0 }' "$HOSTFILE")
+elif command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi --list-gpus | wc -l) && [ "$gpus" -gt 0 ]; then
+    where+=(--num_gpus "$gpus")
+    processes=$gpus
+else
+    export DS_ACCELERATOR=cpu
+    processes=${PROCESSES:-2}
+    where+=(--num_accelerators "$processes")
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}"
+fi
+
+salient-ds check "$@" --gpus "$processes"
+exec deepspeed "${where[@]}" --module salient_ds.train "$@" --resume auto
