@@ -8,7 +8,8 @@
 set -euo pipefail
 here=$(dirname "$0")
 (($# > 0)) || set -- "$here/recipes/demo_smollm2.yaml"
-export QUESTIONS=own BASE_TOO=1 DATA=${DATA:-.demo/mt_bench} REPORT=${REPORT:-.demo/mt_bench/report}
-export GENERATE_ARGS="--max-new-tokens 128 ${GENERATE_ARGS:-}"
+export QUESTIONS=own BASE_TOO=1 MODEL_ID=${MODEL_ID:-adapter}
+export DATA=${DATA:-.demo/mt_bench} REPORT=${REPORT:-.demo/mt_bench/report}
+export GENERATE_ARGS=${GENERATE_ARGS:---max-new-tokens 64}
 export JUDGE_ARGS="--judge-truncated ${JUDGE_ARGS:-}"
 exec "$here/mt_bench.sh" "$@"

@@ -19,6 +19,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench
 import prepare
 from rich.console import Console
 
@@ -221,6 +222,8 @@ def main() -> None:
         _, after = score.measure(demo.model, demo.held_out, demo.config.data.template, demo.adapter)
         console.print(f"{after.correct} of {len(after.chosen)} right: {after.accuracy:.1%}")
         show_ranks(demo)
+        console.rule("6 answers to questions")
+        bench.answer_questions(demo.arguments, args.cache, demo.tiny, execute, console.print)
     except (prepare.AssetError, ConfigError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

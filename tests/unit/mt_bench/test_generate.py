@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ from generate_helpers import (
 from salient_eval.mt_bench import local_model, local_run
 from salient_eval.mt_bench.answer_file import AnswerJournal
 from salient_eval.mt_bench.store import Layout, load_answers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu() -> Iterator[None]:
+    """These tests are about bits, and fork: not on a GPU, were there one (that is test_generate_gpu.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")
