@@ -17,6 +17,7 @@
 #   GENERATE_ARGS, JUDGE_ARGS, REPORT_ARGS    further options of `salient-ds mt-bench generate`, `judge`, `report`
 # The cases: mt_bench_api_judge.sh, mt_bench_local_judge.sh, mt_bench_own_set.sh.
 set -euo pipefail
+{ # read as a whole before anything runs: a run takes hours, in which this file may be replaced
 
 if (($# == 0)); then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
@@ -36,19 +37,29 @@ questions=(--questions "${QUESTIONS:-mt_bench}")
 read -r -a generate_args <<<"${GENERATE_ARGS:-}"
 read -r -a judge_args <<<"${JUDGE_ARGS:-}"
 read -r -a report_args <<<"${REPORT_ARGS:-}"
-# One name per line, read by the package itself, so that overrides count.
+if [[ ${BASE_TOO:-0} == 1 && " ${generate_args[*]-} " == *" --endpoint "* ]]; then
+  echo "error: BASE_TOO=1 with --endpoint would ask the same served model twice: generate the base's answers apart" >&2
+  exit 2
+fi
+# One name per line, read by the package itself, so that overrides count; last, what an earlier run there had otherwise.
 mapfile -t facts < <(python - "$run_file" "${overrides[@]}" <<'PYTHON'
 import sys
-from salient_ds.config import ConfigError, load_config
+from pathlib import Path
+import yaml
+from salient_ds.config import ConfigError, load_config, parse_config
 try:
     config = load_config(sys.argv[1], sys.argv[2:])
+    there = Path(config.output_dir, "run.yaml")
+    earlier = parse_config(yaml.safe_load(there.read_text())) if there.is_file() else config
 except ConfigError as error:
     sys.exit(f"error: {error}")
-print(config.output_dir, config.model.path, config.data.template, sep="\n")
+now, before = config.model_dump(), earlier.model_dump()
+changed = ", ".join(key for key in now if now[key] != before[key])
+print(config.output_dir, config.model.path, config.data.template, changed, sep="\n")
 PYTHON
 )
-((${#facts[@]} == 3)) || exit 2
-run_dir=${facts[0]} base=${facts[1]} template=${facts[2]}
+((${#facts[@]} == 4)) || exit 2
+run_dir=${facts[0]} base=${facts[1]} template=${facts[2]} changed=${facts[3]}
 model_id=${MODEL_ID:-$(basename "$run_dir")}
 
 wanted() { [[ $steps == *" $1 "* ]]; }
@@ -57,8 +68,7 @@ say() { printf '\n== %s\n' "$*"; }
 # Training itself leaves the peft form in RUN/adapter.
 exported=$run_dir/adapter
 [[ $form == peft ]] || exported=$run_dir/export-$form
-mark=adapter_config.json
-[[ $form != merged ]] || mark=config.json
+mark=salient_ds.json # every form has it
 
 answer() { # MODEL NAME [option]...
   local command=(mt-bench generate "$1" --model-id "$2" --data "$data" "${questions[@]}" "${generate_args[@]}" "${@:3}")
@@ -70,7 +80,11 @@ answer() { # MODEL NAME [option]...
 }
 
 if wanted train; then
-  if [[ -f $run_dir/adapter/adapter_config.json ]]; then
+  if [[ -f $run_dir/adapter/$mark ]]; then
+    [[ -z $changed ]] || {
+      echo "error: $run_dir was trained with another $changed: give another output_dir, or leave train out of STEPS" >&2
+      exit 2
+    }
     say "train: $run_dir is finished"
   else
     say "train: $run_file"
@@ -79,11 +93,11 @@ if wanted train; then
   fi
 fi
 if wanted export; then
-  if [[ -f $exported/$mark ]]; then
+  if [[ -f $exported/$mark && ! $run_dir/adapter/$mark -nt $exported/$mark ]]; then
     say "export: $exported is there"
   else
     say "export: $form"
-    salient-ds export "$run_dir" --form "$form" --output "$exported"
+    salient-ds export "$run_dir" --form "$form" --output "$exported" --overwrite
   fi
 fi
 if wanted generate; then
@@ -107,3 +121,5 @@ if wanted report; then
   salient-ds mt-bench report --data "$data" "${questions[@]}" --judge-model "$JUDGE_MODEL" \
     --out "${REPORT:-report}" "${report_args[@]}"
 fi
+exit
+}

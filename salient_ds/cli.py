@@ -52,9 +52,54 @@ def train(
 
 
 @app.command()
+def search(
+    run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides.")] = None,
+    proxy: Annotated[str, typer.Option(help="grad_norm, snip, synflow, fisher, alpha_test or constant.")] = "grad_norm",
+    batches: Annotated[int, typer.Option(min=1, help="Probe batches.")] = 32,
+    budget: Annotated[float, typer.Option(help="Share of the modules (or parameters) that is kept.")] = 0.25,
+    unit: Annotated[str, typer.Option(help="Budget in modules or params.")] = "modules",
+    mode: Annotated[str, typer.Option(help="Shortcuts: combined, separated, or off (unranked).")] = "combined",
+    scale_free: Annotated[bool, typer.Option("--scale-free", help="Divide alpha / r out of the scores.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the chosen modules (default: the run's).")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder (default: OUTPUT_DIR-search).")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="Processes on this node (0: all GPUs).")] = 0,
+    hostfile: Annotated[str | None, typer.Option(help="Hosts and slots, one per line, for several nodes.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Port of the rendezvous.")] = None,
+) -> None:
+    """Score all modules before training and write a configuration that trains the best of them (HeteroLoRA)."""
+    from salient_ds.run_verbs import search as body
+    from salient_ds.search import SearchOptions
+
+    launcher = ["--hostfile", hostfile] if hostfile else []
+    launcher += ["--master_port", str(master_port)] if master_port else []
+    options = SearchOptions(proxy, batches, budget, unit, mode, scale_free, rank, output)
+    raise typer.Exit(body(run, overrides or [], options, launcher, gpus))
+
+
+@app.command("convert-toml")
+def convert_toml(
+    lora: Annotated[str, typer.Argument(metavar="LORA.toml", help="The released HeteroLoRA code's LoRA settings.")],
+    shortcuts: Annotated[str | None, typer.Option(help="Its file of shortcuts (ags_*.toml).")] = None,
+    model: Annotated[str, typer.Option(help="model_type of the model's config.json, e.g. opt or llama.")] = "opt",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model, for layer-wise files.")] = None,
+    norm: Annotated[str, typer.Option(help="norm_after_shortcut: reuse (as the released code) or none.")] = "none",
+    output: Annotated[str | None, typer.Option("--output", "-o", help="YAML file (default: print it).")] = None,
+) -> None:
+    """Turn TOML settings of the released HeteroLoRA code into an adapter section for a run file."""
+    from salient_ds.run_verbs import convert_toml as body
+    from salient_ds.run_verbs import print_problems
+
+    if norm not in ("none", "reuse"):
+        print_problems([f"--norm {norm!r} is unknown: choose none or reuse"])
+        raise typer.Exit(2)
+    raise typer.Exit(body(lora, shortcuts, model, layers, norm, output))
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run directory, or one of its checkpoints.")],
-    form: Annotated[str, typer.Option(help="peft (own rank per matrix), padded (one rank) or merged.")] = "peft",
+    form: Annotated[str, typer.Option(help="peft (own ranks), padded (one rank), merged or shortcuts.")] = "peft",
     output: Annotated[str | None, typer.Option("--output", "-o", help="Target (default: RUN/export-FORM).")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for adapters.")] = "float32",
@@ -68,7 +113,7 @@ def export(
     from salient_ds.run_verbs import print_problems
 
     for name, value, allowed in (
-        ("form", form, ("peft", "padded", "merged")),
+        ("form", form, ("peft", "padded", "merged", "shortcuts")),
         ("dtype", dtype, ("float32", "bfloat16", "float16")),
     ):
         if value not in allowed:
@@ -89,7 +134,7 @@ def show(run: Annotated[str, typer.Argument(help="Run directory.")]) -> None:
     "mt-bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
 def mt_bench(context: typer.Context) -> None:
-    """MT-Bench: judge, report, agree, doctor (`salient-ds mt-bench --help`)."""
+    """MT-Bench: generate, judge, report, agree, doctor (`salient-ds mt-bench --help`)."""
     from salient_eval.mt_bench.cli import app as evaluation
 
     evaluation(args=context.args, prog_name="salient-ds mt-bench")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from salient_ds.method_config import MethodConfig
+from salient_ds.speed_config import SpeedConfig
 
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -55,6 +56,21 @@ class OrthogonalityConfig(Strict):
     """mean_norm: mean of ||A A^T - I||_F over all factors (released code); squared: sum of squared norms (papers)."""
 
 
+class ShortcutConfig(Strict):
+    """LoRA-adapted shortcut connections beside the adapted layers (HeteroLoRA)."""
+
+    modules: list[str] = ["residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"]
+    """Kinds (residual_1/2 around attention and FFN, shortcut_sa around both, shortcut_ffn from the FFN input of the
+    layer before), or single ones by path, as "model.layers.3.residual_1"."""
+    rank: int | None = Field(None, gt=0)
+    """Rank of every shortcut (default: adapter.rank)."""
+    alpha: float = Field(4.0, gt=0)
+    """Scaling numerator of shortcuts."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    norm_after_shortcut: Literal["none", "reuse"] = "none"
+    """none: fresh or disabled shortcuts change no output; reuse: the layer's norms run again (released code)."""
+
+
 class AdapterConfig(Strict):
     target_modules: str | list[str] = LLAMA_MODULES
     """Names (suffixes of module paths), one regular expression as "re:...", or "all-linear"."""
@@ -63,6 +79,8 @@ class AdapterConfig(Strict):
     alpha: float = Field(32.0, gt=0)
     """Scaling numerator: the update is (alpha / r) B diag(E) A, with r the initial rank throughout (IncreLoRA: the
     current one)."""
+    shortcuts: ShortcutConfig | None = None
+    """Trainable shortcut connections (methods heterolora and lora); none by default."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     init_std: float = Field(0.02, gt=0)
@@ -107,8 +125,9 @@ class TrainConfig(Strict):
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradient clipping (0 = none)."""
-    activation_checkpointing: Literal["none", "all"] = "none"
-    """Recompute decoder layers in the backward pass (non-reentrant)."""
+    activation_checkpointing: Literal["none", "selective", "all"] = "none"
+    """all: recompute decoder layers in the backward pass (non-reentrant); selective: keep the results of matrix
+    products and attention and recompute only what is cheap."""
     seed: int = 0
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0)
@@ -145,14 +164,26 @@ class RunConfig(Strict):
     method: Annotated[MethodConfig, Field(discriminator="name")]
     data: DataConfig
     train: TrainConfig
+    speed: SpeedConfig = SpeedConfig()
 
     @model_validator(mode="after")
     def _ranks(self) -> RunConfig:
-        target = None if self.method.name == "lora" else self.method.target_rank
+        target = getattr(self.method, "target_rank", None)
         if target is not None and target > self.adapter.rank:
             raise ValueError(
                 f"method.target_rank={target:g} is above adapter.rank={self.adapter.rank}: "
                 "no more rows than that are allocated, so lower the target or raise it"
+            )
+        plain = self.method.name == "heterolora" or (self.method.name == "lora" and self.method.form == "plain")
+        if self.adapter.shortcuts is not None and not plain:
+            raise ValueError(
+                f"adapter.shortcuts works with method.name=heterolora and lora (form plain), not with "
+                f"{self.method.name!r}: remove the section or choose one of them"
+            )
+        if self.method.name == "heterolora" and self.method.proxy == "synflow" and self.speed.compile_layers:
+            raise ValueError(
+                "method.proxy=synflow replaces weights while the model runs, which compiled layers would not see: set "
+                "speed.compile_layers to false, or choose another proxy"
             )
         return self
 
@@ -170,6 +201,8 @@ def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
             return []
         if part in model.model_fields:
             model = model.model_fields[part].annotation
+            if ShortcutConfig in get_args(model):  # ... | None
+                model = ShortcutConfig
             if not (isinstance(model, type) and issubclass(model, BaseModel)):
                 model = _methods().get(data.get("method", {}).get("name"), None)
     return list(model.model_fields) if model is not None else []

@@ -18,6 +18,7 @@ from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler
 from salient_ds.data.templates import get_template
 from salient_ds.zero.engine import MicroBatch
+from salient_ds.zero.probe import ProbeData
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,17 @@ def evaluation_batches(
         else:
             filler = _to_micro(inputs.held_out, inputs.collator, np.array([0]), device)
             yield MicroBatch(filler.inputs, 0, ())
+
+
+def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) -> ProbeData:
+    """The first ``batches`` batches of the training data in its own order, fewer if there is no more of it."""
+    rows = len(inputs.train)
+    count = max(1, min(batches, rows // size))
+
+    def batch(j: int) -> MicroBatch:
+        return _to_micro(inputs.train, inputs.collator, np.arange(j * size, min((j + 1) * size, rows)), device)
+
+    return ProbeData(count, batch)
 
 
 def _to_micro(dataset: InstructionDataset, collator: Collator, rows: np.ndarray, device: torch.device) -> MicroBatch:

@@ -13,6 +13,8 @@ n = trainable parameters at the initial rank, N = singular values, T = longest w
                 its double-precision form and temporaries); AdaLoRA's two moving averages 8 / W per scored element
                 (12 / W with moment=paper, which keeps the weights before the step); IncreLoRA's copy of the rows that
                 joined late, at most 4 n / W (n at adapter.rank), and while a step is scored method.block_bytes
+                HeteroLoRA's copy of what is off, 12 n (1 - keep) / W, and at an event 4 n on every process for whole
+                gradients (8 n for the proxies that multiply them by weights)
     activations per token and layer (h hidden, a = heads x head dimension, k = key/value width, f intermediate,
                 r rank; sdpa attention): two fp32 copies of the input in the norms and their outputs 8 h + 2 c h;
                 q, attention output and its contiguous copy 3 c a; k, v 2 c k; gate, its activation, up and their
@@ -35,6 +37,7 @@ from dataclasses import dataclass, replace
 from salient_ds.config import RunConfig
 from salient_ds.method_config import (
     AdaLoRAConfig,
+    HeteroLoRAConfig,
     IncreLoRAConfig,
     LoRA2Config,
     LoRAConfig,
@@ -104,7 +107,8 @@ def adapter_parameters(method: MethodConfig, shapes: Sequence[tuple[int, int]], 
         width = method.inner_width
         sizes = [width * (out + inner + 2 * r) + r for (out, inner), r in zip(shapes, ranks, strict=True)]
     else:
-        own = 0 if isinstance(method, LoRAConfig) and method.form == "plain" else 1
+        plain = isinstance(method, HeteroLoRAConfig) or (isinstance(method, LoRAConfig) and method.form == "plain")
+        own = 0 if plain else 1
         sizes = [r * (out + inner + own) for (out, inner), r in zip(shapes, ranks, strict=True)]
     return round(sum(sizes))
 
@@ -121,6 +125,10 @@ def _method_bytes(method: MethodConfig, shapes: Sequence[tuple[int, int]], ranks
         return (12 if method.options().moment == "paper" else 8) * scored, 0
     if isinstance(method, IncreLoRAConfig):
         return (4 * adapter_parameters(method, shapes, ranks) if method.lr_restart else 0), 0
+    if isinstance(method, HeteroLoRAConfig):
+        elements = adapter_parameters(method, shapes, ranks)
+        kept = 0 if method.disabled_state == "decay" else round(12 * (1 - method.keep) * elements)
+        return kept, (4 if method.proxy == "grad_norm" else 8) * elements
     return 0, 0
 
 
@@ -130,10 +138,11 @@ def workload(
     adapted: Sequence[tuple[int, int]],
     architecture: Architecture | None,
     world_size: int,
+    ranks: Sequence[int] | None = None,
 ) -> Workload:
-    """Read a workload off a run configuration."""
+    """Read a workload off a run configuration. ``ranks``: of every module, if not all are adapter.rank."""
     train, method = run.train, run.method
-    ranks = [run.adapter.rank] * len(adapted)
+    ranks = ranks or [run.adapter.rank] * len(adapted)
     statistics, event = _method_bytes(method, adapted, ranks)
     return Workload(
         base_parameters=base_parameters,

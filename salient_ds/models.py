@@ -83,10 +83,26 @@ def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
                     "download it again, or choose the task that it was saved for"
                 )
     loaded.config.use_cache = False  # type: ignore[union-attr]
-    if train.activation_checkpointing == "all":
+    if train.activation_checkpointing != "none":
         # Reentrant checkpointing under ZeRO-3 with a frozen base keeps every gathered weight until backward ends.
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        options: dict[str, Any] = {"use_reentrant": False}
+        if train.activation_checkpointing == "selective":
+            options["context_fn"] = keep_products
+        loaded.gradient_checkpointing_enable(options)  # type: ignore[operator]
     return loaded
+
+
+def keep_products() -> Any:
+    """Contexts of selective checkpointing: results of matrix products and attention stay, the rest is recomputed."""
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    aten = torch.ops.aten
+    kept = [
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ]  # fmt: skip
+    return create_selective_checkpoint_contexts(kept)
 
 
 def hidden_size(model: ModelConfig) -> int | None:

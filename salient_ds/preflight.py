@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from salient_ds.config import ConfigError, RunConfig
-from salient_ds.memory import GIB, adapter_parameters, estimate, estimate_stages, workload
-from salient_ds.method_config import IncreLoRAConfig
+from salient_ds.memory import adapter_parameters, estimate, estimate_stages, workload
+from salient_ds.method_config import HeteroLoRAConfig, IncreLoRAConfig
 from salient_ds.model_files import ModelFiles, inspect_model
 from salient_ds.model_shapes import architecture
+from salient_ds.preflight_place import check_directory, check_disk
 from salient_ds.salience.budget import steps_or_fraction
-from salient_ds.salience.growth import require_whole_batch
-from salient_ds.salience.schedules import initial_total, method_events, method_plan
-from salient_ds.targets import match_targets
+from salient_ds.salience.growth import exact_scores
+from salient_ds.salience.schedules import initial_total, method_events, target_total
+from salient_ds.salience.search_schedule import SearchSpace
+from salient_ds.targets import match_shortcuts, match_targets
 from salient_ds.tokenizer_files import inspect_tokenizer
 from salient_ds.zero.config import load_ds_config, resolve_ds_config, summary
 
@@ -65,8 +64,8 @@ def preflight(run: RunConfig, world_size: int = 1, quick: bool = False, run_sour
     ):
         checks.guarded(check)
     if not quick:
-        checks.guarded(checks.directory)
-        checks.guarded(checks.disk)
+        checks.guarded(lambda: check_directory(run, checks.report))
+        checks.guarded(lambda: check_disk(run, checks.report))
     return checks.report
 
 
@@ -79,6 +78,8 @@ class _Checks:
         self.facts = self.report.facts
         self.files: ModelFiles | None = None
         self.adapted: list[tuple[str, tuple[int, int]]] = []
+        """Paths and (out, in) features of the adapted layers, then of the shortcuts."""
+        self.ranks: list[int] = []
 
     def guarded(self, check: Callable[[], None]) -> None:
         """Turn the errors that users can mend into problems, so that the next check still runs."""
@@ -152,9 +153,11 @@ class _Checks:
                     "the layers of this model are not known before it is built: targets, events, memory unchecked"
                 )
             return
-        self.adapted = match_targets(shapes, self.run.adapter.target_modules)
+        rank, wanted = self.run.adapter.rank, self.run.adapter.target_modules
+        self.adapted = match_targets(shapes, wanted) if wanted or not self.run.adapter.shortcuts else []
+        self.ranks = [rank] * len(self.adapted)
+        self._shortcuts(list(shapes))
         self.facts["modules"] = len(self.adapted)
-        rank = self.run.adapter.rank
         narrow = [name for name, shape in self.adapted if rank > min(shape)]
         if narrow:
             out, inner = dict(self.adapted)[narrow[0]]
@@ -162,6 +165,15 @@ class _Checks:
                 f"adapter.rank={rank} is above the smaller side of {len(narrow)} of {len(self.adapted)} matrices "
                 f"({narrow[0]} is {out} x {inner}): the surplus adds nothing there"
             )
+
+    def _shortcuts(self, linear_names: list[str]) -> None:
+        chosen, width = self.run.adapter.shortcuts, self.facts.get("hidden_size")
+        if chosen is None or width is None:
+            return
+        found = match_shortcuts(linear_names, chosen.modules)
+        self.facts["shortcuts"] = len(found)
+        self.adapted += [(name, (width, width)) for name in found]
+        self.ranks += [chosen.rank or self.run.adapter.rank] * len(found)
 
     def steps(self) -> None:
         train, rows = self.run.train, self.facts.get("rows")
@@ -189,32 +201,49 @@ class _Checks:
         method, shapes = self.run.method, [shape for _, shape in self.adapted]
         if not shapes:
             return
-        ranks = [self.run.adapter.rank] * len(shapes)
+        ranks = self.ranks
         start = adapter_parameters(method, shapes, ranks)
         self.facts.update(initial_total=initial_total(method, ranks), trainable_start=start)
         if isinstance(method, IncreLoRAConfig):
             per_pass = self.run.train.micro_batch_size * self.world_size
-            exact = method.score_reduction == "exact"
-            self.guarded(lambda: require_whole_batch(exact, self.run.train.global_batch_size // per_pass))
+            accumulation = max(1, self.run.train.global_batch_size // per_pass)
+            self.guarded(lambda: self.facts.update(exact_scores=exact_scores(method.score_reduction, accumulation)))
         total_steps = self.facts.get("total_steps")
         if total_steps is None:
             return
-        plan = method_plan(method, ranks, total_steps)
-        target = plan.target_total if plan else sum(ranks)
+        space, epoch = self._space(), self._steps_per_epoch()
+        target = target_total(method, ranks, total_steps, space)
         end = adapter_parameters(method, shapes, [target / len(ranks)] * len(ranks))
         self.facts.update(target_total=target, trainable_end=end)
-        events = method_events(method, ranks, total_steps)
+        if isinstance(method, HeteroLoRAConfig) and method.counts_epochs and epoch is None:
+            self.report.notes.append("the events follow from the length of an epoch, known when data is loaded")
+            return
+        events = method_events(method, ranks, total_steps, space, epoch)
         self.facts["events"] = [asdict(event) for event in events]
         if isinstance(method, IncreLoRAConfig):
             self.report.notes.append(
                 f"memory and trainable parameters are those of adapter.rank={self.run.adapter.rank} rows per matrix, "
                 "all of which exist from the start: as low as the largest rank you expect is enough"
             )
+            if "exact_scores" in self.facts:
+                kind = "exact, of the averaged gradient" if self.facts["exact_scores"] else "mean, over micro-batches"
+                self.report.notes.append(f"method.score_reduction={method.score_reduction}: scores are {kind}")
         elif events and events[-1].total_rank > target:
             self.report.notes.append(
                 f"the last event leaves {events[-1].total_rank} ranks, above the target {target}: "
                 "set method.final_prune=true to end at the target"
             )
+
+    def _space(self) -> SearchSpace:
+        """What a search for modules chooses from."""
+        linears = len(self.adapted) - self.facts.get("shortcuts", 0)
+        parameters = [r * (out + inner) for r, (_, (out, inner)) in zip(self.ranks, self.adapted, strict=True)]
+        is_shortcut = tuple(k >= linears for k in range(len(self.adapted)))
+        return SearchSpace(tuple(self.ranks), tuple(parameters), is_shortcut)
+
+    def _steps_per_epoch(self) -> int | None:
+        rows = self.facts.get("rows")
+        return None if rows is None else ceil(rows / self.run.train.global_batch_size)
 
     def zero(self) -> None:
         raw = load_ds_config(self.run.deepspeed)
@@ -239,64 +268,10 @@ class _Checks:
             shapes,
             architecture(self.files.config),
             self.world_size,
+            self.ranks,
         )
         ds = summary(self.facts["ds_config"])
         self.facts["memory"] = {name: asdict(row) for name, row in estimate_stages(work, ds, self.world_size).items()}
         self.facts["this_run"] = asdict(estimate(work, ds, self.world_size))
         # fp32 masters and both moments, of everything that is trained
         self.facts["checkpoint_bytes"] = 12 * work.trainable
-
-    def directory(self) -> None:
-        from salient_ds.run_directory import OWN_FILES
-
-        path = Path(self.run.output_dir).expanduser()
-        if path.exists() and not path.is_dir():
-            self.report.problems.append(f"output_dir={str(path)!r} is a file: choose another path")
-            return
-        present = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-        held = [name for name in present if name != ".lock"]
-        if ".lock" in present and _is_locked(path / ".lock"):
-            owner = (path / ".lock").read_text().strip() or "another process"
-            self.report.problems.append(f"output_dir={str(path)!r} is in use by {owner}: wait, or choose another")
-        elif held and not set(held) & set(OWN_FILES):
-            self.report.problems.append(
-                f"output_dir={str(path)!r} is not a run directory (it holds {_some(held)}): choose another one"
-            )
-        elif held:
-            steps = sorted(p.name for p in (path / "checkpoints").glob("step-*") if not p.name.endswith(".partial"))
-            last = f", last checkpoint {steps[-1]}" if steps else ", no checkpoint"
-            self.report.notes.append(
-                f"output_dir={str(path)!r} already holds a run ({_some(held)}{last}): start with --resume auto to "
-                "continue it or --overwrite to replace it"
-            )
-
-    def disk(self) -> None:
-        folder = Path(self.run.output_dir).expanduser().absolute()
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        self.facts["free_bytes"] = free
-        size, train = self.facts.get("checkpoint_bytes"), self.run.train
-        if size is None:
-            return
-        saves = 1 + (self.facts.get("total_steps", 0) // train.save_every if train.save_every else 0)
-        copies = min(saves, train.keep_checkpoints + 1)  # a new one is whole before the oldest goes
-        needed = size * copies
-        if needed > free:
-            self.report.problems.append(
-                f"output_dir needs about {needed / GIB:.1f} GiB for {copies} checkpoints of {size / GIB:.1f} GiB, but "
-                f"{folder} has {free / GIB:.1f} GiB free: free some, or lower train.keep_checkpoints"
-            )
-
-
-def _is_locked(path: Path) -> bool:
-    with path.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

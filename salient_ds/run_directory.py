@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 OWN_FILES = ("run.yaml", "ds_config.json", "allocations.jsonl", "allocations.png", "metrics.jsonl", "run.json",
-             "checkpoints", "adapter", "ranks.png", "summary.json", ".shared", ".lock")  # fmt: skip
+             "checkpoints", "adapter", "search", "ranks.png", "summary.json", ".shared", ".lock")  # fmt: skip
 
 
 class RunDirectoryError(RuntimeError):
@@ -32,6 +32,11 @@ class RunDirectory:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def search(self) -> Path:
+        """Results of a search for modules (HeteroLoRA)."""
+        return self.path / "search"
 
     @property
     def allocations(self) -> Path:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salient_ds.config import ConfigError, load_config
 from salient_ds.preflight import preflight
+
+if TYPE_CHECKING:
+    from salient_ds.search import SearchOptions
 
 
 def print_problems(problems: list[str]) -> None:
@@ -32,12 +36,46 @@ def launch(run: str, overrides: list[str], launcher: list[str], resume: str, ove
     if problems:
         print_problems(problems)
         return 1
+    script = ["salient_ds.train", run, *overrides, "--resume", resume] + (["--overwrite"] if overwrite else [])
+    return _become_launcher(script, launcher, processes)
+
+
+def _become_launcher(script: list[str], launcher: list[str], processes: int) -> int:
     count = ["--num_accelerators", str(processes)] if processes else []
-    script = ["--module", "salient_ds.train", run, *overrides, "--resume", resume]
-    script += ["--overwrite"] if overwrite else []
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *launcher, *script]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *launcher, "--module", *script]
     os.execv(sys.executable, command)
     return 0  # not reached: the process is the launcher now
+
+
+def search(run: str, overrides: list[str], options: SearchOptions, launcher: list[str], processes: int) -> int:
+    """Static search: here for one process, else as the ``deepspeed`` launcher (0: let it decide how many)."""
+    from salient_ds.search import run_search
+
+    if processes == 1:
+        return run_search(run, overrides, options)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(options).items()
+             if value is not None and not isinstance(value, bool)]  # fmt: skip
+    flags += ["--scale-free"] if options.scale_free else []
+    return _become_launcher(["salient_ds.search", run, *overrides, *flags], launcher, processes)
+
+
+def convert_toml(
+    lora: str, shortcuts: str | None, model_type: str, num_layers: int | None, norm: str, output: str | None
+) -> int:
+    """The released code's TOML files as an ``adapter`` section, printed or written; 1 with every problem."""
+    from salient_ds.hetero_toml import convert, to_yaml
+
+    try:
+        extra = Path(shortcuts) if shortcuts else None
+        section = to_yaml(convert(Path(lora), extra, model_type, num_layers, norm))  # type: ignore[arg-type]
+    except (ValueError, OSError) as error:
+        print_problems(str(error).splitlines())
+        return 1
+    if output is None:
+        print(section, end="")
+    else:
+        Path(output).write_text(section, encoding="utf-8")
+    return 0
 
 
 def export(

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 
 ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
+SHORTCUT_KINDS = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
+LAST_KIND = SHORTCUT_KINDS[-1]
+"""It comes from the layer before, which the first one does not have."""
 _SHOWN = 12
 
 
@@ -89,3 +92,26 @@ def _available(names: Sequence[str]) -> str:
 
 def _shown(target_modules: str | Sequence[str]) -> str:
     return repr(target_modules if isinstance(target_modules, str) else list(target_modules))
+
+
+def match_shortcuts(linear_names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Paths of the shortcut connections that ``adapter.shortcuts.modules`` means, layer by layer.
+
+    Args:
+        linear_names: paths of all linear layers, from which the layers of the model follow.
+
+    Raises:
+        ValueError: the model has no numbered layers, or one of ``wanted`` matches nothing.
+    """
+    found = (re.match(r"(.*?\.)?(\d+)\.", name) for name in linear_names)
+    layers = list(dict.fromkeys(match.group(0) for match in found if match))
+    if not layers:
+        raise ValueError("adapter.shortcuts: the model has no numbered layers that shortcuts could join")
+    names = [f"{layer}{kind}" for layer in layers for kind in SHORTCUT_KINDS if (layer, kind) != (layers[0], LAST_KIND)]
+    unmatched = [item for item in wanted if not any(_is_suffix(name, item) for name in names)]
+    if unmatched:
+        raise ValueError(
+            f"adapter.shortcuts.modules: {', '.join(map(repr, unmatched))} matches no shortcut: give kinds "
+            f"({', '.join(SHORTCUT_KINDS)}) or paths like {names[0]!r}; the first layer has no {LAST_KIND}"
+        )
+    return [name for name in names if any(_is_suffix(name, item) for item in wanted)]

@@ -14,22 +14,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from salient_ds.adapters.inject import inject
 from salient_ds.config import RunConfig
 from salient_ds.data.sampler import StepSampler
 from salient_ds.export.run import export_run
-from salient_ds.inputs import evaluation_batches, load_inputs, micro_batches
-from salient_ds.methods.table import build_method
-from salient_ds.models import DTYPES, hidden_size, load_model, load_tokenizer, model_identity
+from salient_ds.inputs import evaluation_batches, load_inputs, micro_batches, probe_data
+from salient_ds.method_config import HeteroLoRAConfig
+from salient_ds.methods.base import RankLayout, ScoringMethod
+from salient_ds.methods.heterolora import HeteroLoRA
+from salient_ds.models import hidden_size, load_model, load_tokenizer, model_identity
 from salient_ds.monitor.progress import Progress
 from salient_ds.monitor.run_log import RunLog
 from salient_ds.run_directory import RunDirectory, RunDirectoryError, claim, shared_by_all
-from salient_ds.zero.build import build_engine, rate_plan
-from salient_ds.zero.checkpoint import load, save
+from salient_ds.search_results import write_search
+from salient_ds.zero.assemble import assemble
+from salient_ds.zero.checkpoint import kept_rows, load, save
 from salient_ds.zero.collectives import all_succeeded, sum_numbers, world
 from salient_ds.zero.config import load_ds_config, resolve_ds_config
-from salient_ds.zero.engine import AllocatingEngine, NonFiniteLoss, StepReport
+from salient_ds.zero.engine import NonFiniteLoss, StepReport
 from salient_ds.zero.shard_files import find_checkpoints
+from salient_ds.zero.sharded_base import effective_config
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Training:
         self.rank, self.world_size = world()
         self.is_main = self.rank == 0
         self.counters = Counters()
+        self.resume_from: Path | None = None
 
     def run(self, resume: str, overwrite: bool) -> None:
         """Train to the end, or raise with the reason; the run directory then holds all there is."""
@@ -120,25 +124,31 @@ class Training:
             self.total_steps,
             hidden_size=hidden_size(config.model),
         )
+        ds_config = effective_config(ds_config, config, self.world_size)
         torch.manual_seed(config.train.seed)
         model = load_model(config.model, config.train, ds_config)
-        dtype = DTYPES[config.train.precision]
-        adapted = inject(model, config.adapter, config.method, config.train.seed, dtype, self.device)
-        method = build_method(
-            config.method, adapted.layout, self.total_steps, rate_plan(config.train, self.total_steps)
-        )
-        engine = build_engine(adapted, config.train, ds_config, self.total_steps, self.device)
-        self.engine = AllocatingEngine(engine, adapted, method, self.device)
-        self.identity = self._identity(model_identity(model))
+        kept_N = kept_rows(self.resume_from) if self.resume_from is not None else None
+        steps = self.total_steps, self.sampler.steps_per_epoch
+        self.engine = assemble(model, config, ds_config, steps[0], self.device, kept_N, steps[1])
+        method, layout = self.engine.method, self.engine.initial_layout
+        if isinstance(config.method, HeteroLoRAConfig):
+            size = config.method.probe_batch_size or config.train.micro_batch_size
+            self.engine.probes.data = probe_data(self.inputs, config.method.probe_batches, size, self.device)
+        if isinstance(method, ScoringMethod):
+            self.say(f"scores of matrices: {'exact, of the averaged gradient' if method.exact_scores else 'mean'}")
+        self.identity = self._identity(model_identity(model), layout)
         torch.manual_seed(config.train.seed + 1000 * (self.rank + 1))  # dropout differs between processes
+        self._record(ds_config, layout)
+
+    def _record(self, ds_config: dict[str, Any], layout: RankLayout) -> None:
+        """Write what the run really uses into its directory."""
         if self.is_main:
             facts = {"processes": self.world_size, "total_steps": self.total_steps, "identity": self.identity,
-                     "modules": adapted.layout.modules, "template": self.inputs.record.to_dict()}  # fmt: skip
-            self.directory.write_resolved(config.model_dump(mode="json", by_alias=True), ds_config, facts)
+                     "modules": layout.modules, "template": self.inputs.record.to_dict()}  # fmt: skip
+            self.directory.write_resolved(self.config.model_dump(mode="json", by_alias=True), ds_config, facts)
 
-    def _identity(self, model: dict[str, Any]) -> dict[str, Any]:
+    def _identity(self, model: dict[str, Any], layout: RankLayout) -> dict[str, Any]:
         """What a checkpoint must have in common with this run to be continued by it."""
-        layout = self.engine.adapted.layout
         modules = hashlib.sha256(json.dumps([layout.modules, layout.ranks]).encode()).hexdigest()[:16]
         return {
             "method": self.config.method.model_dump(mode="json", by_alias=True),
@@ -234,8 +244,10 @@ class Training:
         path = self.save()
         self.say(self.evaluate())
         if self.is_main:
-            export_run(self.directory.path, "peft", self.directory.adapter, overwrite=True, checkpoint=path)
+            export_run(self.directory.path, None, self.directory.adapter, overwrite=True, checkpoint=path)
             self.log.pictures()
+            if isinstance(self.engine.method, HeteroLoRA):
+                write_search(self.directory.search, self.config, self.engine.method)
             self.say(f"adapter: {self.directory.adapter}")
         all_succeeded(True, self.device)  # nobody leaves while the main process still writes
 

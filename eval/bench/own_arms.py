@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salient_ds.adapters.inject import AdaptedModel, inject
+from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config import RunConfig
 from salient_ds.methods.lora import LoRA
 from salient_ds.methods.table import build_method
-from salient_ds.models import DTYPES
+from salient_ds.zero.assemble import assemble
 from salient_ds.zero.build import build_engine, optimizer_factory, parameter_groups
 from salient_ds.zero.engine import AllocatingEngine, MicroBatch
+from salient_ds.zero.sharded_base import effective_config
 
 from .models import ds_config, load_base, model_directory, run_config
 from .plain_engine import PlainEngine
@@ -33,9 +34,6 @@ class TimedEngine:
     def __init__(self, engine: Any, watch: Stopwatch) -> None:
         self._engine = engine
         self._watch = watch
-        self.stepped_at = 0.0
-        self.mark_steps = False
-        """Wait for the device after every optimizer step and remember when that was."""
 
     def __call__(self, **inputs: Tensor) -> Any:
         with self._watch.part("forward"):
@@ -48,9 +46,9 @@ class TimedEngine:
     def step(self) -> None:
         with self._watch.part("step"):
             self._engine.step()
-        if self.mark_steps:
+        if self._watch.mark_steps:
             wait(self._watch.device)
-            self.stepped_at = time.perf_counter()
+            self._watch.stepped_at = time.perf_counter()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -83,8 +81,6 @@ class OwnArm:
     """A model with adapters on its engine, and the method that watches it now."""
 
     spec: ArmSpec
-    adapted: AdaptedModel
-    engine: TimedEngine
     allocating: AllocatingEngine
     watch: Stopwatch
 
@@ -92,13 +88,25 @@ class OwnArm:
     def build(cls, spec: ArmSpec, device: torch.device) -> OwnArm:
         with model_directory(spec.settings.config) as folder:
             run = run_config(spec, folder, method_options(spec, schedule=False))
-            ds = ds_config(spec, run, STEADY_STEPS)
+            ds = effective_config(ds_config(spec, run, STEADY_STEPS), run, spec.gpus)
             base = load_base(run, ds, device)
-        adapted = inject(base, run.adapter, run.method, run.train.seed, DTYPES[run.train.precision], device)
         watch = Stopwatch(device)
-        engine = TimedEngine(make_engine(spec, adapted, run, ds, device, autocast=False), watch)
-        method = build_method(run.method, adapted.layout, STEADY_STEPS)
-        return cls(spec, adapted, engine, AllocatingEngine(engine, adapted, method, device), watch)
+
+        def make(adapted: AdaptedModel, settings: dict[str, Any]) -> TimedEngine:
+            return TimedEngine(make_engine(spec, adapted, run, settings, device, autocast=False), watch)
+
+        allocating = assemble(base, run, ds, STEADY_STEPS, device, make_engine=make)
+        return cls(spec, allocating, watch)
+
+    @property
+    def adapted(self) -> AdaptedModel:
+        return self.allocating.adapted
+
+    @property
+    def engine(self) -> TimedEngine:
+        found = self.allocating.engine
+        assert isinstance(found, TimedEngine)
+        return found
 
     def step(self, tokens_BS: Tensor) -> Any:
         """One optimizer step, the product's own."""
@@ -110,7 +118,8 @@ class OwnArm:
         return float(self.step(tokens_BS).loss)
 
     def facts(self) -> dict[str, Any]:
-        return {"compacted": False, "total_rank": self.adapted.layout.total}
+        layout = self.adapted.layout
+        return {"compacted": False, "total_rank": layout.total, "sharded_base": self.allocating.base is not None}
 
     def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
         """Train through a shortened allocation schedule; the time of every event, and what is left at the end.
@@ -123,9 +132,13 @@ class OwnArm:
         method = build_method(run.method, self.adapted.layout, spec.settings.schedule_steps)
         if not method.events or spec.settings.target_rank >= spec.rank:
             return {}
-        self.allocating.method = LoRA()  # the method of the timed steps looks no further
-        self.allocating = AllocatingEngine(self.engine, self.adapted, method, device)
-        self.engine.mark_steps = True
+        steady = self.allocating
+        steady.method = LoRA()  # the method of the timed steps looks no further
+        self.allocating = AllocatingEngine(
+            steady.engine, steady.adapted, method, device, base=steady.base, compactor=steady.compactor
+        )
+        self.watch.mark_steps = True
+        del steady  # its hooks and views would keep what a compaction replaces
         reset_peak(device)
         events: list[dict[str, Any]] = []
         after: list[float] = []
@@ -136,12 +149,13 @@ class OwnArm:
             wait(device)
             ended = time.perf_counter()
             if report.event is not None:
-                events.append(event_row(report.event, ended - self.engine.stepped_at))
+                took = ended - self.watch.stepped_at - (report.compaction or 0.0)
+                events.append(event_row(report.event, took) | {"compaction": report.compaction})
                 after.clear()
             else:
                 after.append(ended - began)
         self.allocating.finish()
-        self.engine.mark_steps = False
+        self.watch.mark_steps = False
         target = method.events[-1].total_rank
         left = sum(int(adapter.rank_mask_R.sum()) for adapter in self.adapted.adapters.values())
         return {
@@ -171,4 +185,4 @@ def make_engine(
         return build_engine(adapted, run.train, ds, STEADY_STEPS, device)
     optimizer = optimizer_factory(run.train, fused=device.type == "cuda")
     groups = [{k: v for k, v in g.items() if k != "name"} for g in parameter_groups(adapted, run.train)]
-    return PlainEngine(adapted.model, groups, optimizer, spec.settings.clip, autocast)
+    return PlainEngine(adapted.trained, groups, optimizer, spec.settings.clip, autocast)

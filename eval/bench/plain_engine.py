@@ -37,6 +37,11 @@ class FP16_UnfusedOptimizer:
         torch._foreach_copy_([copy.data for copy in self.copies], [master.data for master in self.masters])
 
 
+class _NoHook:
+    def remove(self) -> None:
+        """There is nothing to remove."""
+
+
 class PlainEngine:
     """Model and AdamW on one process, no DeepSpeed: what a step costs by itself.
 
@@ -61,6 +66,16 @@ class PlainEngine:
         self.basic_optimizer = build_optimizer(groups)
         self.optimizer: Any = self.masters or self.basic_optimizer
         self._norm: Tensor | None = None
+        # As DeepSpeed's engine, for a compaction, which takes the one and makes the other
+        self.lr_scheduler = None
+        self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
+        self.module_forward_pre_hook = self.module_forward_post_hook = _NoHook()
+
+    def destroy(self) -> None:
+        """Forget masters and moments."""
+        self.basic_optimizer.state.clear()
+        self.stepped = []
+        self.masters = None
 
     def __call__(self, **inputs: Tensor) -> Any:
         with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.autocast):

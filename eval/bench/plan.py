@@ -10,6 +10,8 @@ from salient_ds.method_config import MethodConfig
 
 PEFT_ARMS = ("peft_lora", "peft_adalora")
 PLAIN = "plain"
+COMPILED = "+compile"
+"""Suffix of an arm's name: its decoder layers are compiled."""
 _STAGES = ("0", "1", "2", "3")
 
 
@@ -51,18 +53,21 @@ class ArmSpec:
     rank: int
     gpus: int
     checkpointing: str
-    """none or all decoder layers."""
+    """none, selective or all."""
+    compiled: bool
+    """Decoder layers go through torch.compile (arms of this package only)."""
     settings: Settings = field(repr=False)
 
     @property
     def title(self) -> str:
         where = PLAIN if self.loop == PLAIN else f"zero{self.zero}"
-        return f"{self.arm} r={self.rank} {where} x{self.gpus} checkpointing={self.checkpointing}"
+        compiled = " compiled" if self.compiled else ""
+        return f"{self.arm} r={self.rank} {where} x{self.gpus} checkpointing={self.checkpointing}{compiled}"
 
     def key(self) -> dict[str, Any]:
         """What identifies the arm in a record."""
         return {"arm": self.arm, "loop": self.loop, "zero": self.zero, "rank": self.rank, "gpus": self.gpus,
-                "checkpointing": self.checkpointing, "form": self.form}  # fmt: skip
+                "checkpointing": self.checkpointing, "compiled": self.compiled, "form": self.form}  # fmt: skip
 
     @property
     def form(self) -> str:
@@ -95,7 +100,8 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
     found = []
     for item in text.split(","):
         name, _, own = item.strip().partition("@")
-        if name not in known:
+        plain = name.removesuffix(COMPILED)
+        if plain not in known or (plain in PEFT_ARMS and plain != name):
             raise ValueError(f"--arms: {name!r} is unknown; known: {', '.join(known)}")
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
     return found
@@ -119,6 +125,8 @@ def impossible(spec: ArmSpec) -> str | None:
     """Why an arm is left out, if it is."""
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
+    if spec.compiled and spec.zero == 3:
+        return "layers that ZeRO-3 gathers are not compiled"
     if spec.arm == "peft_adalora" and spec.zero == 3:
         return "PEFT's update_and_allocate raises on parameters that ZeRO-3 has partitioned"
     return None
@@ -139,7 +147,8 @@ def plan(
             for loop, stage in zero:
                 for rank in ranks:
                     for name in (name for name, own in arms if rank in own):
-                        spec = ArmSpec(name, loop, stage, rank, count, how, settings)
+                        compiled = name.endswith(COMPILED)
+                        spec = ArmSpec(name.removesuffix(COMPILED), loop, stage, rank, count, how, compiled, settings)
                         reason = impossible(spec)
                         if reason is None:
                             run.append(spec)

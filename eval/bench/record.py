@@ -42,7 +42,7 @@ def row(arm: Row) -> list[str]:
     events = arm.get("event_seconds") or []
     ratio = arm.get("ratio_to_peft_lora")
     return [
-        arm["arm"] + (" (compacted)" if arm.get("compacted") else ""),
+        arm["arm"] + (" (compiled)" if arm.get("compiled") else "") + (" (compacted)" if arm.get("compacted") else ""),
         "plain" if arm["loop"] == "plain" else f"ZeRO-{arm['zero']}",
         str(arm["rank"]), str(arm["gpus"]), arm["checkpointing"],
         f"{arm['seconds']:.4f}", f"{arm['tokens_per_s']:,.0f}", f"{arm['peak_gib']:.2f}",
@@ -115,7 +115,8 @@ def readme(record: Mapping[str, Any]) -> str:
         f"    {record['command']}",
         f"Random weights, {settings['precision']}, {settings['batch']} x {settings['seq']} tokens per process and "
         f"step, all linear layers of the decoder adapted, AdamW, gradients clipped at {settings['clip']:g}. Seconds "
-        f"are the median of {settings['steps']} steps after {settings['warmup'] + 1}; the peak is that of all steps "
+        f"per step: median over blocks of about four out of {settings['steps']} steps, taken back to back as in "
+        f"training, after {settings['warmup'] + 1}; the peak is that of all steps "
         "but the first. AdaLoRA's update_and_allocate is part of every step (masks every "
         f"{settings['delta_t']} steps). Versions: "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)

@@ -18,7 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from salient_ds.method_config import LoRA2Config
 from . import record
 from .drive import ArmFailed, run_worker
 from .floor import step_flops
-from .plan import ArmSpec, Settings, parse_arms, parse_zero, plan
+from .plan import COMPILED, PEFT_ARMS, ArmSpec, Settings, parse_arms, parse_zero, plan
 from .shapes import Shape, find_shape
 
 USAGE_ERROR, FAILED_ARMS = 2, 1
@@ -40,14 +40,15 @@ def main(
     shape: Annotated[str, typer.Option(help="llama-7b, tiny, or a directory with a config.json.")] = "tiny",
     arms: Annotated[
         str,
-        typer.Option(help="peft_lora, peft_adalora and methods of this package; NAME@RANK+RANK has ranks of its own."),
+        typer.Option(
+            help="peft_lora, peft_adalora and methods of this package; NAME@RANK+RANK has ranks of its own, "
+            "NAME+compile compiled layers."
+        ),
     ] = "peft_lora,peft_adalora,salientlora",
     zero: Annotated[str, typer.Option(help="Any of plain (no DeepSpeed), 0, 1, 2, 3.")] = "plain,2,3",
     ranks: Annotated[str, typer.Option(help="LoRA ranks; default: the shape's.")] = "",
     gpus: Annotated[str, typer.Option(help="Numbers of processes, for example 1,2.")] = "1",
-    checkpointing: Annotated[
-        str, typer.Option(help="Activation checkpointing: none, all, or both (none,all).")
-    ] = "none",
+    checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: any of none, selective, all.")] = "none",
     batch: Annotated[int, typer.Option(help="Sequences per process and step; 0: the shape's default.")] = 0,
     seq: Annotated[int, typer.Option(help="Tokens per sequence; 0: the shape's default.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 8,
@@ -85,9 +86,9 @@ def main(
             raise ValueError(f"--windows {windows!r}: expected two numbers, the first and the last window")
         counts, recompute = integers(gpus, "--gpus"), checkpointing.split(",")
         stages = parse_zero(zero)
-        if set(recompute) - {"none", "all"} or precision not in ("", "bf16", "fp32"):
+        if set(recompute) - {"none", "selective", "all"} or precision not in ("", "bf16", "fp32"):
             raise ValueError(
-                f"--checkpointing {checkpointing} or --precision {precision}: none/all and bf16/fp32 are known"
+                f"--checkpointing {checkpointing} or --precision {precision}: none/selective/all, bf16/fp32 are known"
             )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,7 +108,9 @@ def main(
         "left_out": [{"title": spec.title, **spec.key(), "reason": reason} for spec, reason in left_out]
     }
     hardware = record.hardware_name(facts["hardware"], max(counts))
-    folder = record.new_folder(out, model.name, [name for name, _ in chosen], hardware, datetime.date.today())
+    folder = record.new_folder(
+        out, model.name, [name.removesuffix(COMPILED) for name, _ in chosen], hardware, datetime.date.today()
+    )
     limit = began + deadline if deadline else float("inf")
     run_arms(specs, page, folder, launcher, on_cpu, timeout, limit, log)
     show(page)
@@ -138,12 +141,13 @@ def first_page(
 ) -> dict[str, Any]:
     """The record before any arm has run."""
     rate = facts["matrix_rate"]["flops_per_second"]
+    compacted = [replace(spec, rank=settings.target_rank) for spec in specs if spec.arm not in PEFT_ARMS]
     flops = {
         spec.form: step_flops(
             model.config, LLAMA_MODULES, spec.rank, settings.batch, settings.seq,
             LoRA2Config.model_fields["inner_width"].default if spec.arm == "lora2" else None,
         )
-        for spec in specs
+        for spec in (*specs, *compacted)
     }  # fmt: skip
     return {
         "command": recorded_command(sys.argv[1:]),
@@ -192,7 +196,9 @@ def run_arms(
             page["failed"].append({"title": spec.title, **spec.key(), "error": record.without_places(str(error))})
             outcome = f"failed: {error} (output: {log})"
         else:
-            page["arms"] = record.with_ratios([*page["arms"], arm], page["floor_seconds"])
+            later = arm.pop("after_compaction", None)
+            found = [*page["arms"], arm, *([later] if later else [])]
+            page["arms"] = record.with_ratios(found, page["floor_seconds"])
             if arm.get("schedule_error"):
                 reason = record.without_places(arm["schedule_error"])
                 page["failed"].append({"title": f"schedule of {spec.title}", **spec.key(), "error": reason})

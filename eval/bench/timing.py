@@ -40,6 +40,9 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.enabled = False
+        self.mark_steps = False
+        """Wait for the device after every optimizer step and remember when that was."""
+        self.stepped_at = 0.0
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     @contextmanager
@@ -63,25 +66,32 @@ class Measurement:
     """Steps of one arm on one process."""
 
     seconds: list[float]
-    """Every timed step."""
+    """Seconds per step of every timed block."""
     parts: dict[str, float]
     """Median seconds of the parts, from steps of their own."""
     peak_gib: float
 
 
+def blocks(steps: int) -> list[int]:
+    """``steps`` in blocks of about four: inside one nobody waits for the device between steps, as in training."""
+    count = max(1, steps // 4)
+    return [steps // count + (index < steps % count) for index in range(count)]
+
+
 def measure(step: Callable[[], object], watch: Stopwatch, warmup: int, steps: int, part_steps: int) -> Measurement:
-    """Time ``steps`` calls after ``warmup`` untimed ones, then the parts of ``part_steps`` more."""
+    """Time ``steps`` calls, in blocks, after ``warmup`` untimed ones; then the parts of ``part_steps`` more."""
     device = watch.device
     reset_peak(device)
     for _ in range(warmup):
         step()
     seconds = []
-    for _ in range(steps):
+    for block in blocks(steps):
         wait(device)
         began = time.perf_counter()
-        step()
+        for _ in range(block):
+            step()
         wait(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append((time.perf_counter() - began) / block)
     peak = peak_gib(device)
     watch.enabled = True
     for _ in range(part_steps):

@@ -16,12 +16,16 @@ import os
 import platform
 import subprocess
 import traceback
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .plan import PEFT_ARMS, PLAIN, ArmSpec
+
+if TYPE_CHECKING:
+    from .timing import Measurement
 
 PACKAGES = ("deepspeed", "transformers", "peft", "accelerate", "numpy", "pydantic")
 
@@ -67,21 +71,34 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
     tokens_BS = torch.randint(3, int(settings.config["vocab_size"]), shape, generator=draw).to(device)
     first_loss = arm.loss(tokens_BS)
     measured = measure(lambda: arm.step(tokens_BS), arm.watch, settings.warmup, settings.steps, settings.part_steps)
-    everyone = gather({"seconds": median(measured.seconds), "peak_gib": measured.peak_gib})
+    main = {**spec.key(), **arm.facts(), **times(spec, measured)}
     schedule = run_schedule(arm, tokens_BS) if settings.schedule_steps else {}
+    found = {
+        **main, "event_seconds": [], **schedule,
+        "first_loss": first_loss,
+        "last_loss": arm.loss(tokens_BS) if "schedule_error" not in schedule else None,
+    }  # fmt: skip
+    if any(event["compaction"] is not None for event in schedule.get("events", [])):
+        again = measure(lambda: arm.step(tokens_BS), arm.watch, settings.warmup, settings.steps, settings.part_steps)
+        found["after_compaction"] = {
+            **spec.key(), **arm.facts(), "compacted": True, "rank": settings.target_rank,
+            "form": replace(spec, rank=settings.target_rank).form, **times(spec, again), "event_seconds": [],
+        }  # fmt: skip
+    return found
+
+
+def times(spec: ArmSpec, measured: Measurement) -> dict[str, Any]:
+    """Median of the slowest process, largest peak, and what follows."""
+    settings = spec.settings
+    everyone = gather({"seconds": median(measured.seconds), "peak_gib": measured.peak_gib})
     seconds = max(one["seconds"] for one in everyone)
     return {
-        **spec.key(), **arm.facts(),
         "seconds": seconds,
         "tokens_per_s": spec.gpus * settings.batch * settings.seq / seconds,
         "peak_gib": max(one["peak_gib"] for one in everyone),
         "parts": measured.parts,
         "seconds_of_steps": measured.seconds,
-        "event_seconds": [],
-        **schedule,
-        "first_loss": first_loss,
-        "last_loss": arm.loss(tokens_BS) if "schedule_error" not in schedule else None,
-    }  # fmt: skip
+    }
 
 
 def run_schedule(arm: Any, tokens_BS: Any) -> dict[str, Any]:

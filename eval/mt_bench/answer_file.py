@@ -42,6 +42,11 @@ def no_first_answer(first: TurnResult) -> TurnResult | None:
     return TurnResult("", "failed", f"turn 1 is {first.status}")
 
 
+def prompt_too_long(size: int, window: int | None) -> TurnResult:
+    """A prompt of ``size`` tokens that leaves no room for an answer."""
+    return TurnResult("", "failed", f"the prompt has {size} tokens, the model's window {window}", size, 0)
+
+
 def with_text_status(result: TurnResult) -> TurnResult:
     """The same, marked empty or failed where the text itself shows that it is no answer."""
     status = answer_status(result.text, result.status)

@@ -11,33 +11,26 @@ import typer
 from rich.table import Table
 from tqdm import tqdm
 
+from .answering import Prompter
 from .cache import ReplyCache
 from .cli_common import (
     EXIT_CHECK_FAILED,
     EXIT_STOPPED,
-    Attempts,
-    BaseUrl,
     Data,
     JudgeModel,
-    KeyEnv,
-    MaxTokens,
-    MergeSystem,
-    References,
-    Source,
-    SourcePath,
-    Temperature,
-    Timeout,
-    TokenParameter,
     console,
     escape,
+    judge_endpoint,
     plainly,
+    question_set,
     show_origin,
+    takes,
 )
 from .client import Endpoint, JudgeClient
 from .cost import Budget, Price
-from .generate import generate
+from .generate import generate, sample_prompter
 from .judge import Judging, Mode, Options, Summary
-from .questions import load_question_set
+from .questions import QuestionSet
 from .store import Layout, check_model_name, load_answers, merge_judgments
 
 if TYPE_CHECKING:
@@ -45,46 +38,23 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_show_locals=False,  # locals may hold answers, and must never hold a key
     help="Generate and judge answers to MT-Bench style questions, and report the scores.",
 )
 app.command()(plainly(generate))
 
 
-def _endpoint(
-    model: str, url: str, key_env: str, temperature: str, token_parameter: str, max_tokens: int, merge: bool,
-    timeout: float, attempts: int,
-) -> Endpoint:  # fmt: skip
-    try:
-        degree = None if temperature.lower() == "none" else float(temperature)
-    except ValueError:
-        raise ValueError(f"--temperature {temperature!r} must be a number or none") from None
-    fields: dict[str, Any] = {
-        "model": model, "base_url": url, "api_key_env": key_env, "temperature": degree, "max_tokens": max_tokens,
-        "token_parameter": token_parameter, "merge_system": merge, "timeout_s": timeout, "max_attempts": attempts,
-    }  # fmt: skip
-    return Endpoint(**fields)
-
-
 @app.command()
 @plainly
+@takes(found=question_set, target=judge_endpoint(attempts=8))
 def judge(
+    found: QuestionSet,
+    target: Endpoint,
     data: Data = Path("data"),
     model: Annotated[list[str] | None, typer.Option(help="Model to judge (repeat); default: all with answers.")] = None,
     mode: Annotated[str, typer.Option(help="single, pair-baseline or pair-all.")] = "single",
     baseline: Annotated[str | None, typer.Option(help="For pair-baseline.")] = None,
-    questions: Source = "mt_bench",
-    questions_path: SourcePath = None,
-    references: References = "gpt-4",
-    judge_model: JudgeModel = "gpt-4",
-    base_url: BaseUrl = "https://api.openai.com/v1",
-    api_key_env: KeyEnv = "OPENAI_API_KEY",
-    temperature: Temperature = "0",
-    token_parameter: TokenParameter = "max_tokens",
-    max_tokens: MaxTokens = 2048,
-    merge_system: MergeSystem = False,
-    timeout: Timeout = 120.0,
-    attempts: Attempts = 8,
     concurrency: Annotated[int, typer.Option(help="Calls at one time.")] = 8,
     repeats: Annotated[int, typer.Option(help="How often each verdict is asked for.")] = 1,
     parser: Annotated[
@@ -99,27 +69,24 @@ def judge(
     cache: Annotated[Path | None, typer.Option(help="Reply cache; default beside the judgments.")] = None,
 ) -> None:
     """Judge answers. What is already answered is never asked again; run the same command to go on."""
-    target = _endpoint(judge_model, base_url, api_key_env, temperature, token_parameter, max_tokens, merge_system,
-                       timeout, attempts)  # fmt: skip
     chosen: Any = mode
     options = Options(chosen, baseline, repeats, concurrency, parser, judge_truncated, ask_again)
-    found = load_question_set(questions, questions_path, references)
     show_origin(found)
     layout = Layout(data, found.bench)
     names = _models(layout, model or [], chosen, baseline)
     answers = {name: load_answers(layout.answers(name)) for name in names}
     price = _price(price_prompt, price_completion)
-    budget = Budget(price, max_cost, max_tokens)
-    with ReplyCache(cache or layout.cache(judge_model)) as replies:
+    budget = Budget(price, max_cost, target.max_tokens)
+    with ReplyCache(cache or layout.cache(target.model)) as replies:
         run = Judging(found, answers, target, replies, options)
         if dry_run:
             _show_pairs("dry run: nothing was asked", run.estimate(price))
             return
         client = JudgeClient(target)
-        with tqdm(total=int(run.estimate()["calls"]), unit="call", desc=judge_model) as bar:
+        with tqdm(total=int(run.estimate()["calls"]), unit="call", desc=target.model) as bar:
             summary = run.run(client, budget, lambda calls: _advance(bar, calls))
         client.close()
-        file = layout.judgments(judge_model, options.kind, found.reference_name)
+        file = layout.judgments(target.model, options.kind, found.reference_name)
         merge_judgments(file, run.rows(summary))
     _show_summary(summary, file)
     if summary.stopped:
@@ -169,13 +136,12 @@ def _show_summary(summary: Summary, file: Path) -> None:
 
 @app.command()
 @plainly
+@takes(found=question_set)
 def report(
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and the pictures.")],
+    found: QuestionSet,
     data: Data = Path("data"),
     judge_model: JudgeModel = "gpt-4",
-    questions: Source = "mt_bench",
-    questions_path: SourcePath = None,
-    references: References = "gpt-4",
     model: Annotated[list[str] | None, typer.Option(help="Model to report (repeat); default: all judged.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Show comparisons against this model only.")] = None,
     max_failure_rate: Annotated[
@@ -187,7 +153,6 @@ def report(
     from . import html, markdown, plots
     from . import report as reports
 
-    found = load_question_set(questions, questions_path, references)
     layout = Layout(data, found.bench)
     options = reports.ReportOptions(
         max_failure_rate, draws, baseline, tuple(model or ()), {q.question_id: q.category for q in found.questions}
@@ -248,46 +213,39 @@ def _agreement_row(result: Agreement) -> list[str]:
 
 @app.command()
 @plainly
+@takes(found=question_set, target=judge_endpoint(attempts=3), rendered=sample_prompter)
 def doctor(
-    questions: Source = "mt_bench",
-    questions_path: SourcePath = None,
-    references: References = "gpt-4",
-    judge_model: JudgeModel = "gpt-4",
-    base_url: BaseUrl = "https://api.openai.com/v1",
-    api_key_env: KeyEnv = "OPENAI_API_KEY",
-    temperature: Temperature = "0",
-    token_parameter: TokenParameter = "max_tokens",
-    max_tokens: MaxTokens = 2048,
-    merge_system: MergeSystem = False,
-    timeout: Timeout = 120.0,
-    attempts: Attempts = 3,
+    found: QuestionSet,
+    target: Endpoint,
+    rendered: tuple[Prompter, str] | None,
     show_samples: Annotated[bool, typer.Option("--samples/--no-samples", help="Print one prompt per template.")] = True,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Ask the judge 14 questions with known answers.")
     ] = True,
 ) -> None:
-    """Check files, prompts and the judge itself."""
+    """Check files, prompts and the judge itself, and with --model how that model is prompted."""
     from . import doctor as checks
 
-    found = load_question_set(questions, questions_path, references)
     show_origin(found)
-    if show_samples:
-        for name, messages in checks.samples(found, merge_system):
-            console.rule(name)
-            for message in messages:
-                console.print(f"[bold]{message['role']}[/]\n{escape(message['content'])}")
     results = checks.file_checks(found)
+    shown = list(checks.samples(found, target.merge_system)) if show_samples else []
+    if rendered is not None:
+        prompter, template = rendered
+        shown += checks.model_samples(prompter, found) if show_samples else []
+        console.print(f"  {escape(template)}")
+        results.append(checks.Check("the model's template", True, "as in training, if known", prompter.template.name))
+    for name, messages in shown:
+        console.rule(name)
+        for message in messages:
+            console.print(f"[bold]{message['role']}[/]\n{escape(message['content'])}")
     if probe:
-        target = _endpoint(judge_model, base_url, api_key_env, temperature, token_parameter, max_tokens, merge_system,
-                           timeout, attempts)  # fmt: skip
         client = JudgeClient(target)
         results += checks.probe(client, found)
         client.close()
     table = Table("", "check", "expected", "found", title="doctor")
     for check in results:
-        table.add_row(
-            "ok" if check.passed else "[bold red]NO[/]", escape(check.name), check.expected, escape(check.found)
-        )
+        mark = "ok" if check.passed else "[bold red]NO[/]"
+        table.add_row(mark, *map(escape, (check.name, check.expected, check.found)))
     console.print(table)
     if not all(check.passed for check in results):
         raise typer.Exit(EXIT_CHECK_FAILED)

@@ -1,17 +1,18 @@
-"""What the commands share: options, the console, and how errors are shown."""
+"""What the commands share: options, groups of options, the console, and how errors are shown."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec, get_type_hints
 
 import typer
 from rich.console import Console
 
-from .client import HopelessError
-from .questions import QuestionSet
+from .client import Endpoint, HopelessError
+from .questions import QuestionSet, load_question_set
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -46,6 +47,76 @@ def plainly(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(EXIT_STOPPED if isinstance(error, HopelessError) else EXIT_USER_ERROR) from None
 
     return run
+
+
+def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, in place of each named parameter, the options of a function that makes that parameter's value.
+
+    So a group of options that several commands have is written once, as the parameters of one function.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        names = {name: list(inspect.signature(group).parameters) for name, group in groups.items()}
+        options = [
+            option
+            for name, own in _annotated(command).items()
+            for option in (_annotated(groups[name]).values() if name in groups else [own])
+        ]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            made = {name: groups[name](**{key: values.pop(key) for key in keys}) for name, keys in names.items()}
+            command(**values, **made)
+
+        run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        run.__annotations__ = {option.name: option.annotation for option in options}
+        return run
+
+    return decorate
+
+
+def _annotated(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters by name, each by keyword only, with annotations instead of their names."""
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+
+def question_set(
+    questions: Source = "mt_bench", questions_path: SourcePath = None, references: References = "gpt-4"
+) -> QuestionSet:
+    """The questions that a command is about."""
+    return load_question_set(questions, questions_path, references)
+
+
+def judge_endpoint(attempts: int) -> Callable[..., Endpoint]:
+    """Options that name a judge and say how it is asked; ``attempts`` is the default for tries of one call."""
+
+    def endpoint(
+        judge_model: JudgeModel = "gpt-4",
+        base_url: BaseUrl = "https://api.openai.com/v1",
+        api_key_env: KeyEnv = "OPENAI_API_KEY",
+        temperature: Temperature = "0",
+        token_parameter: TokenParameter = "max_tokens",
+        max_tokens: MaxTokens = 2048,
+        merge_system: MergeSystem = False,
+        timeout: Timeout = 120.0,
+        attempts: Attempts = attempts,
+    ) -> Endpoint:
+        try:
+            degree = None if temperature.lower() == "none" else float(temperature)
+        except ValueError:
+            raise ValueError(f"--temperature {temperature!r} must be a number or none") from None
+        fields: dict[str, Any] = {
+            "model": judge_model, "base_url": base_url, "api_key_env": api_key_env, "temperature": degree,
+            "max_tokens": max_tokens, "token_parameter": token_parameter, "merge_system": merge_system,
+            "timeout_s": timeout, "max_attempts": attempts,
+        }  # fmt: skip
+        return Endpoint(**fields)
+
+    return endpoint
 
 
 def escape(text: str) -> str:

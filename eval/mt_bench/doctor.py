@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .answering import Prompter
 from .client import CallFailed, JudgeClient
 from .parsers import read_rating, read_winner
 from .prompts import Messages, values_for
@@ -58,6 +59,14 @@ def samples(questions: QuestionSet, merge_system: bool = False) -> Iterator[tupl
                 turns = [(f"<answer 1 of {n}>", f"<answer 2 of {n}>") for n in names]
                 template = questions.prompts.at(kind, turn, question.needs_reference)
                 yield template.name, template.render(values_for(turn, question.turns, turns, reference), merge_system)
+
+
+def model_samples(prompter: Prompter, questions: QuestionSet) -> Iterator[tuple[str, Messages]]:
+    """The first question as a model is asked it: the text to continue in turn 1 and in turn 2, end texts marked."""
+    question = questions.questions[0]
+    for turn, answers in ((1, ()), (2, ("<answer 1 of the model>",))):
+        name = f"{prompter.template.name}, turn {turn}, answers end with {list(prompter.stops)}"
+        yield name, [{"role": "text to continue", "content": prompter.text(question, answers)}]
 
 
 def probe(client: JudgeClient, prompts: QuestionSet) -> list[Check]:

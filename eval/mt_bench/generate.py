@@ -28,11 +28,17 @@ from .cli_common import (
 from .client import Endpoint, JudgeClient
 from .local_run import Job, answer_locally, global_rank_and_size
 from .questions import load_question_set
-from .sources import ModelSource, choose_template, default_name, find_source
+from .sources import ModelSource, choose_template, context_window, default_name, find_source
 from .store import ANSWER_STATUSES, Layout, Row, check_model_name
 
 SERVER_TEMPLATE = "server"
 """The template's name when the server applies its own."""
+
+Base = Annotated[str | None, typer.Option(help="Base model, if it is not where training found it.")]
+TokenizerName = Annotated[str | None, typer.Option(help="Tokenizer, if not the adapter's or the base's.")]
+TemplateName = Annotated[
+    str | None, typer.Option(help="For models without a record; with one, it must be the template of training.")
+]
 
 
 def generate(
@@ -42,11 +48,9 @@ def generate(
     model_id: Annotated[
         str | None, typer.Option(help="Name of the answers; default: the last telling part of MODEL.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it is not where training found it.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if not the adapter's or the base's.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="For models without a record; with one, it must be the template of training.")
-    ] = None,
+    base: Base = None,
+    tokenizer: TokenizerName = None,
+    template: TemplateName = None,
     data: Data = Path("data"),
     questions: Source = "mt_bench",
     questions_path: SourcePath = None,
@@ -101,9 +105,27 @@ def generate(
             "model": model_name, "base_url": endpoint, "api_key_env": api_key_env, "max_tokens": max_new_tokens,
             "token_parameter": token_parameter, "timeout_s": timeout, "max_attempts": attempts,
         }  # fmt: skip
-        rows = _from_server(job, prompter, Endpoint(**fields), concurrency)
+        rows = _from_server(job, prompter, Endpoint(**fields), concurrency, context_window(source) if source else None)
     if rows is not None:
         show_answers(job, rows)
+
+
+def sample_prompter(
+    model: Annotated[
+        str | None, typer.Option(help="Show how this run, adapter or model is prompted, and check its template.")
+    ] = None,
+    base: Base = None,
+    tokenizer: TokenizerName = None,
+    template: TemplateName = None,
+) -> tuple[Prompter, str] | None:
+    """How ``generate`` would prompt a model, and its template in words; None without a model. Errors as there."""
+    if model is None:
+        return None
+    source = find_source(model, base, tokenizer)
+    prompter, record = _template(source, template, tokenizer, [], server=False)
+    assert prompter is not None
+    origin = "as in training" if source.record else "nothing recorded at training"
+    return prompter, f"sha256 {record['template_sha256']}  template {record['template']} ({origin})"
 
 
 def _template(
@@ -161,13 +183,15 @@ def _from_model(
     return answer_locally(job, prompter, load, batch_size, together=split)
 
 
-def _from_server(job: Job, prompter: Prompter | None, endpoint: Endpoint, concurrency: int) -> list[Row]:
+def _from_server(
+    job: Job, prompter: Prompter | None, endpoint: Endpoint, concurrency: int, window: int | None
+) -> list[Row]:
     from .server_run import ServerAnswerer, answer_from_server
 
     job.settings.update(endpoint=endpoint.base_url, model=endpoint.model)
     client = JudgeClient(endpoint)
     try:
-        rows, problem = answer_from_server(job, ServerAnswerer(client, prompter, job), concurrency)
+        rows, problem = answer_from_server(job, ServerAnswerer(client, prompter, job, window), concurrency)
     finally:
         client.close()
     if rows is None:

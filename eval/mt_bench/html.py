@@ -70,7 +70,8 @@ def collect_cases(layout: Layout, report: Report, references: str, questions: di
         for model in models:
             rows = sorted(verdicts[number].get(model, []), key=lambda r: (r["turn"], r["repeat"]))
             answer = answers.get(model, {}).get(number)
-            entries.append({"model": model, "rows": rows, "turns": answer.turns if answer else ()})
+            turns = list(zip(answer.turns, answer.statuses, strict=True)) if answer else []
+            entries.append({"model": model, "rows": rows, "turns": turns})
         cases.append({
             "id": number,
             "category": question.category if question else "unknown",

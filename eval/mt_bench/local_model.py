@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from salient_ds.adapters.shortcut import is_shortcut
 from salient_ds.export.fold import LoraPair, delta_weight, fold
 from salient_ds.export.run import read_factors
+from salient_ds.export.shortcuts import load_shortcuts
 
-from .answer_file import TurnResult
+from .answer_file import TurnResult, prompt_too_long
 from .answering import Prompt
 from .sampling import RowStops, SeededSampler, cut_answer
-from .sources import RECORD_FILE, ModelSource
+from .sources import RECORD_FILE, SHORTCUT_FILE, ModelSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,8 +72,12 @@ def _adapted(model: nn.Module, source: ModelSource, merge: bool = False) -> Any:
         return model
     put = merge_into if merge else attach
     if source.kind == "run":
-        put(model, [pair for pair in map(fold, read_factors(source.update)) if pair is not None])
+        put(model, _pairs_of_run(source.update))
         return model
+    if (source.update / SHORTCUT_FILE).is_file():
+        if merge:
+            raise ValueError(f"{source.update} has shortcuts, which tensor parallelism cannot split: leave it out")
+        return load_shortcuts(model, source.update).eval()
     try:
         from peft import PeftModel
     except ImportError:
@@ -82,6 +88,16 @@ def _adapted(model: nn.Module, source: ModelSource, merge: bool = False) -> Any:
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"PEFT cannot put {source.update} on its base: {error}") from None
     return (adapted.merge_and_unload() if merge else adapted).eval()
+
+
+def _pairs_of_run(checkpoint: Path) -> list[LoraPair]:
+    factors = read_factors(checkpoint)
+    if any(is_shortcut(item.name) for item in factors):
+        raise ValueError(
+            f"{checkpoint} is of a run with shortcuts: give the directory of its adapter (output_dir/adapter, or what "
+            "`salient-ds export` wrote)"
+        )
+    return [pair for pair in map(fold, factors) if pair is not None]
 
 
 def read_exported(folder: Path) -> list[LoraPair]:
@@ -163,7 +179,8 @@ class LocalAnswerer:
         """One answer per prompt, in order. A prompt that fills the model's window fails without being run."""
         limits = [self._room(prompt) for prompt in prompts]
         runnable = [row for row, limit in enumerate(limits) if limit > 0]
-        results = {row: self._too_long(prompts[row]) for row, limit in enumerate(limits) if limit <= 0}
+        full = [row for row, limit in enumerate(limits) if limit <= 0]
+        results = {row: prompt_too_long(len(prompts[row].ids), self.window) for row in full}
         if runnable:
             made = self._run([prompts[row] for row in runnable], [limits[row] for row in runnable])
             results |= dict(zip(runnable, made, strict=True))
@@ -171,10 +188,6 @@ class LocalAnswerer:
 
     def _room(self, prompt: Prompt) -> int:
         return self.max_new if self.window is None else min(self.max_new, self.window - len(prompt.ids))
-
-    def _too_long(self, prompt: Prompt) -> TurnResult:
-        reason = f"the prompt has {len(prompt.ids)} tokens, the model's window {self.window}"
-        return TurnResult("", "failed", reason, len(prompt.ids), 0)
 
     def _run(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[TurnResult]:
         device = self.model.device

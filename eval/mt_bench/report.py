@@ -82,7 +82,7 @@ def _refuse_mixed(rows: Sequence[Row]) -> None:
         if len(kinds) > 1:
             raise ValueError(
                 f"the judgments were made with different {name}: {sorted(kinds)}; judge all models again in the same "
-                "way, or choose some with --models"
+                "way, or choose some with --model"
             )
 
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
-from .answer_file import AnswerJournal, TurnResult, answer_row, no_first_answer, remove_answers, with_text_status
+from .answer_file import (
+    AnswerJournal,
+    TurnResult,
+    answer_row,
+    no_first_answer,
+    prompt_too_long,
+    remove_answers,
+    with_text_status,
+)
 from .answering import Prompter, conversation
 from .client import Body, CallFailed, GaveUp, HopelessError, JudgeClient
 from .local_run import Job
@@ -17,35 +26,65 @@ from .store import Row
 MOST_IN_A_ROW = 3
 """So many questions without any reply, none between them with one, and the server counts as gone."""
 
+BROKEN_OFF = frozenset({"content_filter", "abort", "cancelled", "error"})
+"""Finish reasons of replies that hold no whole answer, and not because it was long."""
+
 
 @dataclass(frozen=True)
 class ServerAnswerer:
     """Asks one question at a time; may be used from several threads.
 
     With a prompter, our own rendered prompt goes to ``/completions``, where no server puts a template of its own around
-    it. Without one, messages go to ``/chat/completions`` and the server's template decides.
+    it. Without one, messages go to ``/chat/completions`` and the server's template decides. ``window`` is the model's,
+    if it is known: fewer tokens are asked for where it would be passed, which some servers refuse.
     """
 
     client: JudgeClient
     prompter: Prompter | None
     job: Job
+    window: int | None = None
 
     def answer(self, question: Question) -> list[TurnResult]:
         """Results of all turns. Raises GaveUp (ask again later) or HopelessError (do not)."""
         results: list[TurnResult] = []
         for turn in range(1, len(question.turns) + 1):
-            missing = no_first_answer(results[-1]) if results else None
-            if missing is None:
-                answers = [result.text for result in results]
-                missing = self._turn(self._body(question, answers, turn))
-            results.append(with_text_status(missing))
+            result = no_first_answer(results[-1]) if results else None
+            results.append(with_text_status(result or self._turn(question, [r.text for r in results], turn)))
         return results
 
-    def _body(self, question: Question, answers: list[str], turn: int) -> Body:
+    def _turn(self, question: Question, answers: list[str], turn: int) -> TurnResult:
+        size, room = self._room(question, answers)
+        if room < 1:
+            return prompt_too_long(size, self.window)
+        body = self._body(question, answers, turn, room)
+        try:
+            reply = self.client.post("/completions" if "prompt" in body else "/chat/completions", body)
+        except GaveUp:
+            raise
+        except CallFailed as error:
+            return TurnResult("", "failed", str(error))
+        used = (reply.prompt_tokens, reply.completion_tokens)
+        if reply.text is None or reply.finish_reason in BROKEN_OFF:
+            return TurnResult("", "failed", f"no content ({reply.finish_reason or 'no reason given'})", *used)
+        if reply.finish_reason == "length":
+            asked_less = room < self.client.endpoint.max_tokens
+            reason = f"cut at the end of the model's window of {self.window}" if asked_less else "cut by the server"
+            return TurnResult(reply.text.strip(), "truncated", reason, *used)
+        return TurnResult(reply.text.strip(), "ok", "", *used)
+
+    def _room(self, question: Question, answers: list[str]) -> tuple[int, int]:
+        """Tokens of the prompt (0: not known), and most tokens of the answer."""
+        most = self.client.endpoint.max_tokens
+        if self.prompter is None or self.window is None:
+            return 0, most
+        size = len(self.prompter.tokens(question, answers))
+        return size, min(most, self.window - size)
+
+    def _body(self, question: Question, answers: list[str], turn: int, room: int) -> Body:
         endpoint = self.client.endpoint
         body: Body = {"model": endpoint.model, "seed": self.job.seed_of(question.question_id, turn) % 2**31}
         if endpoint.token_parameter != "none":
-            body[endpoint.token_parameter] = endpoint.max_tokens
+            body[endpoint.token_parameter] = room
         if self.job.temperatures is not None:
             body |= {"temperature": self.job.temperatures[question.category], "top_p": 1.0}
         if self.prompter is None:
@@ -55,20 +94,6 @@ class ServerAnswerer:
             text = text.removeprefix(str(self.prompter.tokenizer.bos_token))
         body["prompt"] = text
         return body | ({"stop": list(self.prompter.stops)} if self.prompter.stops else {})
-
-    def _turn(self, body: Body) -> TurnResult:
-        try:
-            reply = self.client.post("/completions" if "prompt" in body else "/chat/completions", body)
-        except GaveUp:
-            raise
-        except CallFailed as error:
-            return TurnResult("", "failed", str(error))
-        used = (reply.prompt_tokens, reply.completion_tokens)
-        if reply.text is None or reply.finish_reason == "content_filter":
-            return TurnResult("", "failed", f"no content ({reply.finish_reason or 'no reason given'})", *used)
-        if reply.finish_reason == "length":
-            return TurnResult(reply.text.strip(), "truncated", "cut by the server", *used)
-        return TurnResult(reply.text.strip(), "ok", "", *used)
 
 
 def answer_from_server(job: Job, server: ServerAnswerer, concurrency: int) -> tuple[list[Row] | None, str]:
@@ -88,29 +113,42 @@ def answer_from_server(job: Job, server: ServerAnswerer, concurrency: int) -> tu
 
 
 def _ask(job: Job, questions: list[Question], server: ServerAnswerer, concurrency: int, journal: AnswerJournal) -> str:
-    """Why questions were left without an answer, or ""."""
-    problem, in_a_row, stopped = "", 0, False
+    """Why questions were left without an answer, or "". An error or Ctrl-C leaves after the calls on their way."""
     with (
         tqdm(total=len(questions), unit="question", desc=job.model_id) as bar,
         ThreadPoolExecutor(concurrency) as pool,
     ):
-        waiting: dict[Future[list[TurnResult]], Question] = {pool.submit(server.answer, q): q for q in questions}
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                question = waiting.pop(future)
-                try:
-                    turns = future.result()
-                except (CancelledError, GaveUp, HopelessError) as error:
-                    hopeless, in_a_row = isinstance(error, HopelessError), in_a_row + 1
-                    if not stopped and (hopeless or not problem):
-                        problem = str(error)
-                    if not stopped and (hopeless or in_a_row == MOST_IN_A_ROW):
-                        stopped = True
-                        server.client.stop()
-                        for other in waiting:
-                            other.cancel()
-                    continue
-                in_a_row = 0
-                journal.add(answer_row(job.model_id, question.question_id, turns, job.settings))
-                bar.update()
+        waiting = {pool.submit(server.answer, question): question for question in questions}
+        try:
+            return _collect(job, waiting, server, journal, bar)
+        except BaseException:
+            server.client.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _collect(
+    job: Job, waiting: dict[Future[list[TurnResult]], Question], server: ServerAnswerer, journal: AnswerJournal,
+    bar: tqdm[Any],
+) -> str:  # fmt: skip
+    """Write down what comes in, until all is in or the server counts as gone; the reason for what is missing."""
+    problem, in_a_row, stopped = "", 0, False
+    while waiting:
+        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            question = waiting.pop(future)
+            try:
+                turns = future.result()
+            except (CancelledError, GaveUp, HopelessError) as error:
+                hopeless, in_a_row = isinstance(error, HopelessError), in_a_row + 1
+                if not stopped and (hopeless or not problem):
+                    problem = str(error)
+                if not stopped and (hopeless or in_a_row == MOST_IN_A_ROW):
+                    stopped = True
+                    server.client.stop()
+                    for other in waiting:
+                        other.cancel()
+                continue
+            in_a_row = 0
+            journal.add(answer_row(job.model_id, question.question_id, turns, job.settings))
+            bar.update()
     return problem

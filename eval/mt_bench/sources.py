@@ -1,7 +1,7 @@
 """What answers come from: a base model, a merged model, an adapter directory, or a run directory.
 
-Kinds are told apart by the files: ``adapter_config.json`` is an adapter, ``run.yaml`` or a checkpoint's
-``manifest.json`` a run, ``config.json`` a model; what is no directory is a hub name.
+Kinds are told apart by the files: ``adapter_config.json`` (or ``shortcut_adapter.json``, which is ours) is an adapter,
+``run.yaml`` or a checkpoint's ``manifest.json`` a run, ``config.json`` a model; what is no directory is a hub name.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "adapter", "run"]
 RECORD_FILE = "salient_ds.json"
+SHORTCUT_FILE = "shortcut_adapter.json"
 _GENERIC = ("adapter", "checkpoints", "export-peft", "export-padded", "export-merged")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
@@ -41,7 +42,8 @@ class ModelSource:
         """What the weights are, wherever they lie: the same for the same files."""
         found = {"kind": self.kind, "base": _fingerprint(self.base, self.revision)}
         if self.update is not None:
-            names = ("adapter_config.json", "adapter_model.*") if self.kind == "adapter" else ("*",)
+            own = ("adapter_config.json", "adapter_model.*", "shortcut_adapter.*")
+            names = own if self.kind == "adapter" else ("*",)
             files = [path for name in names for path in self.update.glob(name) if path.is_file()]
             found["update"] = _sampled_hash(files)
         return found
@@ -59,7 +61,7 @@ def find_source(model: str, base: str | None = None, tokenizer: str | None = Non
         ValueError: not a model, adapter or run; or an adapter whose base is unknown.
     """
     folder = Path(model)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file() or (folder / SHORTCUT_FILE).is_file():
         return _adapter(folder, base, tokenizer)
     if (folder / "run.yaml").is_file() or (folder / "manifest.json").is_file():
         return _run(folder, base, tokenizer)
@@ -70,13 +72,35 @@ def find_source(model: str, base: str | None = None, tokenizer: str | None = Non
             f"{model} holds no model (config.json), adapter (adapter_config.json) or run (run.yaml): give one of "
             "these, or a hub name"
         )
-    return ModelSource("model", model, None, tokenizer or model, _record(_read(folder / RECORD_FILE)))
+    if folder.exists():
+        return ModelSource("model", model, None, tokenizer or model, _record(_read(folder / RECORD_FILE)))
+    return _on_hub(model, tokenizer)
+
+
+def _on_hub(name: str, tokenizer: str | None) -> ModelSource:
+    """A model on the hub, with the record that a merged one of ours has. What cannot be reached counts as not there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def fetched(file: str) -> dict[str, Any]:
+        try:
+            return _read(Path(hf_hub_download(name, file)))
+        except (OSError, ValueError, EntryNotFoundError):
+            return {}
+
+    if fetched("adapter_config.json"):
+        raise ValueError(
+            f"{name} is an adapter on the hub: fetch it with `hf download {name} --local-dir FOLDER`, then give the "
+            "folder"
+        )
+    return ModelSource("model", name, None, tokenizer or name, _record(fetched(RECORD_FILE)))
 
 
 def _adapter(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
-    chosen = base or _read(folder / "adapter_config.json").get("base_model_name_or_path")
+    written = RECORD_FILE if (folder / SHORTCUT_FILE).is_file() else "adapter_config.json"
+    chosen = base or _read(folder / written).get("base_model_name_or_path")
     if not chosen:
-        raise ValueError(f"{folder}/adapter_config.json does not name its base model: give --base")
+        raise ValueError(f"{folder / written} does not name its base model: give --base")
     if Path(chosen).is_absolute() and not Path(chosen).is_dir():
         raise ValueError(f"the base model of {folder} is no longer at {chosen}: give --base")
     own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else chosen
@@ -102,6 +126,20 @@ def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
         "run", chosen, checkpoint, tokenizer or model.get("tokenizer") or chosen, _record(_read(root / "run.json")),
         model.get("revision") if base is None else None, bool(model.get("trust_remote_code")),
     )  # fmt: skip
+
+
+def context_window(source: ModelSource) -> int | None:
+    """Most tokens of prompt and answer together, as the model's configuration says; None where it is not to be had."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            source.base, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def default_name(model: str) -> str:

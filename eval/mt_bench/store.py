@@ -118,8 +118,8 @@ def write_answers(path: Path, rows: Iterable[Row]) -> None:
 
 
 def row_key(row: Row) -> tuple[Any, ...]:
-    """What makes two judgment rows the same measurement."""
-    models = (row["model"],) if "model" in row else (row["model_1"], row["model_2"])
+    """What makes two judgment rows the same measurement. A pair is in both orders, whichever model is named first."""
+    models = (row["model"],) if "model" in row else tuple(sorted((row["model_1"], row["model_2"])))
     return (row["question_id"], row["turn"], *models, *row["judge"], row.get("repeat", 0))
 
 

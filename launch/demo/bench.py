@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[1] / "mt_bench_own_set.sh"
-LEFT_OUT = (
-    "left out here: the tiny model knows yes and no, and its window of 256 tokens holds few of the questions. "
-    "`make demo` does this step with a real model."
-)
+TINY_KNOWS = "The tiny model knows one task, so its answers here are noise. The questions are ours, not MT-Bench's."
+NEW_TOKENS = 64
+TINY_NEW_TOKENS = 8
+"""The tiny model's window of 256 tokens is nearly filled by most questions."""
 NARROW = (
     "The adapter was trained to answer yes or no, so that is what it now says to anything. These are our own "
     "questions, not MT-Bench."
@@ -28,16 +28,14 @@ def answer_questions(
         cache: the demo's directory; answers and report go below it.
         execute: shows and runs a command.
     """
-    if tiny:
-        say(LEFT_OUT)
-        return
+    tokens = TINY_NEW_TOKENS if tiny else NEW_TOKENS
     os.environ.update(
         STEPS="generate judge report", DATA=str(cache / "mt_bench"),
-        REPORT=str(cache / "mt_bench" / "report"), GENERATE_ARGS="--max-new-tokens 64 --overwrite",
+        REPORT=str(cache / "mt_bench" / "report"), GENERATE_ARGS=f"--max-new-tokens {tokens} --overwrite",
     )  # fmt: skip
     command = ["bash", os.path.relpath(SCRIPT), *arguments]
     execute(command)
-    say(NARROW)
+    say(TINY_KNOWS if tiny else NARROW)
     if not os.environ.get("JUDGE_MODEL"):
-        where = f"DATA={os.environ['DATA']} REPORT={os.environ['REPORT']}"
+        where = f"STEPS='judge report' DATA={os.environ['DATA']} REPORT={os.environ['REPORT']}"
         say(f"To have them judged: {where} JUDGE_MODEL=... JUDGE_URL=http://... {shlex.join(command[1:])}")

@@ -64,6 +64,7 @@ class GrowingLinear(SVDLinear):
         reserve = 0 if final else self.reserve
         self.reserve_mask_R.copy_((row_R >= active) & (row_R < active + reserve))
         self.scaling = self.alpha / active
+        self.mask_version += 1
 
     def sigma(self) -> Tensor:
         """Singular values as they act, (R,): only those of active rows are trained."""

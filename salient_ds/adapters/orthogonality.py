@@ -45,14 +45,29 @@ class OrthogonalityPenalty:
         self.form = form
         self.armed = False
         self.gradient_scale = 1.0
-        self.norms_M2: Tensor | None = None
-        """Norm of every term in the last armed pass, (M, terms)."""
+        self._norms_M2: Tensor | None = None
+        self._noted: list[tuple[Tensor, int, Tensor]] = []
 
     def arm(self, gradient_scale: float, device: torch.device) -> None:
         """Add the penalty's gradient in the next backward pass, times ``gradient_scale`` (the fp16 loss scale)."""
         self.armed = True
         self.gradient_scale = gradient_scale
-        self.norms_M2 = torch.zeros(self.num_modules, self.terms, device=device)
+        self._norms_M2 = torch.zeros(self.num_modules, self.terms, device=device)
+        self._noted.clear()
+
+    @property
+    def norms_M2(self) -> Tensor | None:
+        """Norm of every term in the last armed pass, (M, terms)."""
+        if self._noted and self._norms_M2 is not None:  # a few large writes in place of one for every stack of factors
+            for term in {term for _, term, _ in self._noted}:
+                pairs = [(slots, norms) for slots, which, norms in self._noted if which == term]
+                self._norms_M2[torch.cat([slots for slots, _ in pairs]), term] = torch.cat([n for _, n in pairs])
+            self._noted.clear()
+        return self._norms_M2
+
+    def note(self, slots: Tensor, term: int, norms: Tensor) -> None:
+        """Norms (n,) of one term of several matrices: rows ``slots`` (n,) int64."""
+        self._noted.append((slots, term, norms))
 
     def disarm(self) -> None:
         self.armed = False
@@ -76,10 +91,11 @@ class OrthogonalityPenalty:
 
     def value(self) -> Tensor:
         """The penalty of the last armed pass, coefficient included (0-dim tensor)."""
-        assert self.norms_M2 is not None, "value() before the first armed backward pass"
+        norms_M2 = self.norms_M2
+        assert norms_M2 is not None, "value() before the first armed backward pass"
         if self.form == "squared":
-            return self.coefficient * self.norms_M2.square().sum()
-        return self.coefficient * self.norms_M2.mean()
+            return self.coefficient * norms_M2.square().sum()
+        return self.coefficient * norms_M2.mean()
 
     def gradient_factor(self, norm: Tensor) -> Tensor:
         """Multiplier of (A A^T - I) A in the gradient, given the norm of the residual."""

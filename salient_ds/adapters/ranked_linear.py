@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from salient_ds.adapters.low_rank import low_rank_linear
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 
 
@@ -44,6 +45,10 @@ class RankedLinear(nn.Module, ABC):
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.gated = False
+        self.packed: dict[str, tuple[nn.Parameter, int]] = {}
+        """Flat parameter and first element of every factor, if a :class:`FactorBank` holds them."""
+        self.mask_version = 0
+        """Grows with every change of mask or scaling: what is derived from them is then out of date."""
         self.register_buffer("rank_mask_R", torch.ones(rank, dtype=torch.bool), persistent=False)
 
     @property
@@ -70,17 +75,29 @@ class RankedLinear(nn.Module, ABC):
         """
         self.rank_mask_R.copy_(mask_R)
         self.gated = gate
+        self.mask_version += 1
 
     @abstractmethod
+    def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        """Shape and rank axis (None: shared by all ranks) of the trainable factors by short name ("A", "E", "B")."""
+
     def factors(self) -> dict[str, FactorAddress]:
-        """Addresses of the trainable factors by short name ("A", "E", "B")."""
+        """Addresses of the trainable factors by short name."""
+        found = {}
+        for name, (shape, rank_axis) in self.factor_shapes().items():
+            parameter, offset = self.packed.get(name) or (getattr(self, f"lora_{name}"), 0)
+            found[name] = FactorAddress(parameter, offset, shape, rank_axis)
+        return found
+
+    def resize(self, rank: int) -> None:
+        """Become an adapter of ``rank`` rows, all live; the bank that holds the factors makes new ones of that size."""
+        assert self.packed, "only packed factors can be replaced"
+        self.rank = rank
+        self.rank_mask_R = torch.ones(rank, dtype=torch.bool, device=self.rank_mask_R.device)
+        self.mask_version += 1
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"
-
-
-def _address(parameter: nn.Parameter, shape: tuple[int, ...], rank_axis: int | None) -> FactorAddress:
-    return FactorAddress(parameter, 0, shape, rank_axis)
 
 
 class SVDLinear(RankedLinear):
@@ -111,15 +128,16 @@ class SVDLinear(RankedLinear):
         self._penalty = [penalty] if penalty is not None else []  # in a list: not a submodule
         self.penalty_slot = 0
 
-    def factors(self) -> dict[str, FactorAddress]:
-        rank, wide, tall = self.rank, self.base.in_features, self.base.out_features
-        return {
-            "A": _address(self.lora_A, (rank, wide), 0),
-            "E": _address(self.lora_E, (rank,), 0),
-            "B": _address(self.lora_B, (tall, rank), 1),
-        }
+        self.gain_R: Tensor | None = None
+        """E * mask * scaling of this forward pass, from the bank; None: worked out here."""
+
+    def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        rank = self.rank
+        return {"A": ((rank, self.in_features), 0), "E": ((rank,), 0), "B": ((self.out_features, rank), 1)}
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        if self.gain_R is not None:
+            return _with_gain(self, x_BI, self.lora_A, self.gain_R, self.lora_B)
         A_RI: Tensor = self.lora_A
         B_OR: Tensor = self.lora_B
         E_R: Tensor = self.lora_E
@@ -154,14 +172,31 @@ class PlainLinear(RankedLinear):
         self.lora_A = nn.Parameter(uniform.to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
 
-    def factors(self) -> dict[str, FactorAddress]:
-        rank, wide, tall = self.rank, self.base.in_features, self.base.out_features
-        return {"A": _address(self.lora_A, (rank, wide), 0), "B": _address(self.lora_B, (tall, rank), 1)}
+        self.gain_R: Tensor | None = None
+        """mask * scaling, from the bank; None: worked out here."""
+
+    def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
+        return {"A": ((self.rank, self.in_features), 0), "B": ((self.out_features, self.rank), 1)}
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        if self.gain_R is not None:
+            return _with_gain(self, x_BI, self.lora_A, self.gain_R, self.lora_B)
         inner_BR = F.linear(self.dropout(x_BI).to(self.lora_A.dtype), self.lora_A) * self.scaling
         base_BO: Tensor = self.base(x_BI)
         return base_BO + F.linear(inner_BR, self.lora_B).to(base_BO.dtype)
+
+
+def _with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor, B_OR: Tensor) -> Tensor:
+    """base(x) + B diag(gain) A dropout(x), in one autograd function where nothing speaks against it."""
+    if len(A_RI) == 0:  # asked of the tensor: torch.compile would make a case of its own of every value of `rank`
+        base_BO: Tensor = adapter.base(x_BI)
+        return base_BO
+    plain = isinstance(adapter.dropout, nn.Identity) or not adapter.training
+    if plain and x_BI.dtype == A_RI.dtype == adapter.base.weight.dtype and not torch.compiler.is_compiling():
+        return low_rank_linear(x_BI, adapter.base.weight, adapter.base.bias, A_RI, gain_R, B_OR)
+    inner_BR = F.linear(adapter.dropout(x_BI).to(A_RI.dtype), A_RI)
+    base_BO = adapter.base(x_BI)
+    return base_BO + F.linear(inner_BR * gain_R, B_OR).to(base_BO.dtype)
 
 
 def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:

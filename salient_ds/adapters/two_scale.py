@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty, TwoScaleFactors
-from salient_ds.adapters.ranked_linear import FactorAddress, RankedLinear
+from salient_ds.adapters.ranked_linear import RankedLinear
 
 
 class TwoScaleLinear(RankedLinear):
@@ -51,14 +51,14 @@ class TwoScaleLinear(RankedLinear):
         self._penalty = [penalty] if penalty is not None else []  # in a list: not a submodule
         self.penalty_slot = 0
 
-    def factors(self) -> dict[str, FactorAddress]:
+    def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         k, rank = self.inner_width, self.rank
         return {
-            "A": FactorAddress(self.lora_A, 0, (k, self.in_features), None),
-            "B": FactorAddress(self.lora_B, 0, (rank, k), 0),
-            "E": FactorAddress(self.lora_E, 0, (rank,), 0),
-            "aa": FactorAddress(self.lora_aa, 0, (k, rank), 1),
-            "bb": FactorAddress(self.lora_bb, 0, (self.out_features, k), None),
+            "A": ((k, self.in_features), None),
+            "B": ((rank, k), 0),
+            "E": ((rank,), 0),
+            "aa": ((k, rank), 1),
+            "bb": ((self.out_features, k), None),
         }
 
     def forward(self, x_BI: Tensor) -> Tensor:

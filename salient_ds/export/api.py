@@ -32,7 +32,8 @@ def export_adapter(
     """Write the adapter to the directory ``target`` and return it; after any error ``target`` is as before.
 
     Args:
-        form: "peft" (own rank per module), "padded" (one rank for all) or "merged" (a full model).
+        form: "peft" (own rank per module), "padded" (one rank for all) or "merged" (a full model); adapters with
+            shortcuts have a writer of their own (:mod:`salient_ds.export.shortcuts`).
         base: checkpoint directory or hub name of the base model; merging needs its files, local or cached.
         dtype: of the adapter's tensors (default float32); a merged model keeps the dtypes of its base.
         pad_to: see :func:`salient_ds.export.peft_format.write_peft`.
@@ -43,6 +44,7 @@ def export_adapter(
         ValueError: for anything that cannot be exported as asked, with the remedy.
         OSError: errno ENOSPC if the disk is full.
     """
+    assert form != "shortcuts", "write_shortcuts knows what this one needs"
     check_target(target, overwrite)
     if form == "merged":
         if dtype is not None or pad_to is not None:

@@ -14,7 +14,7 @@ from salient_ds.export.fold import AdapterFactors
 
 RECORD_FILE = "salient_ds.json"
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS"]
-Form = Literal["peft", "padded", "merged"]
+Form = Literal["peft", "padded", "merged", "shortcuts"]
 _PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 

@@ -10,13 +10,19 @@ import torch
 import yaml
 
 from salient_ds.adapters.growing import GrowingLinear
+from salient_ds.adapters.shortcut import Shortcut, is_shortcut
+from salient_ds.adapters.switched import SwitchedLinear
 from salient_ds.adapters.two_scale import two_scale_pair
 from salient_ds.export.api import export_adapter
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta, Form
 from salient_ds.export.peft_format import PadTo
+from salient_ds.export.shortcuts import refuse_shortcuts, shortcuts_act, write_shortcuts
 from salient_ds.models import PEFT_TASK_TYPES
 from salient_ds.zero.shard_files import CheckpointError, ShardReader, find_checkpoints
+
+MASKED_FORMS = (GrowingLinear.__name__, SwitchedLinear.__name__, Shortcut.__name__)
+"""Adapters whose masked rows have no effect, whether or not they may come back."""
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -45,7 +51,7 @@ def read_factors(checkpoint: Path) -> list[AdapterFactors]:
     latest = shared["latest"]
     masks = latest["mask_N"].split([item["rank"] for item in adapters])
     return [
-        _factors(reader, item, mask if latest["hold"] or item["form"] == GrowingLinear.__name__ else mask | True)
+        _factors(reader, item, mask if latest["hold"] or item["form"] in MASKED_FORMS else mask | True)
         for item, mask in zip(adapters, masks, strict=True)
     ]
 
@@ -64,7 +70,7 @@ def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> A
 
 def export_run(
     run: Path,
-    form: Form,
+    form: Form | None,
     target: Path,
     overwrite: bool = False,
     checkpoint: Path | None = None,
@@ -76,6 +82,7 @@ def export_run(
 
     Args:
         run: run directory with run.yaml and run.json beside its checkpoints.
+        form: None chooses "peft", or "shortcuts" for an adapter that no other form can hold.
         base: base model, if it is not where training found it.
 
     Raises:
@@ -92,6 +99,12 @@ def export_run(
         source_run=str(chosen),
         template=facts["template"],
     )
-    return export_adapter(
-        read_factors(chosen), meta, target, form, base or config["model"]["path"], dtype, overwrite, pad_to=pad_to
-    )
+    factors, place = read_factors(chosen), base or config["model"]["path"]
+    norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
+    if form is None:
+        form = "shortcuts" if shortcuts_act(factors, norm) else "peft"
+    if form == "shortcuts":
+        return write_shortcuts(target, factors, meta, place, norm, dtype or torch.float32, overwrite)
+    refuse_shortcuts(factors, form, norm)
+    factors = [item for item in factors if not is_shortcut(item.name)]  # all of them off
+    return export_adapter(factors, meta, target, form, place, dtype, overwrite, pad_to=pad_to)

@@ -62,6 +62,11 @@ class AdaLoRA:
         assert layout == self.layout
         self._views = list(views)
 
+    def resized(self, layout: RankLayout) -> None:
+        """Go on with the rows that the last event kept; no statistic is needed any more."""
+        self.layout = layout
+        self._state.clear()
+
     def before(self, view: StepView, step: int) -> None:
         """Paper: sensitivity of the weights that the gradient was taken at."""
         if self.options.moment == "paper":

@@ -198,6 +198,14 @@ class ScoringMethod(Protocol):
     exact_scores: bool
     """Gradients are averaged over processes before their absolute value is taken, instead of the scores."""
 
+    def choose_reduction(self, accumulation: int) -> None:
+        """Settle ``exact_scores`` for steps of so many micro-batches on a process.
+
+        Raises:
+            ValueError: what was asked for is not possible with them.
+        """
+        ...
+
     def scored_at(self, step: int) -> bool:
         """Whether the backward passes of ``step`` are to be scored."""
         ...

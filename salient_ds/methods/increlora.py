@@ -18,6 +18,7 @@ from salient_ds.salience.budget import Event
 from salient_ds.salience.growth import (
     RESERVE_SIGMA,
     Growth,
+    exact_scores,
     grow_exact,
     grow_threshold,
     growth_events,
@@ -65,6 +66,7 @@ class IncreLoRA:
             start_sigma=RESERVE_SIGMA if config.advance_learning else None,
         )
         self.exact_scores = config.score_reduction == "exact"
+        """Final once :meth:`choose_reduction` has heard of the batches."""
         self._keeps_waiting_rows = rates is not None and rates.weight_decay > 0
         self.needs_before = config.lr_restart or self._keeps_waiting_rows
         self._reserve = self.plan.add if config.advance_learning else 0
@@ -83,6 +85,10 @@ class IncreLoRA:
     def smoothed_M2(self) -> Tensor:
         """Ibar and Ubar of every matrix."""
         return torch.stack([self._smoothed.sensitivity[0], self._smoothed.uncertainty[0]], 1)
+
+    def choose_reduction(self, accumulation: int) -> None:
+        """Settle ``score_reduction`` for steps of so many micro-batches on a process; errors as exact_scores."""
+        self.exact_scores = exact_scores(self.config.score_reduction, accumulation)
 
     def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
         """Nothing to prepare: the statistic belongs to whole matrices."""

@@ -67,6 +67,11 @@ class SalientLoRA:
         assert layout == self.layout
         self._views = list(views)
 
+    def resized(self, layout: RankLayout) -> None:
+        """Go on with the rows that the last event kept; its window is over."""
+        self.layout = layout
+        self._trajectory.clear()
+
     def before(self, view: StepView, step: int) -> None:
         """Nothing to observe: the window holds values after the step."""
 

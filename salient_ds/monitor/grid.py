@@ -62,7 +62,7 @@ def _labels(stack: str, places: Iterable[ModulePlace]) -> dict[tuple[str, ...], 
     return {kind: ".".join(kind) for kind in kinds} if stack == OTHER else short_labels(kinds)
 
 
-def build_grids(ranks: Mapping[str, int]) -> list[RankGrid]:
+def build_grids(ranks: Mapping[str, float]) -> list[RankGrid]:
     """One grid per stack in order of appearance; modules outside of layers come last, as layer 0 of OTHER."""
     places = {path: place_of(path) for path in ranks}
     stacks = list(dict.fromkeys(place.stack for place in places.values() if place.layer is not None))
@@ -72,7 +72,7 @@ def build_grids(ranks: Mapping[str, int]) -> list[RankGrid]:
     for stack in stacks:
         inside = {path: place for path, place in places.items() if place.stack == stack}
         labels = _labels(stack, inside.values())
-        found: dict[tuple[str, int], list[int]] = {}
+        found: dict[tuple[str, int], list[float]] = {}
         for path, place in inside.items():
             found.setdefault((labels[place.kind], place.layer or 0), []).append(ranks[path])
         layers = tuple(sorted({layer for _, layer in found}))

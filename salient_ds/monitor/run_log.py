@@ -33,7 +33,8 @@ class RunLog:
         engine, total = self.engine, self.engine.in_force.latest.total
         if self._monitor.enabled:  # TensorBoard, W&B, CSV: whatever the ZeRO JSON's monitor sections ask for
             values = [("Train/loss", report.loss), ("Train/total_rank", total)]
-            values += [("Train/orthogonality", report.penalty)] if report.penalty is not None else []
+            penalty = report.penalty
+            values += [("Train/orthogonality", penalty)] if penalty is not None else []
             self._monitor.write_events([(tag, value, engine.engine.global_samples) for tag, value in values])
         if not self.main:
             return
@@ -50,7 +51,7 @@ class RunLog:
         decision = event.decision
         record = AllocationRecord(
             step=decision.step, budget=decision.budget, total_rank=decision.total,
-            ranks=decision.ranks(self.engine.adapted.layout), threshold=decision.threshold, digest=decision.digest(),
+            ranks=list(event.ranks), threshold=decision.threshold, digest=decision.digest(),
             seconds_gather=event.gather, seconds_solve=event.solve, seconds_apply=event.apply, changed=event.changed,
         )  # fmt: skip
         append_record(self.directory.allocations, record)
@@ -68,8 +69,8 @@ class RunLog:
 
     def pictures(self) -> None:
         """Rank heat map, and total rank over the events."""
-        layout, latest = self.engine.adapted.layout, self.engine.in_force.latest
-        ranks = dict(zip(layout.modules, latest.ranks(layout), strict=True))
+        layout, latest = self.engine.initial_layout, self.engine.in_force.latest
+        ranks = dict(zip(layout.modules, latest.ranks(self.engine.adapted.layout), strict=True))
         save_rank_png(ranks, self.directory.path / "ranks.png", top=max(layout.ranks))
         if self.directory.allocations.exists():
             records = read_records(self.directory.allocations)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from salient_ds.salience.budget import Event, steps_or_fraction
 
@@ -194,15 +194,18 @@ def grow_threshold(score_M: Sequence[float], count: int, add: int) -> Growth:
     return Growth(tuple(add if score >= threshold else 0 for score in score_M), threshold)
 
 
-def require_whole_batch(exact_scores: bool, accumulation: int) -> None:
-    """Refuse ``score_reduction: exact`` with gradient accumulation.
+def exact_scores(reduction: Literal["auto", "mean", "exact"], accumulation: int) -> bool:
+    """Whether scores are those of the averaged gradient (``exact``) instead of averaged scores (``mean``).
+
+    ``auto`` is exact where a step has one micro-batch on a process (``accumulation`` 1).
 
     Raises:
-        ValueError: the gradient of a step would be in several pieces, none of which is kept.
+        ValueError: exact with gradient accumulation: the gradient is in several pieces, none of which is kept.
     """
-    if exact_scores and accumulation > 1:
+    if reduction == "exact" and accumulation > 1:
         raise ValueError(
             f"method.score_reduction=exact needs the gradient of a whole step at once, but a step has {accumulation} "
             "micro-batches on a process: set method.score_reduction=mean, or raise train.micro_batch_size (or the "
             "number of processes) until train.global_batch_size = micro_batch_size x processes"
         )
+    return reduction == "exact" or (reduction == "auto" and accumulation == 1)

@@ -27,7 +27,7 @@ def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str
         for factor, address in adapter.factors().items()
         if factor == "E"
     }
-    trainable = [p for p in adapted.model.parameters() if p.requires_grad]
+    trainable = [p for p in adapted.trained.parameters() if p.requires_grad]
     groups = [
         {
             "params": [p for p in trainable if id(p) not in sigmas],
@@ -71,13 +71,16 @@ def rate_plan(train: TrainConfig, total_steps: int) -> RatePlan:
 def build_engine(
     adapted: AdaptedModel, train: TrainConfig, ds_config: dict[str, Any], total_steps: int, device: torch.device
 ) -> Any:
-    """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left)."""
+    """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left).
+
+    For a base that :class:`salient_ds.zero.sharded_base.ShardedBase` partitions, give its ``adapter_config``.
+    """
     import deepspeed
 
     fused = device.type == "cuda" and not summary(ds_config).offload_optimizer
     own = None if "optimizer" in ds_config else optimizer_factory(train, fused)
     return deepspeed.initialize(
-        model=adapted.model,
+        model=adapted.trained,
         model_parameters=parameter_groups(adapted, train),
         optimizer=own,
         lr_scheduler=scheduler_factory(train, total_steps),

@@ -23,7 +23,8 @@ from torch import Tensor
 from salient_ds.methods.base import RankDecision
 from salient_ds.zero.collectives import all_succeeded, world
 from salient_ds.zero.engine import AllocatingEngine
-from salient_ds.zero.layouts import full_shape, sync_copies
+from salient_ds.zero.layouts import sync_copies
+from salient_ds.zero.optimizer_state import adopt, describe
 from salient_ds.zero.shard_files import (
     FORMAT,
     CheckpointError,
@@ -98,7 +99,7 @@ def _seal(partial: Path, final: Path, identity: dict[str, Any], engine: Allocati
             "step": engine.step,
             "processes": size,
             "identity": identity,
-            "parameters": {n: list(full_shape(p)) for n, p in engine.shards.parameters.items()},
+            "parameters": {n: list(shape) for n, shape in engine.shards.shapes.items()},
             "adapters": _describe_adapters(engine),
             "files": files,
         }
@@ -116,14 +117,13 @@ def _seal(partial: Path, final: Path, identity: dict[str, Any], engine: Allocati
 
 def _describe_adapters(engine: AllocatingEngine) -> list[dict[str, Any]]:
     """What an export needs to know without the model: path, scaling, form and parameter names of every adapter."""
-    names = {id(p): n for n, p in engine.shards.parameters.items()}
     return [
         {
             "name": name,
             "form": type(adapter).__name__,
             "rank": adapter.rank,
             "scaling": adapter.scaling,
-            "factors": {f: names[id(a.parameter)] for f, a in adapter.factors().items()},
+            "factors": {factor: f"{name}.lora_{factor}" for factor in adapter.factors()},
             "shapes": {f: list(a.shape) for f, a in adapter.factors().items()},
         }
         for name, adapter in engine.adapted.adapters.items()
@@ -156,43 +156,21 @@ def _process_state(engine: AllocatingEngine) -> dict[str, Any]:
 
 
 def _shared_state(engine: AllocatingEngine, extra: dict[str, Any]) -> dict[str, Any]:
-    inner = engine.engine
     force = engine.in_force
     return {
         "step": engine.step,
+        "kept": engine.kept_N,
         "latest": _pack(force.latest),
         "held": _pack(force.held),
         "pending": [_pack(d) for d in force.pending],
         "method": engine.method.shared_state(),
-        "optimizer_steps": _optimizer_steps(engine),
-        "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.basic_optimizer.param_groups],
-        "scheduler": inner.lr_scheduler.state_dict() if inner.lr_scheduler is not None else None,
-        "counters": {k: getattr(inner, k) for k in ("global_steps", "global_samples", "skipped_steps")},
-        "loss_scaler": _loss_scaler(inner),
+        **describe(engine.engine),
         "extra": extra,
     }
 
 
 def _pack(decision: RankDecision) -> dict[str, Any]:
     return {k: getattr(decision, k) for k in ("step", "budget", "mask_N", "threshold", "hold")}
-
-
-def _optimizer_steps(engine: AllocatingEngine) -> int | None:
-    """How often the basic optimizer stepped (the same for every buffer), None before the first step."""
-    for state in engine.engine.basic_optimizer.state.values():
-        if "step" in state:
-            return int(state["step"])
-    return None
-
-
-def _scaler_of(inner: Any) -> Any:
-    return getattr(inner.optimizer, "loss_scaler", None) or getattr(inner.optimizer, "loss_scale_config", None)
-
-
-def _loss_scaler(inner: Any) -> dict[str, Any]:
-    scaler = _scaler_of(inner)
-    plain = (int, float, bool, str, type(None))
-    return {k: v for k, v in vars(scaler).items() if isinstance(v, plain)} if scaler is not None else {}
 
 
 def load(engine: AllocatingEngine, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -225,10 +203,20 @@ def load(engine: AllocatingEngine, path: Path, identity: dict[str, Any]) -> dict
     return extra
 
 
+def kept_rows(path: Path) -> Tensor:
+    """Rows of the initial layout (bool) that a checkpoint still holds; all of them if it was made before compaction.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    kept: Tensor = ShardReader(path).shared()["kept"]
+    return kept
+
+
 def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], engine: AllocatingEngine, path: Path) -> None:
     saved = manifest["identity"]
     wrong = [f"{k}: {saved.get(k)!r} there, {v!r} here" for k, v in identity.items() if saved.get(k) != v]
-    shapes = {n: list(full_shape(p)) for n, p in engine.shards.parameters.items()}
+    shapes = {n: list(shape) for n, shape in engine.shards.shapes.items()}
     if not wrong and shapes != manifest["parameters"]:
         names = shapes.keys() | manifest["parameters"].keys()
         changed = sorted(n for n in names if shapes.get(n) != manifest["parameters"].get(n))
@@ -241,32 +229,7 @@ def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], engine: 
 
 
 def _load_optimizer(engine: AllocatingEngine, reader: ShardReader, shared: dict[str, Any]) -> None:
-    inner = engine.engine
-    if shared["optimizer_steps"] is not None:
-        for buffer in engine.shards.layout.buffers:
-            inner.basic_optimizer.state[buffer] = _fresh_state(inner.basic_optimizer, buffer, shared["optimizer_steps"])
-        for fragment in engine.shards.layout.fragments:
-            for moment, target in engine.shards.moments(fragment).items():
-                target.copy_(reader.read(moment, fragment.name, fragment.lo, fragment.numel))
-    for group, saved in zip(inner.basic_optimizer.param_groups, shared["groups"], strict=True):
-        group.update(saved)  # the scheduled learning rate too: a scheduler's own load does not set it
-    if inner.lr_scheduler is not None and shared["scheduler"] is not None:
-        inner.lr_scheduler.load_state_dict(shared["scheduler"])
-    for name, value in shared["counters"].items():
-        setattr(inner, name, value)
-    # Accumulation may differ here: the next micro-batch is the first of a step again.
-    inner.micro_steps = inner.global_steps * inner.gradient_accumulation_steps()
-    scaler = _scaler_of(inner)
-    for name, value in shared["loss_scaler"].items():
-        if hasattr(scaler, name):  # another stage may keep its scale elsewhere, or none (bf16, fp32)
-            setattr(scaler, name, value)
-
-
-def _fresh_state(optimizer: torch.optim.Optimizer, buffer: Tensor, steps: int) -> dict[str, Any]:
-    """Adam state of ``buffer`` after ``steps`` steps with zero moments; ``step`` in the optimizer's own type."""
-    step: Any = steps  # DeepSpeed's FusedAdam and CPUAdam count with a Python int
-    if type(optimizer).__module__.startswith("torch."):
-        fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        step = torch.tensor(float(steps), dtype=torch.float32, device=buffer.device if fused else "cpu")
-    zeros = {key: torch.zeros_like(buffer.data) for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": step, **zeros}
+    adopt(engine.engine, engine.shards.layout.buffers, shared)
+    for fragment in engine.shards.layout.fragments if shared["optimizer_steps"] is not None else []:
+        for moment, target in engine.shards.moments(fragment).items():
+            target.copy_(reader.read(moment, fragment.name, fragment.lo, fragment.numel))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +11,14 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.methods.base import Method, RankDecision, ScoringMethod, initial_decision
+from salient_ds.methods.base import Method, RankDecision, RankLayout, ScoringMethod, initial_decision
 from salient_ds.salience.budget import Event
-from salient_ds.salience.growth import require_whole_batch
-from salient_ds.zero.collectives import all_equal, average, packed_sum, sum_numbers, world
+from salient_ds.zero.collectives import all_equal, average, packed_sum, world
+from salient_ds.zero.compact import Compactor
 from salient_ds.zero.layouts import loss_scale
+from salient_ds.zero.loss_check import LossCheck
+from salient_ds.zero.probe_events import ProbeEvents
+from salient_ds.zero.sharded_base import ShardedBase
 from salient_ds.zero.shards import LocalView, ShardMap
 
 
@@ -42,17 +43,35 @@ class EventReport:
     apply: float
     changed: int
     """Rows switched on or off."""
+    ranks: tuple[int, ...]
+    """Live rank of every matrix."""
+    kept_N: Tensor
+    """Rows of the layout that the run began with that live now (bool, CPU); the decision's own mask is over the rows
+    there were, fewer after a compaction."""
 
 
 @dataclass
 class StepReport:
     loss: float
     """Mean task loss over the targets of the global batch, without the orthogonality penalty."""
-    grad_norm: float
     skipped: bool
     """No update: non-finite gradients. Statistics and schedule did not move."""
-    penalty: float | None = None
+    norm_value: Tensor | float | None = None
+    penalty_value: Tensor | None = None
     event: EventReport | None = None
+    compaction: float | None = None
+    """Seconds it took to drop pruned rows after this step; None: nothing was dropped."""
+
+    # Read only when somebody wants them: reading waits for the device, which then has nothing to do.
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient before clipping."""
+        return float("nan") if self.norm_value is None else float(self.norm_value)
+
+    @property
+    def penalty(self) -> float | None:
+        """The orthogonality penalty of the step, coefficient included."""
+        return None if self.penalty_value is None else float(self.penalty_value)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -80,26 +99,66 @@ class AllocatingEngine:
     does not fire for skipped steps. So a value zeroed there is zero in master, copy and on every process for free.
     """
 
-    def __init__(self, engine: Any, adapted: AdaptedModel, method: Method, device: torch.device) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        engine: Any,
+        adapted: AdaptedModel,
+        method: Method,
+        device: torch.device,
+        *,
+        base: ShardedBase | None = None,
+        compactor: Compactor | None = None,
+        initial_layout: RankLayout | None = None,
+        kept_N: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            engine: from ``deepspeed.initialize`` over ``adapted.model``.
+            base: what gathers the frozen base, if another engine partitions it.
+            compactor: drops pruned rows; None: they stay, masked.
+            initial_layout, kept_N: the layout that the run began with, if ``adapted`` has only some of its rows left,
+                and which (bool, CPU).
+        """
+        self.initial_layout = initial_layout or adapted.layout
         self.adapted = adapted
         self.method = method
         self.device = device
+        self.base = base
+        self.compactor = compactor
         self.step = 0
         """Applied optimizer steps so far (DeepSpeed's global_steps also counts skipped ones)."""
-        self.shards = ShardMap(engine, adapted)
         if isinstance(method, ScoringMethod):
-            require_whole_batch(method.exact_scores, engine.gradient_accumulation_steps())
+            method.choose_reduction(engine.gradient_accumulation_steps())
+        self._events = {event.step: event for event in method.events}
+        self.probes = ProbeEvents(self)
+        """Events before a step, of methods that have them."""
         initial = initial_decision(method.policy, adapted.layout)
-        self.in_force = _InForce(initial, initial)
         if not bool(initial.mask_N.all()):
             adapted.set_mask(initial.mask_N, method.policy.gate_forward, initial.hold)
-        self._events = {event.step: event for event in method.events}
+        self.adopt(engine, initial, initial.mask_N.new_ones(adapted.layout.total) if kept_N is None else kept_N)
+
+    def adopt(self, engine: Any, decision: RankDecision, kept_N: Tensor) -> None:
+        """Go on with ``engine``: the first one, or one with fewer rows.
+
+        Args:
+            decision: what is in force for the rows there are now.
+            kept_N: which rows of the initial layout they are (bool, CPU).
+        """
+        self.engine = engine
+        self.shards = ShardMap(engine, self.adapted)
+        self.kept_N = kept_N
+        self.in_force = _InForce(decision, decision)
         self._hold: dict[int, list[Tensor]] = {}
-        method.attach(adapted.layout, list(self.shards.views.values()))
-        if method.needs_before:
+        self.method.attach(self.adapted.layout, list(self.shards.views.values()))
+        if self.method.needs_before:
             engine.basic_optimizer.register_step_pre_hook(self._before_optimizer)
         engine.basic_optimizer.register_step_post_hook(self._after_optimizer)
+
+    def forget(self) -> None:
+        """Let go of the engine and of every view of its buffers; :meth:`adopt` comes next."""
+        self.method.attach(self.adapted.layout, [])
+        self._hold.clear()
+        del self.engine, self.shards
 
     # The order of one step, as a table of contents.
     def train_step(self, micro_batches: Iterable[MicroBatch], global_targets: int) -> StepReport:
@@ -114,10 +173,11 @@ class AllocatingEngine:
         """
         batches = list(micro_batches)
         assert len(batches) == self.engine.gradient_accumulation_steps(), "one micro-batch per accumulation step"
+        self.probes.take_due()
         loss = self._forward_backward(batches, global_targets)
         self.engine.step()
         skipped = not self.engine.was_step_applied()
-        report = StepReport(loss, self._grad_norm(), skipped)
+        report = StepReport(loss, skipped, self.engine.get_global_grad_norm())
         penalty = self._end_penalty()
         scores = self._end_scores()
         if not skipped:
@@ -128,14 +188,15 @@ class AllocatingEngine:
                 self.method.take_scores(scores, self.step)
             self.method.end_step(self.step, None if penalty is None else penalty.norms_M2)
             event = self._events.get(self.step)
-            report.event = self._allocate(event) if event is not None else None
+            report.event = self._allocate(event) if event is not None else self.probes.reported()
+            report.compaction = None if self.compactor is None else self.compactor.after_step(self)
         if penalty is not None:
-            report.penalty = float(penalty.value())
+            report.penalty_value = penalty.value()
         return report
 
     def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> float:
         scale = world()[1] * len(batches) / max(global_targets, 1)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        check = LossCheck(self.device, global_targets)
         self.engine.train()
         self._arm_scores()
         for index, batch in enumerate(batches):
@@ -145,20 +206,20 @@ class AllocatingEngine:
             loss = self.engine(**batch.inputs).loss
             # a micro-batch without any target has a mean of 0/0: it contributes nothing but keeps the graph whole
             weighted = loss * (batch.num_targets * scale) if batch.num_targets else loss.nan_to_num() * 0.0
+            check.add(loss, batch.num_targets)
+            if last:
+                check.start()
             self.engine.backward(weighted)
-            if batch.num_targets:
-                total += loss.detach().double() * batch.num_targets
+            if self.base is not None:
+                self.base.release()
             if not last:
                 self.engine.step()
-        mine = float(total) / max(global_targets, 1)
-        loss_sum, broken = sum_numbers(
-            [mine if math.isfinite(mine) else 0.0, float(not math.isfinite(mine))], self.device
-        )
-        if broken:
+        verdict = check.finish()
+        if verdict.broken:
             self._end_penalty()
             self._end_scores()
-            raise NonFiniteLoss(self.step + 1, self._gather_indices(batches if not math.isfinite(mine) else []))
-        return loss_sum
+            raise NonFiniteLoss(self.step + 1, self._gather_indices(batches if verdict.broken_here else []))
+        return verdict.loss
 
     def _gather_indices(self, batches: list[MicroBatch]) -> list[int]:
         mine = [i for batch in batches for i in batch.indices]
@@ -194,10 +255,6 @@ class AllocatingEngine:
             return None
         scores.disarm()
         return scores.score_M
-
-    def _grad_norm(self) -> float:
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
 
     @torch.no_grad()
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -250,7 +307,9 @@ class AllocatingEngine:
         else:
             self.apply(decision)
             self._start_rows(decision.mask_N & ~previous.mask_N)
-        return EventReport(decision, event, t1 - t0, t2 - t1, time.perf_counter() - t2, changed)
+        ranks, kept_N = tuple(decision.ranks(self.adapted.layout)), self.kept_N.clone()
+        kept_N[self.kept_N] = decision.mask_N
+        return EventReport(decision, event, t1 - t0, t2 - t1, time.perf_counter() - t2, changed, ranks, kept_N)
 
     def _settle_pending(self) -> None:
         if self.in_force.pending:
@@ -271,10 +330,9 @@ class AllocatingEngine:
         ranks = list(self.adapted.layout.ranks)
         prunes = [not bool(mask_R.all()) for mask_R in decision.mask_N.split(ranks)]
         drops = (~decision.mask_N).to(self.device).split(ranks)  # one copy to the device for all matrices
-        for adapter, drop_R in itertools.compress(zip(self.adapted.adapters.values(), drops, strict=True), prunes):
-            for factor, address in adapter.factors().items():
-                if factor == "E" or policy.zero_vectors:
-                    self.shards.zero_rows(address.parameter, drop_R, policy.zero_moments)
+        for owned in self.shards.owned.values():
+            if prunes[owned.module] and (owned.factor == "E" or policy.zero_vectors):
+                self.shards.zero_rows(owned, drops[owned.module], policy.zero_moments)
 
     @torch.no_grad()
     def _start_rows(self, new_N: Tensor) -> None:
@@ -283,9 +341,9 @@ class AllocatingEngine:
         if value is None:
             return
         news = new_N.split(list(self.adapted.layout.ranks))
-        for adapter, new_R in zip(self.adapted.adapters.values(), news, strict=True):
-            if bool(new_R.any()):
-                self.shards.write_rows(adapter.factors()["E"].parameter, new_R, value, zero_moments=True)
+        for owned in self.shards.owned.values():
+            if owned.factor == "E" and bool(news[owned.module].any()):
+                self.shards.write_rows(owned, news[owned.module], value, zero_moments=True)
 
 
 def _by_run(view: LocalView, dropped_N: Tensor) -> list[Tensor]:

@@ -26,6 +26,7 @@ LIGHT = (
     "method_config",
     "salience.budget",
     "salience.schedules",
+    "salience.search_schedule",
     "zero.config",
     "data.formats",
     "data.templates",
@@ -38,6 +39,7 @@ LIGHT = (
     "preflight",
     "check",
     "cli",
+    "search",
 )
 HEAVY = ("torch", "deepspeed", "transformers")
 

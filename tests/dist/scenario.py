@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from salient_ds.adapters.inject import inject
 from salient_ds.config import RunConfig, parse_config
-from salient_ds.methods.table import build_method
-from salient_ds.models import DTYPES, load_model
-from salient_ds.zero.build import build_engine, rate_plan
+from salient_ds.models import load_model
+from salient_ds.zero.assemble import assemble
 from salient_ds.zero.config import resolve_ds_config
 from salient_ds.zero.engine import AllocatingEngine, MicroBatch
-from salient_ds.zero.layouts import copies
+from salient_ds.zero.sharded_base import effective_config
 
 GLOBAL_BATCH, TOTAL_STEPS, RANK = 4, 16, 5
 SALIENT = {
@@ -35,6 +33,7 @@ class Case:
     train: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     ds: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, Any] = field(default_factory=lambda: {"zero3": "partitioned", "compaction": "none"})
 
     def config(self, model: Path) -> RunConfig:
         return parse_config({
@@ -43,6 +42,7 @@ class Case:
             | self.adapter,
             "method": self.method,
             "data": {"train": "unused"},
+            "speed": self.speed,
             "train": {"max_steps": TOTAL_STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 1, "lr": 0.02,
                       "precision": self.precision, "lr_schedule": "constant"} | self.train,
         })  # fmt: skip
@@ -72,14 +72,11 @@ def batches(step: int, rank: int, world: int) -> tuple[list[MicroBatch], int]:
     return out, everything
 
 
-def build(case: Case, model: Path, world: int) -> AllocatingEngine:
+def build(case: Case, model: Path, world: int, kept_N: torch.Tensor | None = None) -> AllocatingEngine:
     config = case.config(model)
-    ds_config = case.ds_config(config, world)
+    ds_config = effective_config(case.ds_config(config, world), config, world)
     base = load_model(config.model, config.train, ds_config)
-    adapted = inject(base, config.adapter, config.method, 0, DTYPES[case.precision], torch.device("cpu"))
-    method = build_method(config.method, adapted.layout, TOTAL_STEPS, rate_plan(config.train, TOTAL_STEPS))
-    engine = build_engine(adapted, config.train, ds_config, TOTAL_STEPS, torch.device("cpu"))
-    return AllocatingEngine(engine, adapted, method, torch.device("cpu"))
+    return assemble(base, config, ds_config, TOTAL_STEPS, torch.device("cpu"), kept_N)
 
 
 def advance(engine: AllocatingEngine, until: int, rank: int, world: int) -> tuple[list[float], list[Any]]:
@@ -90,7 +87,7 @@ def advance(engine: AllocatingEngine, until: int, rank: int, world: int) -> tupl
         assert not report.skipped
         losses.append(report.loss)
         if report.event is not None:
-            decisions.append(report.event.decision)
+            decisions.append(replace(report.event.decision, mask_N=report.event.kept_N))
     return losses, decisions
 
 
@@ -104,9 +101,9 @@ def local_state(engine: AllocatingEngine) -> dict[str, Any]:
         entry |= {k: v.clone() for k, v in engine.shards.moments(fragment).items()}
         found.append(entry)
     low = []
-    for module, adapter in enumerate(engine.adapted.adapters.values()):
-        for factor, address in adapter.factors().items():
-            low += [(module, factor, address.shape, lo, c.clone().float()) for c, lo in copies(address.parameter)]
+    for owned in engine.shards.owned.values():
+        place = owned.module, owned.factor, owned.address.shape
+        low += [(*place, lo, copy.clone().float()) for copy, lo in engine.shards.copies(owned)]
     return {"fragments": found, "copies": low}
 
 
@@ -122,9 +119,9 @@ def run(rank: int, world: int, model: Path, cases: list[Case]) -> list[dict[str,
                 "losses": losses,
                 "decisions": [(d.step, d.budget, d.mask_N.clone()) for d in decisions],
                 "digests": [d.digest() for d in decisions],
-                "ranks": decisions[-1].ranks(engine.adapted.layout) if decisions else [],
+                "ranks": decisions[-1].ranks(engine.initial_layout) if decisions else [],
                 "state": local_state(engine),
-                "layout": engine.adapted.layout,
+                "layout": engine.initial_layout,
             }
         )
         engine.engine.destroy()

@@ -154,8 +154,9 @@ def test_low_precision_scores_have_the_scale_of_fp32(results: dict[str, Any], ke
 
 
 def test_exact_scores_are_those_of_the_whole_batch(tiny_llama: Path) -> None:
+    """Asked for, and by default where a step has one micro-batch on a process."""
     small = {"global_batch_size": 2}
-    cases = [Case(2, method=EXACT, train=small), Case(3, zero=TINY_PARTITIONS, method=EXACT, train=small | ALL)]
+    cases = [Case(2, method=METHOD, train=small), Case(3, zero=TINY_PARTITIONS, method=EXACT, train=small | ALL)]
     reports = spawn(2, increlora_worker.exact_scores, tiny_llama, cases)
     expected = increlora_worker.batch_scores(cases[0], tiny_llama, 2)
     for report in reports:

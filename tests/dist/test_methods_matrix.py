@@ -14,7 +14,7 @@ import torch
 from tests.dist import methods_worker
 from tests.dist.scenario import TOTAL_STEPS, Case
 from tests.dist.test_parity import OFFLOAD, TINY_PARTITIONS, assemble
-from tests.support.spawn import spawn
+from tests.support.spawn import spawn, spawn_apart
 
 # events after steps 5, 9 and 13: the checkpoint after step 7 holds values that have grown back
 CUBIC = {"target_rank": 2, "interval": 4, "final_warmup": 4}
@@ -61,11 +61,18 @@ class Matrix(dict[str, Any]):
         self.model, self.folder = model, folder
 
     def __missing__(self, processes: str) -> Any:
-        cases = {"1": ONE, "2": TWO}[processes]
-        arguments = self.model, list(cases.values()), self.folder / processes
-        reports = spawn(int(processes), methods_worker.run, *arguments, timeout=560)
-        self[processes] = {key: [report[i] for report in reports] for i, key in enumerate(cases)}
+        self[processes] = self._alone() if processes == "1" else self._in_twos()
         return self[processes]
+
+    def _alone(self) -> Any:
+        halves = [list(ONE)[::2], list(ONE)[1::2]]
+        groups = [(self.model, [ONE[k] for k in keys], self.folder / f"1-{i}") for i, keys in enumerate(halves)]
+        reports = spawn_apart(methods_worker.run, *groups)
+        return {key: [report] for half in zip(halves, reports, strict=True) for key, report in zip(*half, strict=True)}
+
+    def _in_twos(self) -> Any:
+        reports = spawn(2, methods_worker.run, self.model, list(TWO.values()), self.folder / "2", timeout=560)
+        return {key: [report[i] for report in reports] for i, key in enumerate(TWO)}
 
 
 @pytest.fixture(scope="module")

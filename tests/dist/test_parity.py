@@ -11,7 +11,7 @@ import torch
 from salient_ds.methods.base import Part
 from tests.dist import reference, scenario
 from tests.dist.scenario import SALIENT, TOTAL_STEPS, Case
-from tests.support.spawn import spawn
+from tests.support.spawn import spawn, spawn_apart
 
 TINY_PARTITIONS = {"stage3_param_persistence_threshold": 0}
 OFFLOAD = {"device": "cpu", "pin_memory": False}
@@ -23,6 +23,15 @@ FP32 = [
     Case(3, zero=TINY_PARTITIONS),
     Case(2, zero={"round_robin_gradients": True, "overlap_comm": True}),
     Case(3, zero=TINY_PARTITIONS | {"sub_group_size": 40}),
+]
+WHOLE = {"packing": "none", "compaction": "none"}
+SHARDED = {"zero3": "sharded_base", "compaction": "none"}
+LAID_OUT = [
+    Case(2, speed=WHOLE),
+    Case(3, speed=SHARDED),
+    Case(3, zero=TINY_PARTITIONS, train={"activation_checkpointing": "all"}, speed=SHARDED),
+    Case(3, zero=TINY_PARTITIONS | {"offload_param": OFFLOAD, "offload_optimizer": OFFLOAD}, speed=SHARDED),
+    Case(2, train={"activation_checkpointing": "selective"}),
 ]
 CHECKPOINTED = [Case(3, zero=TINY_PARTITIONS, train={"activation_checkpointing": "all"})]
 OFFLOADED = [
@@ -37,8 +46,10 @@ LOW = [
     Case(0, "fp16"),
     Case(2, "fp16"),
     Case(3, "fp16", zero=TINY_PARTITIONS),
+    Case(3, "bf16", speed=SHARDED),
+    Case(3, "fp16", speed=SHARDED),
 ]
-TWO_PROCESSES = FP32 + CHECKPOINTED + OFFLOADED + LOW
+TWO_PROCESSES = FP32 + LAID_OUT + CHECKPOINTED + OFFLOADED + LOW
 FOUR_PROCESSES = [Case(2), Case(3, zero=TINY_PARTITIONS)]
 
 
@@ -49,7 +60,8 @@ def plain(tiny_llama: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one(tiny_llama: Path) -> list[Any]:
-    return spawn(1, scenario.run, tiny_llama, FP32)
+    halves = spawn_apart(scenario.run, (tiny_llama, FP32[::2]), (tiny_llama, FP32[1::2]))
+    return [[halves[index % 2][index // 2] for index in range(len(FP32))]]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +108,7 @@ def test_one_process_equals_plain_torch(one: list[Any], plain: dict[str, Any], i
     assert_same_run(one, index, plain)
 
 
-@pytest.mark.parametrize("index", range(len(FP32 + CHECKPOINTED + OFFLOADED)), ids=str)
+@pytest.mark.parametrize("index", range(len(FP32 + LAID_OUT + CHECKPOINTED + OFFLOADED)), ids=str)
 def test_two_processes_equal_plain_torch(two: list[Any], plain: dict[str, Any], index: int) -> None:
     assert_same_run(two, index, plain)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tests.support.spawn import free_port
+from tests.support.spawn import forked, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,9 +59,20 @@ def start(run: Path, *arguments: str, processes: int = 2) -> subprocess.Popen[st
 
 def alone(run: Path, *arguments: str) -> tuple[int, str]:
     """The same training without a launcher, in one process."""
-    command = [sys.executable, "-m", "salient_ds.train", str(run), *arguments]
-    done = subprocess.run(command, cwd=run.parent, env=environment(), text=True, capture_output=True, timeout=240)
-    return done.returncode, done.stdout + done.stderr
+    output = run.with_suffix(".output")
+    status = forked(_train, run, arguments, output=output)
+    return status, output.read_text()
+
+
+def _train(run: Path, arguments: tuple[str, ...]) -> None:
+    """What ``python -m salient_ds.train`` does."""
+    import typer
+
+    from salient_ds.train import main
+
+    os.chdir(run.parent)
+    sys.argv = ["salient_ds.train", str(run), *arguments]
+    typer.run(main)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,33 @@ from tests.launcher import runs
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_llama: Path, tiny_alpaca: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of an uninterrupted run."""
+def started(
+    tiny_llama: Path, tiny_alpaca: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """An uninterrupted run, on its way while the others are killed beside it."""
     run = runs.write_run(tmp_path_factory.mktemp("whole"), tiny_llama, tiny_alpaca)
-    status, output = runs.finish(runs.start(run))
-    assert status == 0, output
-    return run.parent / "run"
+    process = runs.start(run)
+    yield run.parent / "run", process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def whole(started: tuple[Path, subprocess.Popen[str]]) -> Path:
+    """Directory of the uninterrupted run."""
+    return finished(*started)
+
+
+def finished(run: Path, process: subprocess.Popen[str]) -> Path:
+    if process.returncode is None:
+        status, output = runs.finish(process)
+        assert status == 0, output
+    assert process.returncode == 0
+    return run
 
 
 def test_killed_and_resumed_equals_uninterrupted(
-    whole: Path, tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path
+    started: tuple[Path, subprocess.Popen[str]], tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path
 ) -> None:
     """First one training process dies, then, in the resumed run, everything at once."""
     run = runs.write_run(tmp_path, tiny_llama, tiny_alpaca)
@@ -41,6 +60,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     status, output = runs.finish(runs.start(run, "--resume", "auto"))
     assert status == 0, output
     assert "continuing from" in output
+    whole = finished(*started)
     assert runs.metrics(resumed) == runs.metrics(whole)
     assert len(runs.metrics(whole)) == 24
     assert runs.digests(resumed) == runs.digests(whole)

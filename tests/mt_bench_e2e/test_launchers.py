@@ -37,18 +37,13 @@ def test_two_processes_of_each_launcher_answer_as_one(tiny_llama: Path, tmp_path
     torchrun = ["torch.distributed.run", "--nproc_per_node", "2", *port, "-m", "salient_ds.cli"]
     said = run(tmp_path, tiny_llama, "shared", torchrun)
     assert "8/8" in said, "the main process answers half of the questions"
-    deepspeed = [
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        *port,
-        "--no_local_rank",
-        "--module",
-        "salient_ds.cli",
-    ]
-    said = run(tmp_path, tiny_llama, "split", deepspeed, "--tensor-parallel", "2")
+    deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", *port, "--no_local_rank", "--module"]
+    said = run(tmp_path, tiny_llama, "shared-too", [*deepspeed, "salient_ds.cli"])
+    assert "8/8" in said and "AutoTP" not in said
+    said = run(tmp_path, tiny_llama, "split", [*deepspeed, "salient_ds.cli"], "--tensor-parallel", "2")
     assert "16/16" in said and "AutoTP" in said
-    assert answers(tmp_path, "one") == answers(tmp_path, "shared") == answers(tmp_path, "split")
+    one = answers(tmp_path, "one")
+    assert all(answers(tmp_path, name) == one for name in ("shared", "shared-too", "split"))
 
 
 def test_tensor_parallelism_wants_all_processes(tiny_llama: Path, tmp_path: Path) -> None:

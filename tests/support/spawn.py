@@ -9,8 +9,14 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
@@ -46,13 +52,35 @@ def _child(rank: int, world: int, port: int, function: Callable[..., Any], args:
     stop()
 
 
+@cache
+def _context() -> Any:
+    """Fresh processes: forked from a server that has the imports done, which takes ten seconds each time otherwise.
+
+    With GPUs every process starts from nothing, because CUDA does not survive a fork. (Forked processes share their
+    hash seed: that a set's order tells processes apart is for tests/launcher to find.)
+    """
+    if os.environ.get("SALIENT_TEST_GPU"):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    path = os.environ.get("PYTHONPATH")  # the server does not get sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([path] if path else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+    return context
+
+
 def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """``function(rank, world, *args)`` on ``world`` processes; results by rank.
 
     Raises:
         AssertionError: with the tracebacks of the processes that failed, died or hung.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     out = context.Queue()
     port = free_port()
     processes = [context.Process(target=_child, args=(r, world, port, function, args, out)) for r in range(world)]
@@ -81,3 +109,29 @@ def spawn(world: int, function: Callable[..., Any], *args: Any, timeout: float =
             failures.setdefault(rank, "still running at the deadline")
     assert not failures, "\n".join(f"process {r}: {text}" for r, text in sorted(failures.items()))
     return [results[r] for r in range(world)]
+
+
+def spawn_apart(function: Callable[..., Any], *groups: Sequence[Any]) -> list[Any]:
+    """``function(0, 1, *group)`` for every group of arguments at the same time, each in a process of its own."""
+    _context()
+    with ThreadPoolExecutor(len(groups)) as pool:
+        return [result for (result,) in pool.map(lambda group: spawn(1, function, *group, timeout=560), groups)]
+
+
+def forked(function: Callable[..., None], *args: Any, output: Path, timeout: float = 240) -> int:
+    """Exit status of ``function(*args)`` in a process of its own, whose standard streams go to ``output``."""
+    process = _context().Process(target=_printing, args=(function, args, output))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"still running after {timeout:g} s:\n{output.read_text()}")
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def _printing(function: Callable[..., None], args: tuple[Any, ...], output: Path) -> None:
+    with open(output, "wb", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    function(*args)

@@ -41,7 +41,7 @@ def test_a_spec_survives_its_way_to_the_worker() -> None:
     import json
     from dataclasses import asdict
 
-    spec = ArmSpec("salientlora", "deepspeed", 2, 8, 2, "all", settings())
+    spec = ArmSpec("salientlora", "deepspeed", 2, 8, 2, "all", True, settings())
     assert ArmSpec.from_dict(json.loads(json.dumps(asdict(spec)))) == spec
 
 
@@ -81,3 +81,15 @@ def test_a_worker_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypa
             return
         time.sleep(0.1)
     pytest.fail("the child of a hanging worker lives on")
+
+
+def test_compiled_arms_are_own_ones_outside_of_zero_3() -> None:
+    arms = parse_arms("salientlora+compile@8,salientlora@8", [8])
+    run, left_out = plan(arms, parse_zero("2,3"), [1], ["none"], settings())
+    assert [(s.arm, s.zero, s.compiled) for s in run] == [
+        ("salientlora", 2, True), ("salientlora", 2, False), ("salientlora", 3, False),
+    ]  # fmt: skip
+    assert [(s.arm, s.zero, s.compiled) for s, _ in left_out] == [("salientlora", 3, True)]
+    assert run[0].title.endswith("compiled")
+    with pytest.raises(ValueError, match="peft_lora.compile"):
+        parse_arms("peft_lora+compile", [8])

@@ -56,8 +56,12 @@ def test_target_above_the_rows(tiny_llama: Path, tiny_alpaca: Path, tmp_path: Pa
         run_of(tiny_llama, tiny_alpaca, tmp_path, target_rank=6)
 
 
-def test_exact_scores_need_enough_processes(tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:
-    assert preflight(run_of(tiny_llama, tiny_alpaca, tmp_path, score_reduction="exact"), world_size=4).problems == []
+def test_scores_are_exact_where_a_step_is_one_pass(tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:
+    for reduction, processes, exact in (("exact", 4, True), ("auto", 4, True), ("auto", 2, False), ("mean", 4, False)):
+        report = preflight(run_of(tiny_llama, tiny_alpaca, tmp_path, score_reduction=reduction), world_size=processes)
+        assert report.problems == [] and report.facts["exact_scores"] is exact
+        said = "exact, of the averaged gradient" if exact else "mean, over micro-batches"
+        assert f"method.score_reduction={reduction}: scores are {said}" in report.notes
 
 
 def test_memory(tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:

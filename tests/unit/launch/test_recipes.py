@@ -13,6 +13,7 @@ from salient_ds.preflight import Report, preflight
 RECIPES = Path(__file__).resolve().parents[3] / "launch" / "recipes"
 PAPER = ("llama-7b-alpaca-salientlora", "llama-2-7b-alpaca-salientlora")
 METHODS = tuple(f"llama-7b-alpaca-{name}" for name in ("adalora", "lora2", "increlora", "lora"))
+SEARCH = ("llama-7b-alpaca-heterolora",)
 DEMOS = ("demo_smollm2", "demo_tiny")
 SHAPES = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -53,10 +54,10 @@ def check(recipe: str, shape: str, rows: int, processes: int, tmp_path: Path, ti
 
 
 def test_every_recipe_is_tested_here() -> None:
-    assert sorted(path.stem for path in RECIPES.glob("*.yaml")) == sorted([*PAPER, *METHODS, *DEMOS])
+    assert sorted(path.stem for path in RECIPES.glob("*.yaml")) == sorted([*PAPER, *METHODS, *SEARCH, *DEMOS])
 
 
-@pytest.mark.parametrize("recipe", [*PAPER, *METHODS, *DEMOS])
+@pytest.mark.parametrize("recipe", [*PAPER, *METHODS, *SEARCH, *DEMOS])
 def test_the_header_says_what_a_reader_needs(recipe: str) -> None:
     text = (RECIPES / f"{recipe}.yaml").read_text()
     header = [line for line in text.splitlines() if line.startswith("#")]
@@ -110,3 +111,13 @@ def test_recipes_of_the_other_methods_pass_the_check(recipe: str, tmp_path: Path
     assert report.facts["modules"] == 224 and run.method.name == recipe.rsplit("-", 1)[1]
     if run.method.name != "lora":
         assert report.facts["events"][-1]["total_rank"] == report.facts["target_total"] == run.method.target_rank * 224
+
+
+@pytest.mark.parametrize("recipe", SEARCH)
+def test_the_recipe_of_the_search_passes_the_check(recipe: str, tmp_path: Path, tiny_llama: Path) -> None:
+    report = check(recipe, "llama-7b", 51_974, 8, tmp_path, tiny_llama)
+    assert report.problems == []
+    assert (report.facts["modules"], report.facts["shortcuts"]) == (64 + 127, 127)
+    assert report.facts["target_total"] == (21 + 42) * 64
+    steps = [event["step"] for event in report.facts["events"]]
+    assert (len(steps), steps[0], steps[4]) == (9, 0, 407) and steps[-1] < 0.67 * report.facts["total_steps"]

@@ -16,7 +16,7 @@ from salient_ds.methods.base import Part, RankDecision, RankLayout, ScoringMetho
 from salient_ds.methods.increlora import IncreLoRA
 from salient_ds.methods.lora import LoRA
 from salient_ds.methods.table import build_method
-from salient_ds.salience.growth import grow_exact, grow_threshold, growth_events, growth_plan, require_whole_batch
+from salient_ds.salience.growth import exact_scores, grow_exact, grow_threshold, growth_events, growth_plan
 from salient_ds.salience.learning_rate import RatePlan
 from salient_ds.salience.row_rates import NEVER, RowRates, Run, row_pieces, runs_of
 from salient_ds.salience.schedules import initial_total, method_events, method_plan
@@ -132,10 +132,19 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 def test_refused_before() -> None:
     with pytest.raises(ValueError, match="exactly one of method.target_rank"):
         IncreLoRAConfig(top_h=2)
-    require_whole_batch(True, 1)
-    require_whole_batch(False, 4)
     with pytest.raises(ValueError, match="method.score_reduction=exact .* 4 micro-batches"):
-        require_whole_batch(True, 4)
+        exact_scores("exact", 4)
+
+
+def test_scores_are_exact_where_that_is_affordable() -> None:
+    assert IncreLoRAConfig(top_h=2, target_rank=2).score_reduction == "auto"
+    found = {(kind, count): exact_scores(kind, count) for kind in ("auto", "mean") for count in (1, 4)}
+    assert found == {("auto", 1): True, ("auto", 4): False, ("mean", 1): False, ("mean", 4): False}
+    assert exact_scores("exact", 1)
+    method = method_of()
+    for accumulation in (1, 4):
+        method.choose_reduction(accumulation)
+        assert method.exact_scores == (accumulation == 1)
 
 
 def test_schedule_for_check() -> None:

@@ -46,6 +46,7 @@ class ScriptedJudge:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else every reply waits 40 ms for an acknowledgement of its headers
 
             def log_message(self, *args: Any) -> None:
                 pass

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from generate_helpers import (
     answers_of,
@@ -23,7 +24,12 @@ from generate_helpers import (
 )
 from salient_eval.mt_bench import local_model, local_run
 from salient_eval.mt_bench.answer_file import AnswerJournal
+from salient_eval.mt_bench.sources import find_source
 from salient_eval.mt_bench.store import Layout, load_answers
+
+from salient_ds.export.fold import AdapterFactors
+from salient_ds.export.meta import ExportMeta
+from salient_ds.export.shortcuts import write_shortcuts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,6 +126,22 @@ def test_two_processes_answer_as_one_does(reference: Path, adapter: Path, tmp_pa
     assert [file.name for file in (tmp_path / "salient_own" / "model_answer").iterdir()] == ["m.jsonl"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_one_model_split_over_two_processes_answers_as_one_does(
+    reference: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's AutoTP, the adapter merged into the weights first."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def run() -> None:
+        generate(tmp_path, adapter, "--model-id", "m", "--batch-size", "4", "--tensor-parallel", "2")
+
+    assert forked([run, run]) == [0, 0]
+    assert answers_of(tmp_path, "m") == answers_of(reference, "m")
+    output = generate(tmp_path, adapter, "--model-id", "other", "--tensor-parallel", "2", fails=True)
+    assert "must be the launcher's number of processes, 1, or 1" in output
+
+
 def test_seeds_belong_to_question_and_turn(reference: Path, adapter: Path, tmp_path: Path) -> None:
     generate(tmp_path, adapter, "--model-id", "m", "--seed", "1", "--batch-size", "4")
     before, after = rows_of(reference, "m"), rows_of(tmp_path, "m")
@@ -153,6 +175,24 @@ def test_peft_our_fold_the_run_and_the_merged_model_agree(
     assert sum(a[1] != b[1] for a, b in zip(base, expected, strict=True)) >= 10, "the adapter must show"
 
 
+def test_an_adapter_with_shortcuts_answers_and_its_run_says_where_it_is(
+    llama: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    A, B = torch.randn(4, 32, generator=draw), torch.randn(32, 4, generator=draw)
+    shortcut = AdapterFactors("model.layers.1.residual_1", A, None, B, torch.ones(4, dtype=torch.bool), 0.1)
+    meta = ExportMeta("heterolora", "CAUSAL_LM", "run", record_of(llama))
+    for name, factors in (("with", [*random_factors(llama), shortcut]), ("without", random_factors(llama))):
+        generate(tmp_path, write_shortcuts(tmp_path / name, factors, meta, llama, "none"), "--batch-size", "4")
+    assert answers_of(tmp_path, "without") == answers_of(reference, "m")
+    changed = zip(answers_of(tmp_path, "with"), answers_of(reference, "m"), strict=True)
+    assert sum(a[1] != b[1] for a, b in changed) >= 10, "the shortcut must show"
+    assert rows_of(tmp_path, "with")[0]["template"] == "alpaca"
+    monkeypatch.setattr(local_model, "read_factors", lambda checkpoint: [*random_factors(llama), shortcut])
+    output = generate(tmp_path, make_run(tmp_path / "run-9", llama), fails=True)
+    assert "run with shortcuts" in output and "output_dir/adapter" in output
+
+
 def make_run(folder: Path, base: Path) -> Path:
     """What find_source reads of a run directory."""
     checkpoint = folder / "checkpoints" / "step-00000010"
@@ -161,6 +201,28 @@ def make_run(folder: Path, base: Path) -> Path:
     (folder / "run.yaml").write_text(yaml.safe_dump({"model": {"path": str(base)}}))
     (folder / "run.json").write_text(json.dumps({"template": record_of(base)}))
     return folder
+
+
+def test_a_hub_name_is_asked_for_its_record_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    files = {"salient_ds.json": json.dumps({"template": record_of(llama)})}
+
+    def download(name: str, file: str) -> str:
+        assert name == "org/tuned"
+        if file not in files:
+            raise FileNotFoundError(file)
+        (tmp_path / file).write_text(files[file])
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    record = find_source("org/tuned").record
+    assert record is not None and record.name == "alpaca"
+    files["adapter_config.json"] = "{}\n"
+    assert find_source("org/tuned").kind == "model", "an empty file says nothing"
+    files["adapter_config.json"] = '{"peft_type": "LORA"}'
+    with pytest.raises(ValueError, match="hf download org/tuned"):
+        find_source("org/tuned")
+    files.clear()
+    assert find_source("org/tuned").record is None
 
 
 def test_another_template_than_in_training_is_an_error(llama: Path, adapter: Path, tmp_path: Path) -> None:
@@ -206,7 +268,7 @@ def test_prompts_that_fill_the_window_fail_and_are_said_to(tmp_path: Path) -> No
 
 
 def test_what_the_model_directory_says_about_generation_changes_nothing(
-    llama: Path, reference: Path, tmp_path: Path
+    llama: Path, adapter: Path, reference: Path, tmp_path: Path
 ) -> None:
     from transformers import GenerationConfig
 
@@ -217,9 +279,11 @@ def test_what_the_model_directory_says_about_generation_changes_nothing(
     ).save_pretrained(llama)  # fmt: skip
     try:
         generate(tmp_path, llama, "--template", "alpaca", "--model-id", "other")
+        generate(tmp_path, adapter, "--model-id", "adapter", "--batch-size", "4")
     finally:
         GenerationConfig(eos_token_id=2).save_pretrained(llama)
     assert answers_of(tmp_path, "m") == answers_of(tmp_path, "other")
+    assert answers_of(tmp_path, "adapter") == answers_of(reference, "m")
 
 
 def test_a_stop_text_ends_an_answer(reference: Path, adapter: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from salient_eval.mt_bench.client import JudgeClient
 from salient_eval.mt_bench.cost import Budget, Price
 from salient_eval.mt_bench.judge import Judging, Options, matches
 from salient_eval.mt_bench.questions import QuestionSet, load_question_set
+from salient_eval.mt_bench.report import ReportOptions, build_report
 from salient_eval.mt_bench.store import Answer, Layout, merge_judgments, read_rows
 from scripted_judge import ScriptedJudge
 
@@ -244,7 +245,7 @@ print(summary.asked, summary.from_cache, flush=True)
 """
 
 
-def test_kill_9_and_resume_gives_the_same_rows(judge_server: ScriptedJudge, tmp_path: Path) -> None:
+def test_kill_9_and_resume_gives_the_same_report(judge_server: ScriptedJudge, tmp_path: Path) -> None:
     layout = Layout(tmp_path, "salient_own")
     for model in ("alpha", "beta"):
         write_answer_file(layout, load_question_set("own"), model)
@@ -270,3 +271,10 @@ def test_kill_9_and_resume_gives_the_same_rows(judge_server: ScriptedJudge, tmp_
     volatile = ("tstamp", "meta")
     trim = lambda rows: [{k: v for k, v in r.items() if k not in volatile} for r in rows]  # noqa: E731
     assert trim(list(read_rows(layout.judgments("judge-x", "single")))) == trim(undisturbed)
+    other = Layout(tmp_path / "other", "salient_own")
+    for model in layout.models():
+        write_answer_file(other, load_question_set("own"), model)
+    merge_judgments(other.judgments("judge-x", "single"), undisturbed)
+    options = ReportOptions(draws=50)
+    first, second = (build_report(place, "judge-x", "own", options) for place in (layout, other))
+    assert first == second and first["single"]["models"][0]["average_pooled"]["graded"] == 32

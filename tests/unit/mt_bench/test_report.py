@@ -222,6 +222,24 @@ def test_doctor_shows_one_prompt_per_template(judge_server: ScriptedJudge) -> No
     assert "own-pair-ref-turn2" in printed and judge_server.total == 0
 
 
+def test_doctor_shows_how_a_model_is_prompted(tiny_llama: Path) -> None:
+    common = ("doctor", "--questions", "own", "--no-probe", "--model", str(tiny_llama))
+    printed = run(*common, "--template", "alpaca")
+    turn_1, turn_2 = (part.partition("## Response:")[2] for part in printed.split("alpaca, turn ")[1:])
+    assert not turn_1.strip("─ \n#") and "<answer 1 of the model></s>" in turn_2
+    assert "template alpaca (nothing recorded at training)" in printed
+    assert "give --template" in run(*common, code=2)
+
+
+def test_options_that_commands_share_are_the_same_in_each() -> None:
+    shown = {name: " ".join(run(name, "--help").split()) for name in ("judge", "report", "doctor")}
+    for option in ("--questions-path", "--references", "--judge-model"):
+        assert all(option in text for text in shown.values()), option
+    for option in ("--api-key-env", "--token-parameter", "--merge-system", "--attempts"):
+        assert option in shown["judge"] and option in shown["doctor"] and option not in shown["report"], option
+    assert "No such option" in run("judge", "--target", "x", code=2)
+
+
 def test_doctor_probe_reports_a_failing_call(judge_server: ScriptedJudge) -> None:
     from mt_bench_helpers import endpoint
 

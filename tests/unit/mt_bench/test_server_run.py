@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from generate_helpers import answers_of, export, generate, record_of, rows_of
+from generate_helpers import answers_of, export, generate, make_answering_llama, record_of, rows_of
+from salient_eval.mt_bench.answer_file import AnswerJournal
 from salient_eval.mt_bench.answering import TEMPERATURES, turn_seed
 from salient_eval.mt_bench.questions import load_question_set
 from scripted_judge import Body, ScriptedJudge
@@ -71,6 +72,47 @@ def test_the_servers_template_is_used_when_nothing_else_is_known_and_never_again
     assert "needs a tokenizer" in ask(server, tmp_path, "--template", "alpaca", fails=True)
     assert "does not go with" in ask(server, tmp_path, "--stop", "x", fails=True)
     assert server.total == 32
+
+
+def test_no_more_tokens_are_asked_for_than_the_models_window_holds(
+    server: ScriptedJudge, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Some servers refuse such requests; a local model would be cut there."""
+    base = make_answering_llama(tmp_path / "short", window=190)
+    server.fault_for = lambda body, seen: "garble" if body["max_tokens"] < 24 else None
+    ask(server, tmp_path, base, "--template", "alpaca")
+    generate(tmp_path, base, "--template", "alpaca", "--model-id", "local")
+    prompts = {row["question_id"]: row["tokens"][0][0] for row in rows_of(tmp_path, "local")}
+    limits = {body["seed"]: body["max_tokens"] for body in server.bodies}
+    kinds = set()
+    for row in rows_of(tmp_path, "m"):
+        number, status, reason = row["question_id"], row["statuses"][0], row["reasons"][0]
+        room = min(24, 190 - prompts[number])
+        assert limits.get(turn_seed(0, number, 1) % 2**31, 0) == max(0, room)
+        if room < 1:
+            assert (status, reason) == ("failed", f"the prompt has {prompts[number]} tokens, the model's window 190")
+        elif room < 24:
+            assert (status, reason) == ("truncated", "cut at the end of the model's window of 190")
+        kinds.add((room < 1, room < 24))
+    assert len(kinds) == 3, "all three cases must occur"
+
+
+def test_an_interrupt_leaves_at_once_and_keeps_what_there_is(
+    server: ScriptedJudge, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(journal: AnswerJournal, row: object) -> None:
+        if len(journal.done) == 3:
+            raise KeyboardInterrupt
+        add(journal, row)
+
+    add = AnswerJournal.add
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerJournal, "add", interrupted)
+        ask(server, tmp_path, adapter, "--concurrency", "1", fails=True)
+    assert server.total <= 12, "the other questions are not asked"
+    asked = server.total
+    ask(server, tmp_path, adapter)
+    assert server.total == asked + 2 * 13 and len(rows_of(tmp_path, "m")) == 16
 
 
 def test_what_is_no_answer_is_marked(server: ScriptedJudge, adapter: Path, tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_merging_keeps_other_models_and_replaces_the_same_measurement(tmp_path: 
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["j_single.jsonl"]
 
 
+def test_a_pair_is_stored_once_whichever_model_is_named_first(tmp_path: Path) -> None:
+    """pair-baseline names the baseline last, pair-all goes by name; both show both orders to the judge."""
+    path = tmp_path / "j_pair.jsonl"
+    row = {"question_id": 1, "judge": ["j", "p"], "turn": 1, "g1_winner": "tie", "g2_winner": "tie"}
+    merge_judgments(path, [row | {"model_1": "b", "model_2": "a"}, row | {"model_1": "b", "model_2": "c"}])
+    merge_judgments(path, [row | {"model_1": "a", "model_2": "b"}])
+    assert [(r["model_1"], r["model_2"]) for r in read_rows(path)] == [("b", "c"), ("a", "b")]
+    assert pairs.summarise_pairs(read_rows(path)).matches == 2
+
+
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     row = {"question_id": 1, "model": "a", "judge": ["j", "p"], "turn": 1, "score": 3}

@@ -1,0 +1,239 @@
+"""All factors of one decoder layer's adapters in two flat parameters: optimizer and hooks see few large tensors.
+
+An adapter's ``lora_A``, ``lora_B``, ... are then no parameters but views of the bank's, made anew when the layer's
+forward pass begins. Addresses (:meth:`RankedLinear.factors`) stay what they are, so that statistics, masks, checkpoints
+and export do not know whether factors are packed.
+
+Shape legend: n = adapters in one stack, R = rank, I/O = in/out features, L = singular values of the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salient_ds.adapters.orthogonality import OrthogonalityPenalty
+from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
+from salient_ds.adapters.stacked_penalty import Stack, add_penalty_gradient
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One factor in the bank."""
+
+    adapter: RankedLinear
+    factor: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (self.shape[1], 1) if len(self.shape) == 2 else (1,)
+
+
+class FactorBank(nn.Module):
+    """Factors and, in a parameter of their own, singular values of several adapters.
+
+    Args:
+        adapters: with factors of their own, or packed in a bank that this one replaces.
+        copy: take over the values there are; without, the new parameters are zero.
+    """
+
+    def __init__(self, adapters: Sequence[RankedLinear], copy: bool = True) -> None:
+        super().__init__()
+        self._adapters = list(adapters)
+        self._fused = all(type(a) in (SVDLinear, PlainLinear) for a in adapters)
+        order = sorted(
+            ((f, shape, i) for i, a in enumerate(adapters) for f, (shape, _) in a.factor_shapes().items()),
+            key=lambda item: (item[0] == "E", item[0], _stack_key(item[0], item[1]), item[2]),
+        )
+        self._slots = _lay_out(self._adapters, [item for item in order if item[0] != "E"])
+        self._sigma_slots = _lay_out(self._adapters, [item for item in order if item[0] == "E"])
+        first = adapters[0].factors()["A"].parameter
+        self.factors = self._fill(self._slots, first, copy)
+        if self._sigma_slots:
+            self.sigmas = self._fill(self._sigma_slots, first, copy)
+        for parameter, slots in self._parameters_with_slots():
+            for slot in slots:
+                name = f"lora_{slot.factor}"
+                slot.adapter._parameters.pop(name, None)
+                slot.adapter.packed[slot.factor] = (parameter, slot.offset)
+                setattr(slot.adapter, name, self._view(parameter, slot).detach())
+        for adapter in self._adapters:
+            if isinstance(adapter, SVDLinear | PlainLinear):
+                adapter.gain_R = None  # the last forward pass' belongs to the graph of another bank
+        self._stacks = self._make_stacks() if self._fused and self._sigma_slots else []
+        self._version = -1
+        self._gain_L = torch.zeros(0)
+
+    def _parameters_with_slots(self) -> list[tuple[nn.Parameter, list[Slot]]]:
+        pairs = [(self.factors, self._slots)]
+        return [*pairs, (self.sigmas, self._sigma_slots)] if self._sigma_slots else pairs
+
+    def _fill(self, slots: list[Slot], like: Tensor, copy: bool) -> nn.Parameter:
+        flat = torch.zeros(sum(slot.numel for slot in slots), dtype=like.dtype, device=like.device)
+        for slot in slots if copy else []:
+            old = slot.adapter.factors()[slot.factor]
+            flat[slot.offset : slot.offset + slot.numel] = old.parameter.detach().view(-1)[
+                old.offset : old.offset + slot.numel
+            ]
+        return nn.Parameter(flat, requires_grad=len(flat) > 0)  # a layer may have lost all its rows
+
+    @staticmethod
+    def _view(parameter: Tensor, slot: Slot) -> Tensor:
+        # one call in place of two; the parameter may itself be a slice of DeepSpeed's flat buffer
+        return parameter.as_strided(slot.shape, slot.strides, parameter.storage_offset() + slot.offset)
+
+    def _make_stacks(self) -> list[Stack]:
+        """Neighbouring factors that share the axis which is not their rank's."""
+        grouped: dict[tuple[str, int], list[Slot]] = {}
+        for slot in self._slots:
+            grouped.setdefault((slot.factor, _stack_key(slot.factor, slot.shape)), []).append(slot)
+        return [
+            Stack(
+                adapters=tuple(slot.adapter for slot in slots),
+                rank_axis=0 if factor == "A" else 1,
+                offset=slots[0].offset,
+                shapes=tuple((slot.shape[0], slot.shape[1]) for slot in slots),
+            )
+            for (factor, _), slots in grouped.items()
+        ]
+
+    def unpack(self) -> None:
+        """Give every adapter the views for this forward pass; their gradients come back to the flat parameters."""
+        if self._fused:
+            self._refresh()
+            sigmas = self.sigmas if self._sigma_slots else None
+            views = _Unpack.apply(self.factors, sigmas, self)
+            for slot, view in zip(self._slots, views, strict=False):
+                object.__setattr__(slot.adapter, f"lora_{slot.factor}", view)
+            for adapter, gain_R in zip(self._adapters, views[len(self._slots) :], strict=True):
+                adapter.gain_R = gain_R
+            return
+        for parameter, slots in self._parameters_with_slots():
+            pieces = parameter.split([slot.numel for slot in slots])
+            for slot, piece in zip(slots, pieces, strict=True):
+                object.__setattr__(slot.adapter, f"lora_{slot.factor}", piece.view(slot.shape))
+
+    def _refresh(self) -> None:
+        """What follows from masks and scalings, after any of them has changed."""
+        version = sum(adapter.mask_version for adapter in self._adapters)
+        if version == self._version:
+            return
+        self._version = version
+        device = self.factors.device
+        gains = [
+            (a.rank_mask_R.to(device) if a.gated else torch.ones(a.rank, device=device)) * a.scaling
+            for a in self._adapters
+        ]
+        self._gain_L = torch.cat(gains).float()
+        for stack in self._stacks:
+            stack.refresh(device)
+
+    def _penalty(self) -> OrthogonalityPenalty | None:
+        """The penalty, if it is to act in this backward pass."""
+        first = self._adapters[0]
+        if not isinstance(first, SVDLinear) or not first.training or not first._penalty:
+            return None
+        return first._penalty[0] if first._penalty[0].armed else None
+
+
+class _Unpack(torch.autograd.Function):
+    """Views of all factors and E * mask * scaling of every adapter; backward joins gradients and adds the penalty's."""
+
+    @staticmethod
+    def forward(ctx: Any, factors: Tensor, sigmas: Tensor | None, bank: FactorBank) -> tuple[Tensor, ...]:
+        ctx.bank, ctx.penalty = bank, bank._penalty()
+        views = [FactorBank._view(factors, slot) for slot in bank._slots]
+        gain_L = bank._gain_L if sigmas is None else sigmas.float() * bank._gain_L
+        gains = gain_L.to(factors.dtype).split([adapter.rank for adapter in bank._adapters])
+        return (*views, *gains)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
+        bank: FactorBank = ctx.bank
+        count = len(bank._slots)
+        flat = _join(grads[:count], [slot.numel for slot in bank._slots], bank.factors)
+        if ctx.penalty is not None:
+            for stack in bank._stacks:
+                add_penalty_gradient(ctx.penalty, stack, bank.factors.detach(), flat)
+        if not bank._sigma_slots:
+            return flat, None, None
+        grad_L = _join(grads[count:], [adapter.rank for adapter in bank._adapters], bank.sigmas)
+        return flat, (grad_L.float() * bank._gain_L).to(bank.sigmas.dtype), None
+
+
+def _join(grads: Sequence[Tensor | None], sizes: list[int], like: Tensor) -> Tensor:
+    """Gradients side by side; zeros for what had none."""
+    return torch.cat(
+        [like.new_zeros(size) if g is None else g.reshape(-1) for g, size in zip(grads, sizes, strict=True)]
+    )
+
+
+def _stack_key(factor: str, shape: tuple[int, ...]) -> int:
+    """Factors of one kind with the same key can be stacked: the size of the axis that is not the rank's.
+
+    Singular values stay in the order of the adapters.
+    """
+    if factor == "E":
+        return 0
+    return shape[1] if factor == "A" else shape[0]
+
+
+def _lay_out(adapters: list[RankedLinear], items: list[tuple[str, tuple[int, ...], int]]) -> list[Slot]:
+    slots, offset = [], 0
+    for factor, shape, index in items:
+        slots.append(Slot(adapters[index], factor, shape, offset))
+        offset += slots[-1].numel
+    return slots
+
+
+def layer_of(module_path: str) -> str:
+    """Path of the layer that a module belongs to: everything up to the first number ("" if there is none)."""
+    parts = module_path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if first is None else ".".join(parts[: first + 1])
+
+
+class PackedModel(nn.Module):
+    """The adapted model and, beside it, the banks of its layers: what the engine that owns the adapters trains.
+
+    Banks are no children of the model, so that ZeRO-3 hooks on it, which gather whole layers, never see them.
+    """
+
+    def __init__(self, model: nn.Module, adapters: dict[str, RankedLinear]) -> None:
+        super().__init__()
+        self.model = model
+        self.banks = nn.ModuleList()
+        grouped: dict[str, list[RankedLinear]] = {}
+        for name, adapter in adapters.items():
+            grouped.setdefault(layer_of(name), []).append(adapter)
+        for path, members in grouped.items():
+            model.get_submodule(path).register_forward_pre_hook(self._unpacker(len(self.banks)))
+            self.banks.append(FactorBank(members))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def _unpacker(self, index: int) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            bank = self.banks[index]  # looked up now: a compaction puts another one there
+            assert isinstance(bank, FactorBank)
+            bank.unpack()
+
+        return hook
+
+    def repack(self) -> None:
+        """New banks for adapters that have been resized; all values are zero until somebody writes them."""
+        for index, bank in enumerate(self.banks):
+            assert isinstance(bank, FactorBank)
+            self.banks[index] = FactorBank(bank._adapters, copy=False)

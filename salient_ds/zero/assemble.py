@@ -1,0 +1,103 @@
+"""From a loaded base model to an engine that allocates ranks: the order in which the parts must be put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from salient_ds.adapters.bank import layer_of
+from salient_ds.adapters.from_config import adapt
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.config import RunConfig
+from salient_ds.methods.base import Method
+from salient_ds.methods.table import build_method
+from salient_ds.models import DTYPES
+from salient_ds.speed_config import packs, shards_base
+from salient_ds.zero.build import build_engine, rate_plan
+from salient_ds.zero.compact import Compactor, ResizableMethod, shrink
+from salient_ds.zero.config import summary
+from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.zero.sharded_base import ShardedBase, adapter_config
+
+MakeEngine = Callable[[AdaptedModel, dict[str, Any]], Any]
+"""An engine over the adapted model, given DeepSpeed settings."""
+
+
+def assemble(
+    model: nn.Module,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    total_steps: int,
+    device: torch.device,
+    kept_N: Tensor | None = None,
+    steps_per_epoch: int | None = None,
+    make_engine: MakeEngine | None = None,
+) -> AllocatingEngine:
+    """Adapters, method and DeepSpeed engine(s) around ``model``.
+
+    Args:
+        model: from :func:`salient_ds.models.load_model` with the same ``ds_config``.
+        ds_config: resolved DeepSpeed settings.
+        kept_N: rows that the checkpoint to be continued still has (bool, CPU); None: all.
+        steps_per_epoch: for methods whose events are given in epochs.
+        make_engine: instead of :func:`salient_ds.zero.build.build_engine` (benchmarks).
+    """
+    stage = summary(ds_config).stage
+    name, shortcuts = config.method.name, config.adapter.shortcuts is not None
+    base = None
+    if shards_base(config.speed, name, stage, shortcuts):
+        base = ShardedBase(model, ds_config)  # before there are adapters, which it must not partition
+        ds_config = adapter_config(ds_config)
+    dtype = DTYPES[config.train.precision]
+    adapted = adapt(model, config, dtype, device)
+    packed = packs(config.speed, name, stage, shortcuts)
+    if packed:
+        adapted.pack()
+    if config.speed.compile_layers:
+        compile_layers(adapted)
+    layout = adapted.layout
+    rates = rate_plan(config.train, total_steps)
+    method = build_method(config.method, layout, total_steps, rates, steps_per_epoch)
+    if kept_N is not None and not bool(kept_N.all()):
+        assert isinstance(method, ResizableMethod)
+        shrink(adapted, kept_N)
+        method.resized(adapted.layout)
+
+    def build() -> Any:
+        if make_engine is not None:
+            return make_engine(adapted, ds_config)
+        return build_engine(adapted, config.train, ds_config, total_steps, device)
+
+    when = compaction(config, method, packed)
+    compactor = None if when == "none" else Compactor(build, when)
+    return AllocatingEngine(
+        build(), adapted, method, device,
+        base=base, compactor=compactor, initial_layout=layout, kept_N=kept_N,
+    )  # fmt: skip
+
+
+def compaction(config: RunConfig, method: Method, packed: bool) -> Literal["none", "last", "every"]:
+    """When this run drops pruned rows."""
+    wanted = config.speed.compaction
+    possible = packed and isinstance(method, ResizableMethod)
+    if wanted == "auto":
+        # Otherwise pruned rows still act through the penalty, and dropping them would change the training.
+        return "last" if possible and method.policy.gate_forward else "none"
+    return wanted if possible else "none"
+
+
+def compile_layers(adapted: AdaptedModel) -> None:
+    """torch.compile the forward of every adapted layer. Hooks stay outside, and all layers share one compilation.
+
+    After a compaction ranks differ from layer to layer: they become symbols, and as every symbol is taken for itself
+    (no duck shapes), one more compilation serves all layers but those with a rank of 0 or 1.
+    """
+    from torch.fx.experimental import _config as shapes
+
+    shapes.use_duck_shape = False
+    for path in sorted({layer_of(name) for name in adapted.adapters} - {""}):
+        layer = adapted.model.get_submodule(path)
+        layer.forward = torch.compile(layer.forward)

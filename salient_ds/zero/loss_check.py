@@ -1,0 +1,67 @@
+"""Is the loss of a step finite on every process? Asked before parameters change, without holding the device up.
+
+The answer is on its way to the host while the backward pass runs: it depends on the forward pass only, so that waiting
+for it does not wait for the gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from salient_ds.zero.collectives import world
+
+
+@dataclass(frozen=True)
+class Verdict:
+    loss: float
+    """Mean loss over the targets of the global batch."""
+    broken: bool
+    """Some process has a loss that is not finite."""
+    broken_here: bool
+
+
+class LossCheck:
+    """Sums the loss over micro-batches and processes.
+
+    Args:
+        global_targets: targets in the whole global batch.
+    """
+
+    def __init__(self, device: torch.device, global_targets: int) -> None:
+        self._targets = max(global_targets, 1)
+        self._total = torch.zeros((), dtype=torch.float64, device=device)
+        self._host: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def add(self, loss: Tensor, num_targets: int) -> None:
+        """One micro-batch: its mean loss over ``num_targets`` targets."""
+        if num_targets:
+            self._total += loss.detach().double() * num_targets
+
+    def start(self) -> None:
+        """After the last forward pass and before its backward: all processes combine what they have."""
+        finite = self._total.isfinite()
+        broken = (~finite).double()
+        numbers = torch.stack([torch.where(finite, self._total, 0.0) / self._targets, broken])
+        if world()[1] > 1:
+            dist.all_reduce(numbers)
+        numbers = torch.cat([numbers, broken.view(1)])
+        if not numbers.is_cuda:
+            self._host = numbers
+            return
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._host.copy_(numbers, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def finish(self) -> Verdict:
+        """Wait for the numbers."""
+        assert self._host is not None, "start() comes first"
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, broken, here = self._host.tolist()
+        return Verdict(loss, broken > 0, here > 0)

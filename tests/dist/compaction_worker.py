@@ -1,0 +1,66 @@
+"""Training runs that drop pruned rows, and what they look like afterwards. Runs inside a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from salient_ds.zero.checkpoint import kept_rows, load, save
+from salient_ds.zero.engine import AllocatingEngine
+from tests.dist.scenario import TOTAL_STEPS, Case, advance, build, local_state
+
+BEFORE, AFTER = 12, 15
+"""Steps of the two checkpoints: the last event comes between them."""
+
+
+def elements(engine: AllocatingEngine) -> int:
+    """fp32 elements that the optimizer of this process holds."""
+    return sum(buffer.numel() for buffer in engine.shards.layout.buffers)
+
+
+def run(rank: int, world: int, model: Path, cases: list[Case]) -> list[dict[str, Any]]:
+    """Every case from scratch to the end."""
+    results = []
+    for case in cases:
+        engine = build(case, model, world)
+        at_start = elements(engine)
+        losses, decisions = advance(engine, TOTAL_STEPS, rank, world)
+        results.append({
+            "losses": losses, "masks": [d.mask_N.clone() for d in decisions], "state": local_state(engine),
+            "elements": (at_start, elements(engine)), "kept": engine.kept_N.clone(),
+            "layout": engine.initial_layout, "ranks": engine.adapted.layout.ranks,
+            "hooks": len(engine.engine.module._forward_pre_hooks),
+        })  # fmt: skip
+        engine.engine.destroy()
+    return results
+
+
+def save_twice(rank: int, world: int, model: Path, case: Case, folder: Path) -> list[float]:
+    """Losses of a whole run that saves before and after its compaction."""
+    engine = build(case, model, world)
+    losses = []
+    for until in (BEFORE, AFTER, TOTAL_STEPS):
+        losses += advance(engine, until, rank, world)[0]
+        if until < TOTAL_STEPS:
+            save(engine, folder, {"case": "compaction"}, {}, keep=9)
+    engine.engine.destroy()
+    return losses
+
+
+def resume(
+    rank: int, world: int, model: Path, cases: list[Case], folder: Path
+) -> list[dict[int, tuple[list[float], int]]]:
+    """Losses from each checkpoint on, and the ranks that are left, for every case."""
+    out = []
+    for case in cases:
+        found = {}
+        for step in (BEFORE, AFTER):
+            path = folder / f"step-{step:08d}"
+            engine = build(case, model, world, kept_rows(path))
+            load(engine, path, {"case": "compaction"})
+            assert engine.step == step
+            found[step] = advance(engine, TOTAL_STEPS, rank, world)[0], engine.adapted.layout.total
+            engine.engine.destroy()
+        out.append(found)
+    return out
+
