@@ -4,7 +4,7 @@ What is counted, in bytes (c = bytes per element in training precision, W = proc
 n = trainable parameters at the initial rank, N = singular values, T = longest window, tokens = micro batch x length):
 
     base        c P, divided by W at stage 3
-    adapters    c n, divided by W at stage 3
+    adapters    c n, divided by W at stage 3 with speed.zero3=partitioned
     optimizer   12 n / W: fp32 master and two moments (stage 0: not divided, and 8 n if fp32 weights need no master)
     gradients   while the optimizer steps: c n (divided by W from stage 2 on) and their fp32 copy 4 n / W
     buffers     reduction buckets; at stage 3 also gathered parameters: what may stay live plus the prefetch bucket,
@@ -45,6 +45,7 @@ from salient_ds.method_config import (
     SalientLoRAConfig,
 )
 from salient_ds.model_shapes import Architecture
+from salient_ds.speed_config import shards_base
 from salient_ds.zero.config import DsSummary
 
 GIB = 2**30
@@ -78,6 +79,8 @@ class Workload:
     architecture: Architecture | None
     scoring: int = 0
     """Bytes that scoring whole matrices needs during the backward pass on each process."""
+    sharded_base: bool = False
+    """Stage 3 divides the frozen base only."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def workload(
         dropout=run.adapter.dropout > 0,
         architecture=architecture,
         scoring=method.block_bytes if isinstance(method, IncreLoRAConfig) else 0,
+        sharded_base=shards_base(run.speed, method.name, 3, run.adapter.shortcuts is not None),
     )
 
 
@@ -169,12 +173,13 @@ def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
     shards = world_size if stage >= 1 else 1
     parameter_shards = world_size if stage == 3 else 1
     base = 0 if ds.offload_param else c * work.base_parameters // parameter_shards
-    adapters = 0 if ds.offload_param else c * n // parameter_shards
+    whole_adapters = stage == 3 and work.sharded_base
+    adapters = c * n if whole_adapters else 0 if ds.offload_param else c * n // parameter_shards
     state = (8 if stage == 0 and c == 4 else 12) * n // shards
     low_precision_grads = c * n // (world_size if stage >= 2 else 1)
     fp32_grads = 0 if stage == 0 and c == 4 else 4 * n // shards
     host = (state + fp32_grads if ds.offload_optimizer else 0) + (
-        c * (work.base_parameters + n) // parameter_shards if ds.offload_param else 0
+        c * (work.base_parameters + (0 if whole_adapters else n)) // parameter_shards if ds.offload_param else 0
     )
     optimizer = 0 if ds.offload_optimizer else state
     gradients = low_precision_grads + (0 if ds.offload_optimizer else fp32_grads)

@@ -20,6 +20,7 @@ from salient_ds.salience.budget import steps_or_fraction
 from salient_ds.salience.growth import exact_scores
 from salient_ds.salience.schedules import initial_total, method_events, target_total
 from salient_ds.salience.search_schedule import SearchSpace
+from salient_ds.speed_config import shards_base, speed_problems
 from salient_ds.targets import match_shortcuts, match_targets
 from salient_ds.tokenizer_files import inspect_tokenizer
 from salient_ds.zero.config import load_ds_config, resolve_ds_config, summary
@@ -255,7 +256,15 @@ class _Checks:
             hidden_size=self.facts.get("hidden_size"),
             run_source=self.run_source,
         )
-        self.facts["zero"] = asdict(summary(self.facts["ds_config"]))
+        zero = summary(self.facts["ds_config"])
+        self.facts["zero"] = asdict(zero)
+        choice = self.run.speed, self.run.method.name, zero.stage, self.run.adapter.shortcuts is not None
+        self.report.problems.extend(speed_problems(*choice))
+        if shards_base(*choice):
+            self.report.notes.append(
+                "ZeRO-3 partitions the frozen base only (speed.zero3): adapters are replicated in training precision, "
+                "their masters and moments partitioned"
+            )
 
     def memory(self) -> None:
         if not self.adapted or "ds_config" not in self.facts or "base_parameters" not in self.facts:

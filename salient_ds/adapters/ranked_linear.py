@@ -47,6 +47,9 @@ class RankedLinear(nn.Module, ABC):
         self.gated = False
         self.packed: dict[str, tuple[nn.Parameter, int]] = {}
         """Flat parameter and first element of every factor, if a :class:`FactorBank` holds them."""
+        self.fused = True
+        """Use one autograd function for layer and update where possible. It adds up in place, which selective
+        checkpointing, keeping the very results that are added to, forbids."""
         self.mask_version = 0
         """Grows with every change of mask or scaling: what is derived from them is then out of date."""
         self.register_buffer("rank_mask_R", torch.ones(rank, dtype=torch.bool), persistent=False)
@@ -192,7 +195,12 @@ def _with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor
         base_BO: Tensor = adapter.base(x_BI)
         return base_BO
     plain = isinstance(adapter.dropout, nn.Identity) or not adapter.training
-    if plain and x_BI.dtype == A_RI.dtype == adapter.base.weight.dtype and not torch.compiler.is_compiling():
+    if (
+        plain
+        and adapter.fused
+        and x_BI.dtype == A_RI.dtype == adapter.base.weight.dtype
+        and not torch.compiler.is_compiling()
+    ):
         return low_rank_linear(x_BI, adapter.base.weight, adapter.base.bias, A_RI, gain_R, B_OR)
     inner_BR = F.linear(adapter.dropout(x_BI).to(A_RI.dtype), A_RI)
     base_BO = adapter.base(x_BI)

@@ -44,6 +44,9 @@ def assemble(
         kept_N: rows that the checkpoint to be continued still has (bool, CPU); None: all.
         steps_per_epoch: for methods whose events are given in epochs.
         make_engine: instead of :func:`salient_ds.zero.build.build_engine` (benchmarks).
+
+    Raises:
+        ValueError: the checkpoint was compacted and this run's adapters are not packed.
     """
     stage = summary(ds_config).stage
     name, shortcuts = config.method.name, config.adapter.shortcuts is not None
@@ -56,12 +59,20 @@ def assemble(
     packed = packs(config.speed, name, stage, shortcuts)
     if packed:
         adapted.pack()
+    for adapter in adapted.adapters.values():
+        adapter.fused = config.train.activation_checkpointing != "selective"
     if config.speed.compile_layers:
         compile_layers(adapted)
     layout = adapted.layout
     rates = rate_plan(config.train, total_steps)
     method = build_method(config.method, layout, total_steps, rates, steps_per_epoch)
     if kept_N is not None and not bool(kept_N.all()):
+        if not packed:
+            raise ValueError(
+                f"the checkpoint holds {int(kept_N.sum())} of {len(kept_N)} rows (it was compacted), which needs packed "
+                f"adapters; speed.packing={config.speed.packing}, speed.zero3={config.speed.zero3} rule them out: set "
+                "both to auto"
+            )
         assert isinstance(method, ResizableMethod)
         shrink(adapted, kept_N)
         method.resized(adapted.layout)

@@ -64,3 +64,12 @@ def resume(
         out.append(found)
     return out
 
+
+
+def refuse(rank: int, world: int, model: Path, case: Case, folder: Path) -> str:
+    """Why a run whose adapters are not packed does not continue a compacted checkpoint."""
+    try:
+        build(case, model, world, kept_rows(folder / f"step-{AFTER:08d}"))
+    except ValueError as error:
+        return str(error)
+    return ""
