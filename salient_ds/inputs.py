@@ -17,8 +17,8 @@ from salient_ds.data.formats import read_rows
 from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler
 from salient_ds.data.templates import get_template
-from salient_ds.zero.engine import MicroBatch
 from salient_ds.zero.probe import ProbeData
+from salient_ds.zero.reports import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def run_training(config: RunConfig, resume: str = "never", overwrite: bool = Fal
     from salient_ds.run_directory import RunDirectoryError
     from salient_ds.training import Training
     from salient_ds.zero.collectives import world
-    from salient_ds.zero.engine import NonFiniteLoss
     from salient_ds.zero.environment import start, stop
+    from salient_ds.zero.reports import NonFiniteLoss
     from salient_ds.zero.shard_files import CheckpointError
 
     device = start(config.train.timeout_minutes)

@@ -30,7 +30,7 @@ from salient_ds.zero.assemble import assemble
 from salient_ds.zero.checkpoint import kept_rows, load, save
 from salient_ds.zero.collectives import all_succeeded, sum_numbers, world
 from salient_ds.zero.config import load_ds_config, resolve_ds_config
-from salient_ds.zero.engine import NonFiniteLoss, StepReport
+from salient_ds.zero.reports import NonFiniteLoss, StepReport
 from salient_ds.zero.shard_files import find_checkpoints
 from salient_ds.zero.sharded_base import effective_config
 

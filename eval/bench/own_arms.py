@@ -16,7 +16,8 @@ from salient_ds.methods.lora import LoRA
 from salient_ds.methods.table import build_method
 from salient_ds.zero.assemble import assemble
 from salient_ds.zero.build import build_engine, optimizer_factory, parameter_groups
-from salient_ds.zero.engine import AllocatingEngine, MicroBatch
+from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.zero.reports import MicroBatch
 from salient_ds.zero.sharded_base import effective_config
 
 from .models import ds_config, load_base, model_directory, run_config

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from salient_ds.salience.budget import Event
+from salient_ds.salience.influence import Share
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,14 @@ class Method(Protocol):
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
         """Restore after :meth:`attach`, possibly with another sharding than the one that was saved."""
         ...
+
+
+@runtime_checkable
+class SharingMethod(Protocol):
+    """A method whose :meth:`Method.allocate` divides its work over processes, all of which call it alike."""
+
+    share: Share | None
+    """None: each process does all of it."""
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from salient_ds.method_config import SalientLoRAConfig, SalientOptions
 from salient_ds.methods.base import MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
 from salient_ds.salience import score
 from salient_ds.salience.budget import Event, leading_losses, salient_events, salient_plan
-from salient_ds.salience.influence import REFERENCE_EPSILON, influence
+from salient_ds.salience.influence import REFERENCE_EPSILON, Share, influence
 from salient_ds.salience.select import reference_threshold, score_at_cut, select_exact, select_threshold
 from salient_ds.salience.trajectory import Trajectory
 
@@ -45,6 +45,8 @@ class SalientLoRA:
         self._event_steps = [event.step for event in self.events]
         warmup = salient_plan(config, layout.ranks, total_steps).initial_warmup
         self._leading_losses = leading_losses(self.options.schedule, warmup)
+        self.share: Share | None = None
+        """How an event's solve is divided over processes; set by the engine."""
         self._views: list[StepView] = []
         self._step = 0
         self._device = torch.device("cpu")
@@ -185,6 +187,7 @@ class SalientLoRA:
             self.config.gamma,
             options.leaf_influence,
             REFERENCE_EPSILON if reference else 0.0,
+            share=self.share,
         )
         terms = score.normalise(magnitude_L, influence_L, options.normalisation, sizes, "nan" if reference else "zero")
         return score.combine(*terms, options.combine, self.config.lambda_)

@@ -29,7 +29,7 @@ class RunLog:
             truncate_metrics(self.directory.metrics, step)
 
     def step(self, report: Any, tokens: int, all_tokens: int, seconds: float, last: bool) -> None:
-        """One applied step; ``report`` is a :class:`~salient_ds.zero.engine.StepReport`."""
+        """One applied step; ``report`` is a :class:`~salient_ds.zero.reports.StepReport`."""
         engine, total = self.engine, self.engine.in_force.latest.total
         if self._monitor.enabled:  # TensorBoard, W&B, CSV: whatever the ZeRO JSON's monitor sections ask for
             values = [("Train/loss", report.loss), ("Train/total_rank", total)]

@@ -69,9 +69,9 @@ def assemble(
     if kept_N is not None and not bool(kept_N.all()):
         if not packed:
             raise ValueError(
-                f"the checkpoint holds {int(kept_N.sum())} of {len(kept_N)} rows (it was compacted), which needs packed "
-                f"adapters; speed.packing={config.speed.packing}, speed.zero3={config.speed.zero3} rule them out: set "
-                "both to auto"
+                f"the checkpoint holds {int(kept_N.sum())} of {len(kept_N)} rows (it was compacted), which needs "
+                f"packed adapters; speed.packing={config.speed.packing} and speed.zero3={config.speed.zero3} rule them "
+                "out: set both to auto"
             )
         assert isinstance(method, ResizableMethod)
         shrink(adapted, kept_N)

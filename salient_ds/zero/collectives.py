@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from salient_ds.salience.influence import Share
+
 
 def world() -> tuple[int, int]:
     """(global rank, number of processes)."""
@@ -30,6 +32,12 @@ def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.devic
         dist.all_reduce(flat)
     pieces = flat.split([tensors[n].numel() for n in names])
     return {n: p.view(tensors[n].shape) for n, p in zip(names, pieces, strict=True)}
+
+
+def share_of_work() -> Share:
+    """This process' part of work that all processes divide among themselves."""
+    rank, size = world()
+    return Share(rank, size, dist.all_reduce)
 
 
 def average(tensor: Tensor) -> None:

@@ -4,91 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.methods.base import Method, RankDecision, RankLayout, ScoringMethod, initial_decision
+from salient_ds.methods.base import Method, RankDecision, RankLayout, ScoringMethod, SharingMethod, initial_decision
 from salient_ds.salience.budget import Event
-from salient_ds.zero.collectives import all_equal, average, packed_sum, world
+from salient_ds.zero.collectives import all_equal, average, packed_sum, share_of_work, world
 from salient_ds.zero.compact import Compactor
 from salient_ds.zero.layouts import loss_scale
 from salient_ds.zero.loss_check import LossCheck
 from salient_ds.zero.probe_events import ProbeEvents
+from salient_ds.zero.reports import EventReport, InForce, MicroBatch, NonFiniteLoss, StepReport
 from salient_ds.zero.sharded_base import ShardedBase
 from salient_ds.zero.shards import LocalView, ShardMap
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward pass: model inputs on the device, and how many targets its mean loss averages over."""
-
-    inputs: dict[str, Tensor]
-    num_targets: int
-    indices: tuple[int, ...]
-    """Rows of the training data, named when the loss is not finite."""
-
-
-@dataclass(frozen=True)
-class EventReport:
-    """An allocation that took place, and where its time went (seconds)."""
-
-    decision: RankDecision
-    event: Event
-    gather: float
-    solve: float
-    apply: float
-    changed: int
-    """Rows switched on or off."""
-    ranks: tuple[int, ...]
-    """Live rank of every matrix."""
-    kept_N: Tensor
-    """Rows of the layout that the run began with that live now (bool, CPU); the decision's own mask is over the rows
-    there were, fewer after a compaction."""
-
-
-@dataclass
-class StepReport:
-    loss: float
-    """Mean task loss over the targets of the global batch, without the orthogonality penalty."""
-    skipped: bool
-    """No update: non-finite gradients. Statistics and schedule did not move."""
-    norm_value: Tensor | float | None = None
-    penalty_value: Tensor | None = None
-    event: EventReport | None = None
-    compaction: float | None = None
-    """Seconds it took to drop pruned rows after this step; None: nothing was dropped."""
-
-    # Read only when somebody wants them: reading waits for the device, which then has nothing to do.
-    @property
-    def grad_norm(self) -> float:
-        """Norm of the gradient before clipping."""
-        return float("nan") if self.norm_value is None else float(self.norm_value)
-
-    @property
-    def penalty(self) -> float | None:
-        """The orthogonality penalty of the step, coefficient included."""
-        return None if self.penalty_value is None else float(self.penalty_value)
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; raised on every process before the step was taken."""
-
-    def __init__(self, step: int, indices: list[int]) -> None:
-        self.step, self.indices = step, indices
-        super().__init__(f"the loss of step {step} is not finite; rows of the training data: {indices}")
-
-
-@dataclass
-class _InForce:
-    """Decisions by stage: the last one taken, and the one that masks (they differ for one step if delayed)."""
-
-    latest: RankDecision
-    held: RankDecision
-    pending: list[RankDecision] = field(default_factory=list)
 
 
 class AllocatingEngine:
@@ -129,6 +60,8 @@ class AllocatingEngine:
         """Applied optimizer steps so far (DeepSpeed's global_steps also counts skipped ones)."""
         if isinstance(method, ScoringMethod):
             method.choose_reduction(engine.gradient_accumulation_steps())
+        if isinstance(method, SharingMethod) and world()[1] > 1:
+            method.share = share_of_work()
         self._events = {event.step: event for event in method.events}
         self.probes = ProbeEvents(self)
         """Events before a step, of methods that have them."""
@@ -147,7 +80,7 @@ class AllocatingEngine:
         self.engine = engine
         self.shards = ShardMap(engine, self.adapted)
         self.kept_N = kept_N
-        self.in_force = _InForce(decision, decision)
+        self.in_force = InForce(decision, decision)
         self._hold: dict[int, list[Tensor]] = {}
         self.method.attach(self.adapted.layout, list(self.shards.views.values()))
         if self.method.needs_before:

@@ -28,7 +28,7 @@ from salient_ds.zero.layouts import full_numel, loss_scale
 from salient_ds.zero.shards import ShardMap
 
 if TYPE_CHECKING:
-    from salient_ds.zero.engine import MicroBatch
+    from salient_ds.zero.reports import MicroBatch
 
 _CHUNK = 2**26
 """Elements per all-reduce (256 MiB): bounds what a backend copies."""

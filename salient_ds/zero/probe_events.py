@@ -11,7 +11,8 @@ from salient_ds.salience.budget import Event
 from salient_ds.zero.probe import ProbeData, Prober
 
 if TYPE_CHECKING:
-    from salient_ds.zero.engine import AllocatingEngine, EventReport
+    from salient_ds.zero.engine import AllocatingEngine
+    from salient_ds.zero.reports import EventReport
 
 
 class ProbeEvents:

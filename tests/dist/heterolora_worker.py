@@ -15,7 +15,8 @@ from salient_ds.methods.table import build_method
 from salient_ds.models import DTYPES, load_model
 from salient_ds.zero import checkpoint
 from salient_ds.zero.build import build_engine
-from salient_ds.zero.engine import AllocatingEngine, MicroBatch
+from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.zero.reports import MicroBatch
 from salient_ds.zero.probe import ProbeData, Prober
 from tests.dist import scenario
 from tests.dist.resume_worker import IDENTITY

@@ -18,7 +18,8 @@ from salient_ds.methods.table import build_method
 from salient_ds.models import load_model
 from salient_ds.zero import checkpoint
 from salient_ds.zero.build import rate_plan
-from salient_ds.zero.engine import AllocatingEngine, MicroBatch
+from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.zero.reports import MicroBatch
 from tests.dist import scenario
 from tests.dist.reference import WholeView
 from tests.dist.resume_worker import IDENTITY, STOP, outcome, resume

@@ -209,3 +209,36 @@ def test_llama_7b_at_rank_480_needs_less_than_8_gib() -> None:
     gib = torch.cuda.max_memory_allocated() / 2**30
     assert values_N.isfinite().all() and math.log10(float(values_N.max())) > 3
     assert gib < 8, f"{gib:.2f} GiB"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_work_divided_over_processes_gives_the_same_bits(size: int) -> None:
+    """Threads stand for processes; the blocks are small, so that every band has several."""
+    import threading
+
+    from salient_ds.salience.influence import Share
+
+    window_NT = torch.randn(120, 6, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 2, 120)[:, None]
+    window_NT[5] = 1.0  # does not vary
+    alone = influence(window_NT, 0.4, 1.5, 1.0, block_bytes=22 * 400)
+    barrier, parts, found = threading.Barrier(size, timeout=60), [None] * size, [None] * size
+    joined = [0]
+
+    def work(rank: int) -> None:
+        def combine(tensor: torch.Tensor) -> None:
+            parts[rank] = tensor.clone()
+            barrier.wait()
+            tensor.copy_(sum(parts))
+            joined[0] += rank == 0
+            barrier.wait()
+
+        found[rank] = influence(window_NT, 0.4, 1.5, 1.0, block_bytes=22 * 400, share=Share(rank, size, combine))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert joined[0] > 3 and alone.max() > 1
+    for mine in found:
+        assert torch.equal(mine, alone)
