@@ -215,9 +215,10 @@ def test_forward() -> None:
 
 def penalty_value(factors: list[tuple[Tensor, Tensor]], coefficient: float, form: Any) -> Tensor:
     penalty = OrthogonalityPenalty(len(factors), coefficient, form)
-    penalty.norms_M2 = torch.stack(
-        [torch.stack([gram_residual(A, None, 0).norm(), gram_residual(B, None, 1).norm()]) for A, B in factors]
-    )
+    penalty.arm(1.0, torch.device("cpu"))
+    for slot, (A, B) in enumerate(factors):
+        penalty.note(torch.tensor([slot]), 0, gram_residual(A, None, 0).norm().view(1))
+        penalty.note(torch.tensor([slot]), 1, gram_residual(B, None, 1).norm().view(1))
     return penalty.value()
 
 

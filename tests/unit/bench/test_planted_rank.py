@@ -99,7 +99,8 @@ def test_recall_by_lot() -> None:
 
 
 def test_no_method_goes_untested() -> None:
-    assert {arm.method for arm in ARMS} >= set(method_classes())
+    """All but HeteroLoRA: it switches whole modules on and off and has no ranks to recover."""
+    assert {arm.method for arm in ARMS} == set(method_classes()) - {"heterolora"}
 
 
 def usable_arms() -> list[Arm]:
