@@ -52,10 +52,14 @@ class Compactor:
     def after_step(self, engine: AllocatingEngine) -> float | None:
         """Compact if a decision that is to be compacted has just come into force; seconds it took, None if not."""
         force, events = engine.in_force, engine.method.events
-        decision = force.latest
-        if not events or force.pending or decision is not force.held or not decision.hold:
+        decision = force.held
+        if not events or force.pending or not decision.hold:
             return None
-        if bool(decision.mask_N.all()) or (self.when == "last" and decision.step != events[-1].step):
+        if self.when == "last":
+            due = engine.step >= events[-1].step  # later too: a checkpoint may come from a run without compaction
+        else:
+            due = engine.step - decision.step <= engine.method.policy.delay  # never inside a window
+        if not due or bool(decision.mask_N.all()):
             return None
         began = time.perf_counter()
         compact(engine, self.rebuild)

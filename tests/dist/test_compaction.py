@@ -101,3 +101,11 @@ def test_checkpoints_before_and_after_a_compaction_resume(tiny_llama: Path, tmp_
                 assert left == 12
     (message,) = spawn(1, worker.refuse, tiny_llama, Case(2, speed={"packing": "none"}), tmp_path)
     assert "12 of 30 rows" in message and "packing=none" in message
+
+
+def test_a_run_that_was_not_compacted_is_when_it_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
+    """Saved with all rows after the last event: the next step drops the pruned ones."""
+    whole_run = spawn(1, worker.save_twice, tiny_llama, Case(2, speed=NOTHING), tmp_path)[0]
+    (found,) = spawn(1, worker.resume, tiny_llama, [Case(2, speed=LAST)], tmp_path)[0]
+    losses, left = found[worker.AFTER]
+    assert losses == pytest.approx(whole_run[worker.AFTER :], rel=1e-5) and left == 12
