@@ -170,11 +170,8 @@ class PlainLinear(RankedLinear):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(base, rank, scaling, dropout)
-        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform with a = sqrt(5), as LoRA's released code
-        uniform = torch.rand(rank, base.in_features, generator=generator) * 2 * bound - bound
-        self.lora_A = nn.Parameter(uniform.to(device, dtype))
+        self.lora_A = nn.Parameter(uniform_start(rank, base.in_features, generator).to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
-
         self.gain_R: Tensor | None = None
         """mask * scaling, from the bank; None: worked out here."""
 
@@ -205,6 +202,12 @@ def _with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor
     inner_BR = F.linear(adapter.dropout(x_BI).to(A_RI.dtype), A_RI)
     base_BO = adapter.base(x_BI)
     return base_BO + F.linear(inner_BR * gain_R, B_OR).to(base_BO.dtype)
+
+
+def uniform_start(rank: int, in_features: int, generator: torch.Generator | None) -> Tensor:
+    """A (R, I) as LoRA's released code starts it: kaiming_uniform with a = sqrt(5), fp32 on the CPU."""
+    bound = 1 / math.sqrt(in_features)
+    return torch.rand(rank, in_features, generator=generator) * 2 * bound - bound
 
 
 def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:

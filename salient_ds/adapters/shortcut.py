@@ -6,7 +6,6 @@ Shape legend: D = hidden size, R = rank, x_BD: any leading axes, then D.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from salient_ds.adapters.ranked_linear import RankedLinear
+from salient_ds.adapters.ranked_linear import RankedLinear, uniform_start
 
 ShortcutKind = Literal["residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"]
 KINDS: tuple[ShortcutKind, ...] = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
@@ -97,9 +96,7 @@ class Shortcut(RankedLinear):
         self.kind = kind
         self.importance = 1.0
         """beta, set by the ALPHA-TEST only: it scales the low-rank part."""
-        bound = 1 / math.sqrt(hidden_size)  # kaiming_uniform with a = sqrt(5)
-        uniform = torch.rand(rank, hidden_size, generator=generator) * 2 * bound - bound
-        self.lora_A = nn.Parameter(uniform.to(device, dtype))
+        self.lora_A = nn.Parameter(uniform_start(rank, hidden_size, generator).to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(hidden_size, rank, dtype=dtype, device=device))
 
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
