@@ -23,8 +23,7 @@ from torch import Tensor
 from salient_ds.methods.base import RankDecision
 from salient_ds.zero.collectives import all_succeeded, world
 from salient_ds.zero.engine import AllocatingEngine
-from salient_ds.zero.layouts import sync_copies
-from salient_ds.zero.optimizer_state import adopt, describe
+from salient_ds.zero.optimizer_state import describe, restore
 from salient_ds.zero.shard_files import (
     FORMAT,
     CheckpointError,
@@ -182,10 +181,7 @@ def load(engine: AllocatingEngine, path: Path, identity: dict[str, Any]) -> dict
     reader = ShardReader(path)
     _check_identity(reader.manifest, identity, engine, path)
     shared = reader.shared()
-    for fragment in engine.shards.layout.fragments:
-        engine.shards.master(fragment).copy_(reader.read("master", fragment.name, fragment.lo, fragment.numel))
-    _load_optimizer(engine, reader, shared)
-    sync_copies(engine.engine)
+    restore(engine.engine, engine.shards, shared, reader.read)
     engine.step = shared["step"]
     force = engine.in_force
     force.latest, held = RankDecision(**shared["latest"]), RankDecision(**shared["held"])
@@ -226,10 +222,3 @@ def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], engine: 
             f"{path} belongs to another run ({'; '.join(wrong)}): resume with the configuration it was made with, or "
             "choose another output_dir"
         )
-
-
-def _load_optimizer(engine: AllocatingEngine, reader: ShardReader, shared: dict[str, Any]) -> None:
-    adopt(engine.engine, engine.shards.layout.buffers, shared)
-    for fragment in engine.shards.layout.fragments if shared["optimizer_steps"] is not None else []:
-        for moment, target in engine.shards.moments(fragment).items():
-            target.copy_(reader.read(moment, fragment.name, fragment.lo, fragment.numel))

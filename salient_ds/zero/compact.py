@@ -22,8 +22,8 @@ from torch import Tensor
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.methods.base import RankLayout
 from salient_ds.zero.collectives import world
-from salient_ds.zero.layouts import retire, sync_copies
-from salient_ds.zero.optimizer_state import adopt, describe
+from salient_ds.zero.layouts import retire
+from salient_ds.zero.optimizer_state import describe, restore
 from salient_ds.zero.shards import Owned, ShardMap
 
 if TYPE_CHECKING:
@@ -76,22 +76,18 @@ def compact(engine: AllocatingEngine, rebuild: Rebuild) -> None:
     state = describe(engine.engine)
     retire(engine.engine)
     shrink(engine.adapted, mask_n)
-    kept_N = engine.kept_N.clone()
-    kept_N[engine.kept_N] = mask_n
+    kept_N = engine.in_initial_rows(mask_n)
     method.resized(engine.adapted.layout)
     ones_n = torch.ones(engine.adapted.layout.total, dtype=torch.bool)
     decision = replace(engine.in_force.latest, mask_N=ones_n)
     engine.forget()
     gc.collect()  # the old engine is part of reference cycles, and its buffers are large
     engine.adopt(rebuild(), decision, kept_N)
-    shards = engine.shards
-    for fragment in shards.layout.fragments:
-        shards.master(fragment).copy_(_piece(survivors["master", fragment.name], fragment.lo, fragment.numel))
-    adopt(engine.engine, shards.layout.buffers, state)
-    for fragment in shards.layout.fragments:
-        for moment, target in shards.moments(fragment).items():
-            target.copy_(_piece(survivors[moment, fragment.name], fragment.lo, fragment.numel))
-    sync_copies(engine.engine)
+
+    def read(kind: str, name: str, lo: int, numel: int) -> Tensor:
+        return survivors[kind, name][lo : lo + numel]
+
+    restore(engine.engine, engine.shards, state, read)
 
 
 def shrink(adapted: AdaptedModel, mask_n: Tensor) -> None:
@@ -142,7 +138,3 @@ def _moment_names(shards: ShardMap) -> tuple[str, ...]:
         everyone = [None] * world()[1]
         dist.all_gather_object(everyone, mine)
     return max(everyone, key=len)
-
-
-def _piece(whole: Tensor, lo: int, numel: int) -> Tensor:
-    return whole[lo : lo + numel]

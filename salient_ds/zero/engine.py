@@ -87,6 +87,12 @@ class AllocatingEngine:
             engine.basic_optimizer.register_step_pre_hook(self._before_optimizer)
         engine.basic_optimizer.register_step_post_hook(self._after_optimizer)
 
+    def in_initial_rows(self, mask_n: Tensor) -> Tensor:
+        """A mask over the rows there are now as one over those that the run began with (bool, CPU)."""
+        mask_N = self.kept_N.clone()
+        mask_N[self.kept_N] = mask_n
+        return mask_N
+
     def forget(self) -> None:
         """Let go of the engine and of every view of its buffers; :meth:`adopt` comes next."""
         self.method.attach(self.adapted.layout, [])
@@ -240,8 +246,7 @@ class AllocatingEngine:
         else:
             self.apply(decision)
             self._start_rows(decision.mask_N & ~previous.mask_N)
-        ranks, kept_N = tuple(decision.ranks(self.adapted.layout)), self.kept_N.clone()
-        kept_N[self.kept_N] = decision.mask_N
+        ranks, kept_N = tuple(decision.ranks(self.adapted.layout)), self.in_initial_rows(decision.mask_N)
         return EventReport(decision, event, t1 - t0, t2 - t1, time.perf_counter() - t2, changed, ranks, kept_N)
 
     def _settle_pending(self) -> None:

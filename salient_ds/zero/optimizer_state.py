@@ -1,11 +1,18 @@
-"""What an engine must take over from another besides tensors: step counts, hyperparameters, schedule, loss scale."""
+"""What an engine takes over from another: masters and moments, step counts, hyperparameters, schedule, loss scale."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from salient_ds.zero.layouts import sync_copies
+from salient_ds.zero.shards import ShardMap
+
+Read = Callable[[str, str, int, int], Tensor]
+"""``read(kind, name, lo, numel)``: elements [lo, lo + numel) of "master" or a moment of a trainable tensor."""
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -21,8 +28,20 @@ def describe(inner: Any) -> dict[str, Any]:
     }
 
 
-def adopt(inner: Any, buffers: list[Tensor], state: dict[str, Any]) -> None:
-    """Bring a fresh engine to ``state``; moments of ``buffers`` are there afterwards, and zero."""
+def restore(inner: Any, shards: ShardMap, state: dict[str, Any], read: Read) -> None:
+    """Bring a fresh engine to ``state`` (from :func:`describe`) and fill masters, moments and copies of its shards."""
+    fragments = shards.layout.fragments
+    for fragment in fragments:
+        shards.master(fragment).copy_(read("master", fragment.name, fragment.lo, fragment.numel))
+    _adopt(inner, shards.layout.buffers, state)
+    for fragment in fragments if state["optimizer_steps"] is not None else []:
+        for moment, target in shards.moments(fragment).items():
+            target.copy_(read(moment, fragment.name, fragment.lo, fragment.numel))
+    sync_copies(inner)
+
+
+def _adopt(inner: Any, buffers: list[Tensor], state: dict[str, Any]) -> None:
+    """All but tensors; moments of ``buffers`` are there afterwards, and zero."""
     if state["optimizer_steps"] is not None:
         for buffer in buffers:
             inner.basic_optimizer.state[buffer] = _fresh_state(inner.basic_optimizer, buffer, state["optimizer_steps"])

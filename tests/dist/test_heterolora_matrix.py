@@ -11,7 +11,7 @@ import torch
 
 from tests.dist import heterolora_worker as worker
 from tests.dist.scenario import Case
-from tests.dist.test_parity import OFFLOAD, TINY_PARTITIONS, assemble
+from tests.dist.test_parity import OFFLOAD, TINY_PARTITIONS, assemble, assert_factors
 from tests.support.spawn import spawn
 
 # CONSTANT draws other modules at every event, so that they come and go
@@ -102,10 +102,7 @@ def test_training_is_that_of_one_optimizer_group_per_module(
         assert watched["steps"] == plain["steps"]
         assert watched["losses"] == pytest.approx(plain["losses"], rel=2e-4)
     masters = assemble([[report["watched"]] for report in two[key]], 0, "master")
-    for module, adapter in enumerate(plain["adapted"].adapters.values()):
-        for factor, address in adapter.factors().items():
-            value = address.parameter.detach().view(-1)
-            torch.testing.assert_close(masters[module, factor], value, atol=1e-3, rtol=1e-3)
+    assert_factors(masters, plain["adapted"], 1e-3)
 
 
 @interrupted

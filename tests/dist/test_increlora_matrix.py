@@ -14,7 +14,7 @@ from salient_ds.export.run import read_factors
 from salient_ds.export.verify import verify_peft
 from tests.dist import increlora_worker
 from tests.dist.scenario import TOTAL_STEPS, Case
-from tests.dist.test_parity import TINY_PARTITIONS, assemble
+from tests.dist.test_parity import TINY_PARTITIONS, assemble, assert_factors
 from tests.support.spawn import spawn
 
 # events after steps 5, 9 and 13: the checkpoint after step 7 lies between the first two
@@ -74,10 +74,7 @@ def test_decisions_and_factors_are_those_of_plain_torch(
         assert report["whole"]["digests"] == [d.digest() for d in plain["decisions"]]
         assert report["whole"]["losses"] == pytest.approx(plain["losses"], rel=2e-4)
     masters = assemble([[report["whole"]] for report in results[key]], 0, "master")
-    for module, adapter in enumerate(plain["adapted"].adapters.values()):
-        for factor, address in adapter.factors().items():
-            value = address.parameter.detach().view(-1)
-            torch.testing.assert_close(masters[module, factor], value, atol=2e-3, rtol=2e-3)
+    assert_factors(masters, plain["adapted"], 2e-3)
 
 
 @each_cell

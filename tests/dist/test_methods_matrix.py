@@ -13,7 +13,7 @@ import torch
 
 from tests.dist import methods_worker
 from tests.dist.scenario import TOTAL_STEPS, Case
-from tests.dist.test_parity import OFFLOAD, TINY_PARTITIONS, assemble
+from tests.dist.test_parity import OFFLOAD, TINY_PARTITIONS, assemble, assert_factors
 from tests.support.spawn import spawn, spawn_apart
 
 # events after steps 5, 9 and 13: the checkpoint after step 7 holds values that have grown back
@@ -99,10 +99,7 @@ def test_decisions_and_factors_are_those_of_plain_torch(
         assert report["whole"]["digests"] == [d.digest() for d in expected["decisions"]]
         assert report["whole"]["losses"] == pytest.approx(expected["losses"], rel=2e-4)
     masters = assemble([[report["whole"]] for report in reports], 0, "master")
-    for module, adapter in enumerate(expected["adapted"].adapters.values()):
-        for factor, address in adapter.factors().items():
-            value = address.parameter.detach().view(-1)
-            torch.testing.assert_close(masters[module, factor], value, atol=2e-3, rtol=2e-3)
+    assert_factors(masters, expected["adapted"], 2e-3)
 
 
 @each_cell

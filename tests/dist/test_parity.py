@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.methods.base import Part
 from tests.dist import reference, scenario
 from tests.dist.scenario import SALIENT, TOTAL_STEPS, Case
@@ -86,6 +87,14 @@ def assemble(results: list[Any], case: int, key: str) -> dict[tuple[int, str], t
     return full
 
 
+def assert_factors(masters: dict[tuple[int, str], torch.Tensor], adapted: AdaptedModel, tolerance: float) -> None:
+    """Masters equal the factors of a model that was trained in plain torch."""
+    for module, adapter in enumerate(adapted.adapters.values()):
+        for factor, address in adapter.factors().items():
+            value = address.parameter.detach().view(-1)
+            torch.testing.assert_close(masters[module, factor], value, atol=tolerance, rtol=tolerance)
+
+
 def assert_same_run(results: list[Any], index: int, plain: dict[str, Any]) -> None:
     expected = [(d.step, d.budget, d.mask_N) for d in plain["decisions"]]
     assert len(expected) >= 3
@@ -96,11 +105,7 @@ def assert_same_run(results: list[Any], index: int, plain: dict[str, Any]) -> No
             assert torch.equal(mine, theirs)
         assert process[index]["losses"] == pytest.approx(plain["losses"], rel=2e-4)
     masters = assemble(results, index, "master")
-    for module, adapter in enumerate(plain["adapted"].adapters.values()):
-        for factor, address in adapter.factors().items():
-            torch.testing.assert_close(
-                masters[module, factor], address.parameter.detach().view(-1), atol=2e-3, rtol=2e-3
-            )
+    assert_factors(masters, plain["adapted"], 2e-3)
 
 
 @pytest.mark.parametrize("index", range(len(FP32)), ids=str)
