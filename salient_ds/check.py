@@ -13,6 +13,7 @@ from rich.table import Table
 from salient_ds.config import ConfigError, RunConfig, load_config
 from salient_ds.memory import GIB
 from salient_ds.preflight import Report, preflight
+from salient_ds.speed_config import SpeedConfig
 
 _FIRST, _LAST = 3, 2
 """Events shown from the start and the end of a long schedule."""
@@ -88,6 +89,9 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
         table.add_row("batch", f"{train.micro_batch_size} x {per_step} accumulated x {processes} processes")
     if "modules" in facts:
         table.add_row("adapters", f"{run.method.name} on {facts['modules']} matrices, rank {run.adapter.rank}")
+    if run.speed != SpeedConfig():
+        chosen = run.speed.model_dump(exclude_defaults=True)
+        table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items()))
     if "trainable_end" in facts:
         table.add_row("sum of ranks", f"{facts['initial_total']} -> {facts['target_total']}")
         start, end = _count(facts["trainable_start"]), _count(facts["trainable_end"])

@@ -180,10 +180,15 @@ class RunConfig(Strict):
                 f"adapter.shortcuts works with method.name=heterolora and lora (form plain), not with "
                 f"{self.method.name!r}: remove the section or choose one of them"
             )
-        if self.method.name == "heterolora" and self.method.proxy == "synflow" and self.speed.compile_layers:
+        if self.method.name == "heterolora" and self.method.proxy == "synflow" and self.speed.compile_layers is True:
             raise ValueError(
                 "method.proxy=synflow replaces weights while the model runs, which compiled layers would not see: set "
                 "speed.compile_layers to false, or choose another proxy"
+            )
+        if self.method.name == "heterolora" and self.method.proxy == "synflow" and self.speed.liger == "all":
+            raise ValueError(
+                "method.proxy=synflow replaces weights while the model runs, which the norms of speed.liger=all would "
+                "not see: use liger: loss, or choose another proxy"
             )
         return self
 

@@ -3,16 +3,16 @@
 What is counted, in bytes (c = bytes per element in training precision, W = processes, P = base parameters,
 n = trainable parameters at the initial rank, N = singular values, T = longest window, tokens = micro batch x length):
 
-    base        c P, divided by W at stage 3
+    base        c P, divided by W at stage 3 (where only the base is sharded, what is outside its layers stays whole)
     adapters    c n, divided by W at stage 3 with speed.zero3=partitioned
     optimizer   12 n / W: fp32 master and two moments (stage 0: not divided, and 8 n if fp32 weights need no master)
     gradients   while the optimizer steps: c n (divided by W from stage 2 on) and their fp32 copy 4 n / W
-    buffers     reduction buckets; at stage 3 also gathered parameters: what may stay live plus the prefetch bucket,
-                at most everything, and nothing on a single process
+    buffers     reduction buckets; at stage 3 also gathered parameters: two layers where only the base is sharded,
+                otherwise what may stay live plus the prefetch bucket, at most everything; nothing on a single process
     statistics  SalientLoRA's window 4 N T / W, and at an event about 24 N T and a block of 256 MiB (a gathered copy,
                 its double-precision form and temporaries); AdaLoRA's two moving averages 8 / W per scored element
                 (12 / W with moment=paper, which keeps the weights before the step); IncreLoRA's copy of the rows that
-                joined late, at most 4 n / W (n at adapter.rank), and while a step is scored method.block_bytes
+                joined late, at most 4 n / W, and while a step is scored method.block_bytes
                 HeteroLoRA's copy of what is off, 12 n (1 - keep) / W, and at an event 4 n on every process for whole
                 gradients (8 n for the proxies that multiply them by weights)
     activations per token and layer (h hidden, a = heads x head dimension, k = key/value width, f intermediate,
@@ -21,7 +21,12 @@ n = trainable parameters at the initial rank, N = singular values, T = longest w
                 product 4 c f; two rank-sized tensors per adapter 2 c r; with dropout (c + 1) x in per adapter; with
                 eager attention 4 + 2 c bytes per head and position. Times all layers, plus the vocabulary term.
                 With activation checkpointing: c h per layer, plus one layer or the vocabulary term.
-    vocabulary  logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary per token (12 in fp32)
+    vocabulary  logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary per token (12 in fp32);
+                with speed.liger the gradient of hidden states and a chunk of logits: at most 3 c h
+
+IncreLoRA's n is that of adapter.rank; where room is made in flight (speed.growth), of the rows that there may be at the
+most: all growth in the widest matrices, reserve and headroom in every one. Whenever room is made, masters and moments
+are whole on every process for a moment, 12 n, beside the copies c n that they replace.
 
 Not all of it is alive at once. The peak is what stays (base, adapters, optimizer, statistics) plus the largest of: the
 end of the forward pass (activations, buffers, gradients of earlier micro-batches), the optimizer's step (gradients),
@@ -33,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from salient_ds.config import RunConfig
 from salient_ds.method_config import (
@@ -45,7 +51,8 @@ from salient_ds.method_config import (
     SalientLoRAConfig,
 )
 from salient_ds.model_shapes import Architecture
-from salient_ds.speed_config import shards_base
+from salient_ds.salience.growth import largest_rooms
+from salient_ds.speed_config import grows_in_flight, shards_base
 from salient_ds.zero.config import DsSummary
 
 GIB = 2**30
@@ -81,6 +88,15 @@ class Workload:
     """Bytes that scoring whole matrices needs during the backward pass on each process."""
     sharded_base: bool = False
     """Stage 3 divides the frozen base only."""
+    fused_loss: bool = False
+    """Logits exist in chunks only (speed.liger)."""
+    in_flight: Workload | None = None
+    """The same with the rows that there may be at the most if room is made in flight, where adapters are packed."""
+
+    def at(self, stage: int) -> Workload:
+        """What counts at a ZeRO stage."""
+        packed = stage < 3 or self.sharded_base
+        return self.in_flight if packed and self.in_flight is not None else self
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ def workload(
     train, method = run.train, run.method
     ranks = ranks or [run.adapter.rank] * len(adapted)
     statistics, event = _method_bytes(method, adapted, ranks)
-    return Workload(
+    work = Workload(
         base_parameters=base_parameters,
         adapted=tuple(adapted),
         rank=run.adapter.rank,
@@ -164,22 +180,43 @@ def workload(
         architecture=architecture,
         scoring=method.block_bytes if isinstance(method, IncreLoRAConfig) else 0,
         sharded_base=shards_base(run.speed, method.name, 3, run.adapter.shortcuts is not None),
+        fused_loss=run.speed.liger != "none",
+    )
+    if isinstance(method, IncreLoRAConfig) and grows_in_flight(
+        run.speed, method.name, 2, run.adapter.shortcuts is not None
+    ):
+        return replace(work, in_flight=_in_flight(work, method))
+    return work
+
+
+def _in_flight(work: Workload, method: IncreLoRAConfig) -> Workload:
+    rooms = largest_rooms(method, [out + inner + 1 for out, inner in work.adapted], work.rank)
+    elements = adapter_parameters(method, work.adapted, rooms)
+    return replace(
+        work,
+        rank=ceil(sum(rooms) / len(rooms)),
+        trainable=elements,
+        statistics=_method_bytes(method, work.adapted, rooms)[0],
+        event=(12 + work.element_bytes) * elements,
     )
 
 
 def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
     """Apply the formulas on top of this file to one ZeRO configuration."""
+    work = work.at(ds.stage)
     c, n, stage = work.element_bytes, work.trainable, ds.stage
     shards = world_size if stage >= 1 else 1
     parameter_shards = world_size if stage == 3 else 1
-    base = 0 if ds.offload_param else c * work.base_parameters // parameter_shards
+    outside = _base_split(work)[0] if stage == 3 and work.sharded_base else 0
+    inside = work.base_parameters - outside
+    base = c * (outside + (0 if ds.offload_param else inside // parameter_shards))
     whole_adapters = stage == 3 and work.sharded_base
     adapters = c * n if whole_adapters else 0 if ds.offload_param else c * n // parameter_shards
     state = (8 if stage == 0 and c == 4 else 12) * n // shards
     low_precision_grads = c * n // (world_size if stage >= 2 else 1)
     fp32_grads = 0 if stage == 0 and c == 4 else 4 * n // shards
     host = (state + fp32_grads if ds.offload_optimizer else 0) + (
-        c * (work.base_parameters + (0 if whole_adapters else n)) // parameter_shards if ds.offload_param else 0
+        c * (inside + (0 if whole_adapters else n)) // parameter_shards if ds.offload_param else 0
     )
     optimizer = 0 if ds.offload_optimizer else state
     gradients = low_precision_grads + (0 if ds.offload_optimizer else fp32_grads)
@@ -213,13 +250,26 @@ def estimate_stages(work: Workload, ds: DsSummary, world_size: int) -> dict[str,
 def _buffers(work: Workload, ds: DsSummary, world_size: int) -> int:
     if ds.stage == 0:
         return 0
-    buckets = (2 if ds.overlap_comm and ds.stage < 3 else 1) if ds.contiguous_gradients else 0
+    sharded = ds.stage == 3 and work.sharded_base
+    buckets = (2 if ds.overlap_comm and (ds.stage < 3 or sharded) else 1) if ds.contiguous_gradients else 0
     size = buckets * ds.reduce_bucket_size
-    if ds.stage == 3 and (world_size > 1 or ds.offload_param):
+    if sharded and (world_size > 1 or ds.offload_param):
+        size += 2 * _base_split(work)[1]
+    elif ds.stage == 3 and (world_size > 1 or ds.offload_param):
         everything = work.base_parameters + work.trainable
         layer = max((out * inner for out, inner in work.adapted), default=0)
         size += min(everything, max(ds.max_live_parameters, layer) + ds.prefetch_bucket_size)
     return work.element_bytes * size
+
+
+def _base_split(work: Workload) -> tuple[int, int]:
+    """Parameters outside the layers, and in one layer; unknown models count as if all were in layers."""
+    arch = work.architecture
+    if arch is None:
+        return 0, max((out * inner for out, inner in work.adapted), default=0)
+    attention = 2 * arch.hidden_size * (arch.heads * arch.head_dim + arch.kv_width)
+    layer = attention + 3 * arch.hidden_size * arch.intermediate_size
+    return max(0, work.base_parameters - arch.layers * layer), layer
 
 
 def _activations(work: Workload) -> int | None:
@@ -237,6 +287,8 @@ def _activations(work: Workload) -> int | None:
         in_adapters += (c + 1) * sum(inner for _, inner in work.adapted)
     layers = arch.layers * layer + in_adapters
     vocabulary = (12 if c == 4 else c + 12) * arch.vocab_size
+    if work.fused_loss:  # gradient of the hidden states, and a chunk of logits as large as they are, rounded up to 2^k
+        vocabulary = c * (hidden + min(2 * hidden, arch.vocab_size))
     if work.checkpointing:
         return work.tokens * (c * hidden * arch.layers + max(layers // arch.layers, vocabulary))
     return work.tokens * (layers + vocabulary)

@@ -11,16 +11,17 @@ from math import ceil
 from typing import Any
 
 from salient_ds.config import ConfigError, RunConfig
+from salient_ds.fused_kernels import kernel_problems
 from salient_ds.memory import adapter_parameters, estimate, estimate_stages, workload
 from salient_ds.method_config import HeteroLoRAConfig, IncreLoRAConfig
 from salient_ds.model_files import ModelFiles, inspect_model
 from salient_ds.model_shapes import architecture
 from salient_ds.preflight_place import check_directory, check_disk
 from salient_ds.salience.budget import steps_or_fraction
-from salient_ds.salience.growth import exact_scores
+from salient_ds.salience.growth import exact_scores, first_room
 from salient_ds.salience.schedules import initial_total, method_events, target_total
 from salient_ds.salience.search_schedule import SearchSpace
-from salient_ds.speed_config import shards_base, speed_problems
+from salient_ds.speed_config import grows_in_flight, shards_base, speed_problems
 from salient_ds.targets import match_shortcuts, match_targets
 from salient_ds.tokenizer_files import inspect_tokenizer
 from salient_ds.zero.config import load_ds_config, resolve_ds_config, summary
@@ -89,7 +90,8 @@ class _Checks:
         except ConfigError as error:
             self.report.problems.extend(error.problems)
         except ValueError as error:  # DataError is one
-            self.report.problems.append(str(error))
+            if str(error) not in self.report.problems:  # several checks may ask for what cannot be had
+                self.report.problems.append(str(error))
         except OSError as error:
             self.report.problems.append(f"cannot read {error.filename or 'a file'}: {error.strerror or error}")
 
@@ -134,6 +136,7 @@ class _Checks:
         self.files = files = inspect_model(self.run.model)
         self.report.problems.extend(files.problems)
         self.report.notes.extend(files.notes)
+        self.report.problems.extend(kernel_problems(self.run.speed, files.config.get("model_type")))
         inspect_tokenizer(self.run, files, self.report.problems)
         if files.parameters() is not None:
             self.facts["base_parameters"] = files.parameters()
@@ -222,10 +225,6 @@ class _Checks:
         events = method_events(method, ranks, total_steps, space, epoch)
         self.facts["events"] = [asdict(event) for event in events]
         if isinstance(method, IncreLoRAConfig):
-            self.report.notes.append(
-                f"memory and trainable parameters are those of adapter.rank={self.run.adapter.rank} rows per matrix, "
-                "all of which exist from the start: as low as the largest rank you expect is enough"
-            )
             if "exact_scores" in self.facts:
                 kind = "exact, of the averaged gradient" if self.facts["exact_scores"] else "mean, over micro-batches"
                 self.report.notes.append(f"method.score_reduction={method.score_reduction}: scores are {kind}")
@@ -260,11 +259,27 @@ class _Checks:
         self.facts["zero"] = asdict(zero)
         choice = self.run.speed, self.run.method.name, zero.stage, self.run.adapter.shortcuts is not None
         self.report.problems.extend(speed_problems(*choice))
+        self._room(grows_in_flight(*choice))
         if shards_base(*choice):
             self.report.notes.append(
                 "ZeRO-3 partitions the frozen base only (speed.zero3): adapters are replicated in training precision, "
                 "their masters and moments partitioned"
             )
+
+    def _room(self, in_flight: bool) -> None:
+        """Say which rows exist of matrices that grow."""
+        method, rank, shapes = self.run.method, self.run.adapter.rank, [shape for _, shape in self.adapted]
+        if not isinstance(method, IncreLoRAConfig) or not shapes:
+            return
+        note = f"all adapter.rank={rank} rows per matrix exist from the start: the largest rank you expect is enough"
+        if in_flight:
+            room = first_room(method, len(shapes), rank)
+            self.facts["trainable_start"] = adapter_parameters(method, shapes, [room] * len(shapes))
+            note = (
+                f"matrices begin with room for {room} of adapter.rank={rank} rows and get more when they need it "
+                "(speed.growth); memory is an upper bound: growth in the widest ones, and the moment when room is made"
+            )
+        self.report.notes.append(note)
 
     def memory(self) -> None:
         if not self.adapted or "ds_config" not in self.facts or "base_parameters" not in self.facts:
@@ -283,4 +298,4 @@ class _Checks:
         self.facts["memory"] = {name: asdict(row) for name, row in estimate_stages(work, ds, self.world_size).items()}
         self.facts["this_run"] = asdict(estimate(work, ds, self.world_size))
         # fp32 masters and both moments, of everything that is trained
-        self.facts["checkpoint_bytes"] = 12 * work.trainable
+        self.facts["checkpoint_bytes"] = 12 * work.at(ds.stage).trainable

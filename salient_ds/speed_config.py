@@ -21,12 +21,24 @@ class SpeedConfig(BaseModel):
     auto: sharded_base, unless the method or packing rules it out."""
     compaction: Literal["auto", "none", "last", "every"] = "auto"
     """Drop pruned rows from parameters, masters and moments: after the last event, after every one, or never. auto:
-    after the last one, if the method's pruned rows have no effect any more (salientlora with its default options)."""
-    compile_layers: bool = False
+    after the last one, if the method's pruned rows have no effect any more (salientlora with its default options), and
+    what is left of increlora's room."""
+    growth: Literal["auto", "in_flight", "preallocated"] = "auto"
+    """When increlora's rows come into being. in_flight: with little room to spare, before events that need more of it
+    (the engine is made anew each time, as by compaction). preallocated: all of adapter.rank from the start. auto:
+    in_flight, wherever adapters are packed."""
+    compile_layers: bool | Literal["auto"] = "auto"
     """Compile every decoder layer with torch.compile: fewer and fused elementwise kernels, a minute of start-up. Not
-    with zero3: gathered parameters would stay in memory."""
+    with `zero3: partitioned`. auto: on a GPU, with packed salientlora, adalora and lora; if the compiler fails, layers
+    run as they are, with a warning."""
+    liger: Literal["none", "loss", "all"] = "none"
+    """Kernels of liger-kernel, an extra (pip install 'salient-ds[liger]'), on CUDA devices. loss: output layer and
+    cross-entropy in one, so that logits (tokens x vocabulary) are never stored as a whole. all: norms, rotary embedding
+    and gated activations too, instead of compile_layers."""
 
 
+COMPILABLE = ("salientlora", "adalora", "lora")
+"""Methods whose layers are compiled without being asked."""
 PACKABLE = ("salientlora", "adalora", "lora", "lora2", "increlora")
 """Methods whose adapters may be packed."""
 
@@ -41,6 +53,18 @@ def packs(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) 
 def shards_base(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> bool:
     """Whether ZeRO-3 partitions the frozen base alone."""
     return stage == 3 and speed.zero3 != "partitioned" and packs(speed, method, stage, shortcuts)
+
+
+def compiles(speed: SpeedConfig, method: str, packed: bool, on_gpu: bool) -> bool:
+    """Whether decoder layers are compiled."""
+    if speed.compile_layers == "auto":
+        return on_gpu and packed and method in COMPILABLE and speed.liger != "all"
+    return speed.compile_layers
+
+
+def grows_in_flight(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> bool:
+    """Whether matrices get room for new rows when they need it."""
+    return method == "increlora" and speed.growth != "preallocated" and packs(speed, method, stage, shortcuts)
 
 
 def speed_problems(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> list[str]:
@@ -60,6 +84,22 @@ def speed_problems(speed: SpeedConfig, method: str, stage: int, shortcuts: bool 
         problems.append(f"speed.compaction={speed.compaction} needs packed adapters: use none, or packing: auto")
     if speed.compaction == "every" and method != "salientlora":
         problems.append(f"speed.compaction=every works with salientlora, not with {method}: use last")
-    if speed.compile_layers and stage == 3:
-        problems.append("speed.compile_layers does not work with ZeRO-3: set it to false, or use stage 2")
+    if speed.growth == "in_flight" and not grows_in_flight(speed, method, stage, shortcuts):
+        why = "needs packed adapters" if method == "increlora" else f"works with increlora, not with {method}"
+        problems.append(f"speed.growth=in_flight {why}: use auto")
+    if speed.compile_layers is True and stage == 3 and not shards_base(speed, method, stage, shortcuts):
+        problems.append(
+            "speed.compile_layers does not work where ZeRO-3 partitions adapters too (zero3: partitioned): set it to "
+            "false, or use stage 2"
+        )
+    if speed.liger != "none" and stage == 3 and not shards_base(speed, method, stage, shortcuts):
+        problems.append(
+            f"speed.liger={speed.liger} reads the output layer's weight, which ZeRO-3 partitions here: use none, "
+            "stage 2, or zero3: sharded_base where the method allows it"
+        )
+    if speed.liger == "all" and speed.compile_layers is True:
+        problems.append("speed.liger=all: layers compiled by speed.compile_layers fuse these already, use liger: loss")
+    if speed.liger == "all" and shortcuts:
+        # its norms overwrite the gradient of their output, which a shortcut may share with another branch
+        problems.append("speed.liger=all does not work with adapter.shortcuts: use liger: loss")
     return problems

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from salient_ds.config import RunConfig
 from salient_ds.data.sampler import StepSampler
 from salient_ds.export.run import export_run
+from salient_ds.fused_kernels import loss_only
 from salient_ds.inputs import evaluation_batches, load_inputs, micro_batches, probe_data
 from salient_ds.method_config import HeteroLoRAConfig
 from salient_ds.methods.base import RankLayout, ScoringMethod
@@ -222,7 +223,7 @@ class Training:
         with torch.no_grad():
             size = self.config.train.micro_batch_size
             for batch in evaluation_batches(self.inputs, self.rank, self.world_size, size, self.device):
-                loss = engine(**batch.inputs).loss
+                loss = engine(**batch.inputs, **loss_only(self.config.speed)).loss
                 if batch.num_targets:
                     total += loss.double() * batch.num_targets
                     count += batch.num_targets

@@ -26,7 +26,7 @@ def run_config(spec: ArmSpec, model_dir: str, method: dict[str, Any]) -> RunConf
         "model": {"path": model_dir, "random_weights": True, "attn_implementation": settings.attention},
         "adapter": {"rank": spec.rank, "alpha": float(spec.rank)},
         "method": method,
-        "speed": {"compile_layers": spec.compiled},
+        "speed": {"compile_layers": spec.compiled, "liger": "loss" if spec.fused_loss else "none"},
         "train": {
             "max_steps": 1, "global_batch_size": settings.batch * spec.gpus, "micro_batch_size": settings.batch,
             "precision": settings.precision, "lr": 1e-4, "lr_schedule": "constant", "max_grad_norm": settings.clip,

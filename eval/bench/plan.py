@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from salient_ds.method_config import MethodConfig
+from salient_ds.speed_config import SpeedConfig, shards_base
 
 PEFT_ARMS = ("peft_lora", "peft_adalora")
 PLAIN = "plain"
-COMPILED = "+compile"
-"""Suffix of an arm's name: its decoder layers are compiled."""
+COMPILED, FUSED_LOSS = "compile", "liger"
+"""Options of an arm, joined to its name by "+": compiled decoder layers, and the fused loss of liger-kernel."""
 _STAGES = ("0", "1", "2", "3")
 
 
@@ -57,17 +58,20 @@ class ArmSpec:
     compiled: bool
     """Decoder layers go through torch.compile (arms of this package only)."""
     settings: Settings = field(repr=False)
+    fused_loss: bool = False
+    """Output layer and loss are one (speed.liger=loss; arms of this package only)."""
 
     @property
     def title(self) -> str:
         where = PLAIN if self.loop == PLAIN else f"zero{self.zero}"
-        compiled = " compiled" if self.compiled else ""
-        return f"{self.arm} r={self.rank} {where} x{self.gpus} checkpointing={self.checkpointing}{compiled}"
+        options = (" compiled" if self.compiled else "") + (" fused loss" if self.fused_loss else "")
+        return f"{self.arm} r={self.rank} {where} x{self.gpus} checkpointing={self.checkpointing}{options}"
 
     def key(self) -> dict[str, Any]:
         """What identifies the arm in a record."""
         return {"arm": self.arm, "loop": self.loop, "zero": self.zero, "rank": self.rank, "gpus": self.gpus,
-                "checkpointing": self.checkpointing, "compiled": self.compiled, "form": self.form}  # fmt: skip
+                "checkpointing": self.checkpointing, "compiled": self.compiled, "fused_loss": self.fused_loss,
+                "form": self.form}  # fmt: skip
 
     @property
     def form(self) -> str:
@@ -90,19 +94,28 @@ def method_classes() -> tuple[Any, ...]:
     return get_args(MethodConfig) or (MethodConfig,)
 
 
+def split_name(name: str) -> tuple[str, list[str]]:
+    """``"salientlora+compile"`` -> the arm and its options."""
+    arm, *options = name.split("+")
+    return arm, options
+
+
 def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
     """``"peft_lora,peft_adalora@480,salientlora"`` -> arms with their ranks (``@a+b``, else all of ``ranks``).
 
     Raises:
-        ValueError: an unknown arm, with the known ones.
+        ValueError: an unknown arm or option, with the known ones.
     """
     known = [*PEFT_ARMS, *own_methods()]
     found = []
     for item in text.split(","):
         name, _, own = item.strip().partition("@")
-        plain = name.removesuffix(COMPILED)
-        if plain not in known or (plain in PEFT_ARMS and plain != name):
-            raise ValueError(f"--arms: {name!r} is unknown; known: {', '.join(known)}")
+        arm, options = split_name(name)
+        if arm not in known or (arm in PEFT_ARMS and options) or set(options) - {COMPILED, FUSED_LOSS}:
+            raise ValueError(
+                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all but PEFT's also with "
+                f"+{COMPILED} and +{FUSED_LOSS}"
+            )
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
     return found
 
@@ -125,8 +138,10 @@ def impossible(spec: ArmSpec) -> str | None:
     """Why an arm is left out, if it is."""
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
-    if spec.compiled and spec.zero == 3:
-        return "layers that ZeRO-3 gathers are not compiled"
+    if spec.compiled and spec.zero == 3 and not shards_base(SpeedConfig(), spec.arm, spec.zero):
+        return "layers that DeepSpeed's ZeRO-3 gathers are not compiled"
+    if spec.fused_loss and spec.zero == 3 and not shards_base(SpeedConfig(), spec.arm, spec.zero):
+        return "the fused loss reads a weight that ZeRO-3 has partitioned"
     if spec.arm == "peft_adalora" and spec.zero == 3:
         return "PEFT's update_and_allocate raises on parameters that ZeRO-3 has partitioned"
     return None
@@ -147,8 +162,9 @@ def plan(
             for loop, stage in zero:
                 for rank in ranks:
                     for name in (name for name, own in arms if rank in own):
-                        compiled = name.endswith(COMPILED)
-                        spec = ArmSpec(name.removesuffix(COMPILED), loop, stage, rank, count, how, compiled, settings)
+                        arm, options = split_name(name)
+                        choices = COMPILED in options, settings, FUSED_LOSS in options
+                        spec = ArmSpec(arm, loop, stage, rank, count, how, *choices)
                         reason = impossible(spec)
                         if reason is None:
                             run.append(spec)

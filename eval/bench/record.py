@@ -15,6 +15,8 @@ from .plan import PEFT_ARMS
 REPOSITORY = Path(__file__).resolve().parents[2]
 COLUMNS = ("arm", "loop", "rank", "GPUs", "ckpt", "s/step", "tokens/s", "peak GiB", "x PEFT LoRA", "x floor",
            "events s")  # fmt: skip
+MARKS = {"compiled": "(compiled)", "fused_loss": "(fused loss)", "compacted": "(compacted)"}
+"""What is added to an arm's name in the tables."""
 Row = Mapping[str, Any]
 
 
@@ -41,8 +43,9 @@ def row(arm: Row) -> list[str]:
     """One line of the table, see :data:`COLUMNS`."""
     events = arm.get("event_seconds") or []
     ratio = arm.get("ratio_to_peft_lora")
+    marks = [name for key, name in MARKS.items() if arm.get(key)]
     return [
-        arm["arm"] + (" (compiled)" if arm.get("compiled") else "") + (" (compacted)" if arm.get("compacted") else ""),
+        " ".join([arm["arm"], *marks]),
         "plain" if arm["loop"] == "plain" else f"ZeRO-{arm['zero']}",
         str(arm["rank"]), str(arm["gpus"]), arm["checkpointing"],
         f"{arm['seconds']:.4f}", f"{arm['tokens_per_s']:,.0f}", f"{arm['peak_gib']:.2f}",
@@ -152,7 +155,7 @@ def schedule_lines(arms: Sequence[Row]) -> list[str]:
         verdict = "exactly the target" if arm["exact"] else f"NOT the target {arm['target_total_rank']:,}"
         later = arm["seconds_after_events"]
         lines.append(
-            f"{arm['arm']} {row(arm)[1]} r={arm['rank']} x{arm['gpus']}, checkpointing {arm['checkpointing']}, "
+            f"{row(arm)[0]} {row(arm)[1]} r={arm['rank']} x{arm['gpus']}, checkpointing {arm['checkpointing']}, "
             f"shortened schedule: {arm['total_rank']:,} ranks, events after steps {steps}; {arm['final_total_rank']:,} "
             f"left, {verdict}."
             + (f" Steps after the last event: {later:.4f} s." if later is not None else "")

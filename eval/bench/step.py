@@ -30,7 +30,7 @@ from salient_ds.method_config import LoRA2Config
 from . import record
 from .drive import ArmFailed, run_worker
 from .floor import step_flops
-from .plan import COMPILED, PEFT_ARMS, ArmSpec, Settings, parse_arms, parse_zero, plan
+from .plan import PEFT_ARMS, ArmSpec, Settings, parse_arms, parse_zero, plan, split_name
 from .shapes import Shape, find_shape
 
 USAGE_ERROR, FAILED_ARMS = 2, 1
@@ -42,7 +42,7 @@ def main(
         str,
         typer.Option(
             help="peft_lora, peft_adalora and methods of this package; NAME@RANK+RANK has ranks of its own, "
-            "NAME+compile compiled layers."
+            "NAME+compile compiled layers, NAME+liger the fused loss of liger-kernel."
         ),
     ] = "peft_lora,peft_adalora,salientlora",
     zero: Annotated[str, typer.Option(help="Any of plain (no DeepSpeed), 0, 1, 2, 3.")] = "plain,2,3",
@@ -109,7 +109,7 @@ def main(
     }
     hardware = record.hardware_name(facts["hardware"], max(counts))
     folder = record.new_folder(
-        out, model.name, [name.removesuffix(COMPILED) for name, _ in chosen], hardware, datetime.date.today()
+        out, model.name, [split_name(name)[0] for name, _ in chosen], hardware, datetime.date.today()
     )
     limit = began + deadline if deadline else float("inf")
     run_arms(specs, page, folder, launcher, on_cpu, timeout, limit, log)

@@ -27,7 +27,7 @@ from .plan import PEFT_ARMS, PLAIN, ArmSpec
 if TYPE_CHECKING:
     from .timing import Measurement
 
-PACKAGES = ("deepspeed", "transformers", "peft", "accelerate", "numpy", "pydantic")
+PACKAGES = ("deepspeed", "transformers", "peft", "accelerate", "liger-kernel", "numpy", "pydantic")
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ LIGHT = (
     "model_files",
     "tokenizer_files",
     "memory",
+    "fused_kernels",
     "run_directory",
     "preflight",
     "check",

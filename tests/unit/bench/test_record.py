@@ -54,6 +54,7 @@ def test_schedule_and_missing_arms_are_told(tmp_path: Path) -> None:
                 "peak_gib_schedule": 2.0}  # fmt: skip
     arm = record.with_ratios([{**timed("salientlora", 0.2), **schedule}], {"r=8": 0.1})[0]
     assert record.row(arm)[-1] == "1 x 0.250"
+    assert record.row({**arm, "compiled": True, "fused_loss": True})[0] == "salientlora (compiled) (fused loss)"
     failed = [{"title": "peft_adalora r=8 zero2", "error": "OutOfMemoryError: CUDA out of memory"}]
     record.write(tmp_path, page([arm], failed=failed))
     readme = (tmp_path / "README.md").read_text()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from salient_ds.memory import estimate
-from salient_ds.speed_config import SpeedConfig, packs, shards_base, speed_problems
+from salient_ds.speed_config import SpeedConfig, compiles, packs, shards_base, speed_problems
 from tests.unit.check.test_memory import config, work
 
 
@@ -18,8 +18,10 @@ from tests.unit.check.test_memory import config, work
         ({"packing": "layer"}, "heterolora", 2, "not with heterolora"),
         ({"zero3": "sharded_base", "packing": "none"}, "salientlora", 3, "zero3=sharded_base needs packed"),
         ({"compaction": "last", "packing": "none"}, "salientlora", 2, "compaction=last needs packed"),
+        ({"growth": "in_flight"}, "salientlora", 2, "growth=in_flight works with increlora, not with salientlora"),
+        ({"growth": "in_flight", "zero3": "partitioned"}, "increlora", 3, "growth=in_flight needs packed adapters"),
         ({"compaction": "every"}, "adalora", 2, "compaction=every works with salientlora, not with adalora"),
-        ({"compile_layers": True}, "salientlora", 3, "compile_layers does not work with ZeRO-3"),
+        ({"compile_layers": True, "zero3": "partitioned"}, "lora", 3, "compile_layers does not work .*partitioned"),
     ],
 )  # fmt: skip
 def test_contradictions_are_named_with_the_way_out(
@@ -29,6 +31,24 @@ def test_contradictions_are_named_with_the_way_out(
     import re
 
     assert re.search(expected, problem) and "use" in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "on_gpu", "expected"),
+    [
+        ({}, "salientlora", True, True),
+        ({}, "salientlora", False, False),
+        ({}, "increlora", True, False),
+        ({"liger": "all"}, "lora", True, False),
+        ({"compile_layers": True}, "increlora", False, True),
+        ({"compile_layers": False}, "salientlora", True, False),
+    ],
+)
+def test_layers_are_compiled_unasked_only_where_that_is_known_to_work(
+    options: dict[str, object], method: str, on_gpu: bool, expected: bool
+) -> None:
+    assert compiles(SpeedConfig.model_validate(options), method, True, on_gpu) == expected
+    assert not compiles(SpeedConfig(), method, False, on_gpu)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -44,9 +64,14 @@ def test_shortcuts_keep_parameters_apart() -> None:
     assert not shards_base(SpeedConfig(), "lora", 3, shortcuts=True)
 
 
-def test_a_sharded_base_replicates_the_adapters_and_nothing_else() -> None:
+def test_a_sharded_base_replicates_adapters_and_what_is_outside_the_layers() -> None:
     apart = estimate(work(rank=480), config(3), 8)
     shared = estimate(replace(work(rank=480), sharded_base=True), config(3), 8)
     assert shared.adapters == 8 * apart.adapters
-    assert (shared.base, shared.optimizer, shared.gradients) == (apart.base, apart.optimizer, apart.gradients)
+    assert (shared.optimizer, shared.gradients) == (apart.optimizer, apart.gradients)
+    embeddings = 2 * (2 * 32000 * 4096)  # bytes of embedding and head
+    norms = 2 * (2 * 32 + 1) * 4096
+    assert 0 <= shared.base - apart.base - embeddings * 7 // 8 <= norms
+    layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert shared.buffers == 2 * layer + 2 * (2 * 500_000_000)
     assert estimate(replace(work(), sharded_base=True), config(2), 8) == estimate(work(), config(2), 8)
