@@ -25,8 +25,15 @@ def shortcut_options(adapter: AdapterConfig) -> ShortcutOptions | None:
     )
 
 
-def adapt(model: nn.Module, config: RunConfig, dtype: torch.dtype, device: torch.device | None = None) -> AdaptedModel:
-    """Freeze ``model`` and add the run's adapters to it; errors as :func:`salient_ds.adapters.inject.inject`."""
+def adapt(
+    model: nn.Module,
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    in_flight: bool = False,
+) -> AdaptedModel:
+    """Freeze ``model`` and add the run's adapters to it; ``in_flight`` and errors as inject's."""
     switched = isinstance(config.method, HeteroLoRAConfig)
     shortcuts = shortcut_options(config.adapter)
-    return inject(model, config.adapter, config.method, config.train.seed, dtype, device, shortcuts, switched)
+    seed = config.train.seed
+    return inject(model, config.adapter, config.method, seed, dtype, device, shortcuts, switched, in_flight)

@@ -1,6 +1,6 @@
 """IncreLoRA's adapter around one frozen linear layer: rows that wait, rows that prepare, rows that count.
 
-Shape legend: I = in features, O = out features, R = preallocated rows, x_BI: any leading axes, then I.
+Shape legend: I = in features, O = out features, R = rows that there is room for, x_BI: any leading axes, then I.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from salient_ds.salience.growth import RESERVE_SIGMA
 
 
 class GrowingLinear(SVDLinear):
-    """y = W0 x + b + alpha / r * B diag(E) A dropout(x) with r of R preallocated rows active, r growing.
+    """y = W0 x + b + alpha / r * B diag(E) A dropout(x) with r of R rows active, r growing.
 
-    A parameter cannot join a ZeRO optimizer in flight, so that all rows exist from the start, in one of three states:
+    A parameter cannot join a ZeRO optimizer in flight, so that there is room for more rows than are active: for all
+    that may come, or for some, and then more is made between two steps (zero/resize.py). Rows are in three states:
 
     active: the first r rows, as in :class:`SVDLinear`.
     reserve: the next rows, while growth goes on. Their singular value is the constant 1e-5, so that their vectors train
@@ -46,15 +47,49 @@ class GrowingLinear(SVDLinear):
         scores: ModuleScores | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        room: int | None = None,
     ) -> None:
+        """
+        Args:
+            rank: the most that it may grow to.
+            room: rows that are there at first (default: all).
+        """
+        self._drawn_from = None if generator is None else generator.get_state()
         super().__init__(base, rank, alpha / start_rank, dropout, init_std, generator, penalty, dtype, device)
+        self.most = rank
+        self._init_std = init_std
+        if room is not None and room < rank:
+            self._keep_first(room)
         self.alpha = alpha
         self.reserve = reserve
         """Rows that prepare while growth goes on (0 without advance learning)."""
         self._scores = [scores] if scores is not None else []  # in a list: nothing to be registered
-        off = torch.zeros(rank, dtype=torch.bool, device=device)
+        off = torch.zeros(self.rank, dtype=torch.bool, device=device)
         self.register_buffer("reserve_mask_R", off, persistent=False)
-        self.set_mask(torch.arange(rank) < start_rank, gate=True, final=False)
+        self.set_mask(torch.arange(self.rank) < start_rank, gate=True, final=False)
+
+    def _keep_first(self, room: int) -> None:
+        self.rank = room
+        self.rank_mask_R = self.rank_mask_R[:room].clone()
+        self.lora_A = nn.Parameter(self.lora_A.detach()[:room].clone())
+        self.lora_E = nn.Parameter(self.lora_E.detach()[:room].clone())
+        self.lora_B = nn.Parameter(self.lora_B.detach()[:, :room].clone())
+
+    def resize(self, rank: int) -> None:
+        """As :meth:`RankedLinear.resize`, between the active rows and :attr:`most`; masks have to be set again."""
+        assert rank <= self.most
+        super().resize(rank)
+        self.reserve_mask_R = torch.zeros_like(self.rank_mask_R)
+
+    def start_values(self) -> dict[str, Tensor]:
+        """What all rows begin with, also those that there is no room for yet: full factors by short name, fp32, CPU."""
+        assert self._drawn_from is not None, "without a generator of its own nothing can be drawn again"
+        generator = torch.Generator()
+        generator.set_state(self._drawn_from)
+        drawn = SVDLinear(
+            self.base, self.most, 1.0, init_std=self._init_std, generator=generator, dtype=self.lora_A.dtype
+        )
+        return {factor: getattr(drawn, f"lora_{factor}").detach().float() for factor in ("A", "E", "B")}
 
     def set_mask(self, mask_R: Tensor, gate: bool, final: bool = True) -> None:
         """Let the first rows count, as many as the mask says; the scaling follows. ``final``: growth is over."""

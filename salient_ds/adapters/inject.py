@@ -24,7 +24,7 @@ from salient_ds.adapters.two_scale import TwoScaleLinear
 from salient_ds.config import AdapterConfig
 from salient_ds.method_config import HeteroLoRAConfig, IncreLoRAConfig, LoRA2Config, LoRAConfig, MethodConfig
 from salient_ds.methods.base import RankLayout
-from salient_ds.salience.growth import reserve_rows
+from salient_ds.salience.growth import first_room, reserve_rows
 from salient_ds.targets import select_modules
 
 Build = Callable[[nn.Linear, torch.Generator], RankedLinear]
@@ -94,6 +94,7 @@ def inject(
     device: torch.device | None = None,
     shortcuts: ShortcutOptions | None = None,
     switched: bool = False,
+    in_flight: bool = False,
 ) -> AdaptedModel:
     """Freeze ``model`` and wrap its targeted layers in place. A fresh adapter does not change any output.
 
@@ -102,6 +103,7 @@ def inject(
     Args:
         shortcuts: HeteroLoRA's, added after all linear layers; ``target_modules`` may then be empty.
         switched: the linear layers get HeteroLoRA's adapter, which a mask turns off as a whole.
+        in_flight: adapters that grow begin with the rows that they need first, not with all of them.
 
     Raises:
         ValueError: if ``adapter.target_modules`` matches no linear layer (with the names there are), or shortcuts are
@@ -116,7 +118,7 @@ def inject(
     build = (
         _switched_builder(adapter, dtype, device)
         if switched
-        else _builder(adapter, method, penalty, scores, len(names), dtype, device)
+        else _builder(adapter, method, penalty, scores, len(names), dtype, device, in_flight)
     )
     adapters: dict[str, RankedLinear] = {}
     for slot, name in enumerate(names):
@@ -176,6 +178,7 @@ def _builder(
     num_modules: int,
     dtype: torch.dtype,
     device: torch.device | None,
+    in_flight: bool,
 ) -> Build:
     rank, dropout = adapter.rank, adapter.dropout
     scaling = adapter.alpha / rank
@@ -190,9 +193,10 @@ def _builder(
         )
     if isinstance(method, IncreLoRAConfig):
         reserve = reserve_rows(method, num_modules)
+        room = first_room(method, num_modules, rank) if in_flight else rank
         return lambda base, g: GrowingLinear(
             base, rank, method.start_rank, reserve, adapter.alpha, dropout, adapter.init_std, g, penalty, scores,
-            dtype, device,
+            dtype, device, room,
         )  # fmt: skip
     return lambda base, g: SVDLinear(
         base, rank, scaling, dropout, adapter.init_std, g, penalty, dtype=dtype, device=device

@@ -1,6 +1,6 @@
 """IncreLoRA (Zhang et al. 2023): ranks grow, one event at a time, where the loss depends most on a matrix' update.
 
-Shape legend: M = adapted matrices, R = preallocated rows of one matrix, N = sum of all R.
+Shape legend: M = adapted matrices, R = rows that one matrix has room for, N = sum of all R.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from salient_ds.salience.growth import (
     grow_threshold,
     growth_events,
     growth_plan,
+    more_room,
 )
 from salient_ds.salience.learning_rate import RatePlan
 from salient_ds.salience.row_rates import NEVER, RowRates, runs_of
@@ -30,7 +31,7 @@ from salient_ds.salience.sensitivity import Smoothed
 
 
 class IncreLoRA:
-    """Smooths one score per matrix and lets the highest ones take preallocated rows into use until the target is met.
+    """Smooths one score per matrix and lets the highest ones take more rows into use until the target is met.
 
     The score is sum |dW o dL/ddW| / sqrt(O I) (see :func:`salient_ds.adapters.module_score.module_score`), smoothed as
     AdaLoRA's sensitivity: S = Ibar Ubar. A matrix that grows activates its reserve rows, with singular value 1e-5, and
@@ -41,6 +42,9 @@ class IncreLoRA:
 
     Rows that join late start their own warm-up (``lr_restart``), and those that have not joined yet are kept as they
     are, by scaling what the optimizer did to them (:class:`salient_ds.salience.row_rates.RowRates`).
+
+    Matrices need not have room for all rows they may ever take: :meth:`room_for` says what an event needs. Since rows
+    are taken in order, everything that is remembered about them is the same with any room.
 
     Raises:
         ValueError: the schedule misses the target or contradicts itself (see :mod:`salient_ds.salience.growth`).
@@ -75,7 +79,7 @@ class IncreLoRA:
         self._step = 0
         start, reserve = config.start_rank, self._reserve if self.events else 0
         self._sigma_joined = [[0] * start + [NEVER] * (rank - start) for rank in layout.ranks]
-        """Step after which E of every row began to train, by matrix."""
+        """Step after which E of every row began to train, by matrix, also of rows that there is no room for yet."""
         self._vectors_joined = [([0] * (start + reserve) + [NEVER] * rank)[:rank] for rank in layout.ranks]
         """The same for its vectors: they begin in reserve."""
         self._row_rates = RowRates()
@@ -93,6 +97,23 @@ class IncreLoRA:
     def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
         """Nothing to prepare: the statistic belongs to whole matrices."""
         assert layout == self.layout
+
+    def resized(self, layout: RankLayout) -> None:
+        """Go on with room for other numbers of rows."""
+        self.layout = layout
+        self._choose_rows()
+
+    def room_for(self, event: Event, previous: RankDecision) -> tuple[int, ...] | None:
+        """Rows that every matrix is to have before ``event`` is decided; None: what it will give has room.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        if previous.total >= self.plan.target_total:
+            return None
+        grown, _ = self._grow(previous, event)
+        reserve = 0 if sum(grown) >= self.plan.target_total else self._reserve
+        return more_room(self.plan, grown, reserve, self.layout.ranks)
 
     def scored_at(self, step: int) -> bool:
         """Whether the backward passes of ``step`` are to be scored: every ``score_every`` steps until growth ends."""
@@ -134,14 +155,13 @@ class IncreLoRA:
         """
         if previous.total >= self.plan.target_total:
             return previous
-        ranks = previous.ranks(self.layout)
-        growth = self._grow(ranks, previous.total, event)
-        grown = [rank + rows for rank, rows in zip(ranks, growth.rows, strict=True)]
+        grown, threshold = self._grow(previous, event)
+        assert all(rank <= R for R, rank in zip(self.layout.ranks, grown, strict=True)), "room is made before the event"
         self._total = sum(grown)
         final = self._total >= self.plan.target_total
-        self._join(event.step, ranks, grown, 0 if final else self._reserve)
+        self._join(event.step, previous.ranks(self.layout), grown, 0 if final else self._reserve)
         mask_N = torch.cat([torch.arange(R) < rank for R, rank in zip(self.layout.ranks, grown, strict=True)])
-        return RankDecision(event.step, event.total_rank, mask_N, growth.threshold, hold=final)
+        return RankDecision(event.step, event.total_rank, mask_N, threshold, hold=final)
 
     def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:
         """Nothing is sharded."""
@@ -165,13 +185,17 @@ class IncreLoRA:
         self._vectors_joined = [list(rows) for rows in shared["vectors_joined"]]
         self._choose_rows()
 
-    def _grow(self, ranks: list[int], total: int, event: Event) -> Growth:
+    def _grow(self, previous: RankDecision, event: Event) -> tuple[list[int], float]:
+        """Rank of every matrix after ``event``, and the lowest score of one that grows."""
         smoothed_M2 = self.smoothed_M2
         self._check_finite(smoothed_M2, event)
-        score_M = smoothed_M2.prod(1).tolist()
-        left = self.plan.target_total - total
+        ranks = previous.ranks(self.layout)
+        growth = self._growth(smoothed_M2.prod(1).tolist(), ranks, self.plan.target_total - previous.total)
+        return [rank + rows for rank, rows in zip(ranks, growth.rows, strict=True)], growth.threshold
+
+    def _growth(self, score_M: list[float], ranks: list[int], left: int) -> Growth:
         if self.plan.exact:
-            room_M = [most - rank for most, rank in zip(self.layout.ranks, ranks, strict=True)]
+            room_M = [most - rank for most, rank in zip(self.plan.ranks, ranks, strict=True)]
             return grow_exact(score_M, room_M, min(left, self.plan.top_h * self.plan.add), self.plan.add)
         return grow_threshold(score_M, min(left, self.plan.top_h), self.plan.add)
 
@@ -191,7 +215,8 @@ class IncreLoRA:
         for k in range(len(self.layout.ranks)):
             for factor, joined in (("A", self._vectors_joined), ("B", self._vectors_joined), ("E", self._sigma_joined)):
                 wait = factor != "E" and self._keeps_waiting_rows
-                runs = [run for run in runs_of(joined[k]) if (wait if run.joined == NEVER else self.config.lr_restart)]
+                there = joined[k][: self.layout.ranks[k]]
+                runs = [run for run in runs_of(there) if (wait if run.joined == NEVER else self.config.lr_restart)]
                 if runs:
                     chosen[k, factor] = runs
         self._row_rates.choose(chosen)

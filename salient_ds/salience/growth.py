@@ -31,7 +31,7 @@ class GrowthPlan:
 
     total_steps: int
     ranks: tuple[int, ...]
-    """Rows allocated for every matrix: the most it may grow to."""
+    """The most that every matrix may grow to."""
     start_rank: int
     target_total: int
     """Sum of ranks at which growth ends."""
@@ -75,7 +75,7 @@ class GrowthPlan:
 
 
 def growth_plan(config: IncreLoRAConfig, ranks: Sequence[int], total_steps: int) -> GrowthPlan:
-    """The plan of a configured run over matrices with ``ranks`` preallocated rows.
+    """The plan of a configured run over matrices that may grow to ``ranks``.
 
     Raises:
         ValueError: see :class:`GrowthPlan` and :func:`steps_or_fraction`; no default for ``method.add``.
@@ -89,20 +89,85 @@ def growth_plan(config: IncreLoRAConfig, ranks: Sequence[int], total_steps: int)
         initial_warmup=steps_or_fraction(config.initial_warmup, total_steps),
         interval=config.interval,
         top_h=config.top_h,
-        add=config.add or _default_add(target / len(ranks)),
+        add=rows_added(config, len(ranks)),
         exact=config.ties == "exact",
     )
 
 
-def reserve_rows(config: IncreLoRAConfig, num_matrices: int) -> int:
-    """Rows of a matrix that train ahead of time while growth goes on: as many as it may gain at an event.
+def rows_added(config: IncreLoRAConfig, num_matrices: int) -> int:
+    """Rows that a matrix gains at once.
 
     Raises:
         ValueError: no default for ``method.add``.
     """
-    if not config.advance_learning:
-        return 0
     return config.add or _default_add(_target(config, num_matrices) / num_matrices)
+
+
+def reserve_rows(config: IncreLoRAConfig, num_matrices: int) -> int:
+    """Rows of a matrix that train ahead of time while growth goes on: as many as it gains at once.
+
+    Raises:
+        ValueError: no default for ``method.add``.
+    """
+    return rows_added(config, num_matrices) if config.advance_learning else 0
+
+
+def headroom(active: int, add: int, left: int) -> int:
+    """Rows that a matrix of ``active`` rows is given beyond those and its reserve, when all get new room anyway.
+
+    What it gains at once, or half of what it has: one that grows often then needs new room only every so often. No
+    more than are ``left`` until the target.
+    """
+    return min(left, max(add, active // 2))
+
+
+def first_room(config: IncreLoRAConfig, num_matrices: int, most: int) -> int:
+    """Rows that every matrix begins with if room is made in flight.
+
+    Raises:
+        ValueError: no default for ``method.add``.
+    """
+    start, add = config.start_rank, rows_added(config, num_matrices)
+    left = max(0, _target(config, num_matrices) - start * num_matrices)
+    return min(most, start + reserve_rows(config, num_matrices) + headroom(start, add, left))
+
+
+def more_room(plan: GrowthPlan, active_M: Sequence[int], reserve: int, room_M: Sequence[int]) -> tuple[int, ...] | None:
+    """Rows that every matrix is to have before it grows to ``active_M`` rows and ``reserve`` more; None: it has them.
+
+    If one matrix has too few, all get new headroom: they are made anew together.
+    """
+    least_M = [min(most, active + reserve) for most, active in zip(plan.ranks, active_M, strict=True)]
+    if all(least <= room for least, room in zip(least_M, room_M, strict=True)):
+        return None
+    left = max(0, plan.target_total - sum(active_M))
+    wanted_M = [active + reserve + headroom(active, plan.add, left) for active in active_M]
+    return tuple(max(room, min(most, wanted)) for room, most, wanted in zip(room_M, plan.ranks, wanted_M, strict=True))
+
+
+def largest_rooms(config: IncreLoRAConfig, widths_M: Sequence[int], most: int) -> list[int]:
+    """Rows of every matrix if growth goes to where it costs most memory; never more elements than that (but for ties).
+
+    Args:
+        widths_M: elements that one row of every matrix has.
+
+    Raises:
+        ValueError: no default for ``method.add``.
+    """
+    count = len(widths_M)
+    start, add, reserve = config.start_rank, rows_added(config, count), reserve_rows(config, count)
+    left = max(0, _target(config, count) - start * count)
+
+    def room(active: int) -> int:
+        return min(most, active + reserve + headroom(active, add, most))
+
+    full = next((active for active in range(start, most) if room(active) == most), most)
+    rooms = [0] * count
+    for k in sorted(range(count), key=lambda k: -widths_M[k]):
+        gain = min(left, full - start)
+        left -= gain
+        rooms[k] = room(start + gain)
+    return rooms
 
 
 def _target(config: IncreLoRAConfig, num_matrices: int) -> int:

@@ -34,8 +34,10 @@ class EventReport:
     ranks: tuple[int, ...]
     """Live rank of every matrix."""
     kept_N: Tensor
-    """Rows of the layout that the run began with that live now (bool, CPU); the decision's own mask is over the rows
-    there were, fewer after a compaction."""
+    """Rows of the initial layout that live now (bool, CPU); the decision's own mask is over the rows there were, fewer
+    after a compaction or where room is made in flight."""
+    growth: float | None = None
+    """Seconds it took to make room for new rows before; None: there was room."""
 
 
 @dataclass

@@ -34,7 +34,9 @@ class Case:
     train: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     ds: dict[str, Any] = field(default_factory=dict)
-    speed: dict[str, Any] = field(default_factory=lambda: {"zero3": "partitioned", "compaction": "none"})
+    speed: dict[str, Any] = field(
+        default_factory=lambda: {"zero3": "partitioned", "compaction": "none", "growth": "preallocated"}
+    )
 
     def config(self, model: Path) -> RunConfig:
         return parse_config({

@@ -22,14 +22,15 @@ CPU = torch.device("cpu")
 WIDE, TALL, ROWS = 6, 5, 7
 
 
-def adapter_of(start: int = 2, reserve: int = 2, **options: Any) -> GrowingLinear:
+def adapter_of(start: int = 2, reserve: int = 2, scale: bool = True, **options: Any) -> GrowingLinear:
     torch.manual_seed(0)
     adapter = GrowingLinear(
         nn.Linear(WIDE, TALL), ROWS, start, reserve, 8.0, init_std=0.5, generator=torch.Generator().manual_seed(1),
         **options,
     )  # fmt: skip
-    with torch.no_grad():
-        adapter.lora_E.copy_(torch.linspace(0.5, 1.5, ROWS))
+    if scale:
+        with torch.no_grad():
+            adapter.lora_E.copy_(torch.linspace(0.5, 1.5, ROWS))
     return adapter
 
 
@@ -173,3 +174,33 @@ def test_injected_model_starts_next_to_its_base() -> None:
     assert not torch.equal(model(x).detach(), before)  # the reserve's 1e-5
     adapted.set_mask(torch.tensor([i % 7 < 3 for i in range(14)]), True, False)
     assert [a.scaling for a in adapted.adapters.values()] == [8.0 / 3] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_room_is_the_first_rows_of_the_same_draw(dtype: torch.dtype) -> None:
+    whole, small = adapter_of(dtype=dtype), adapter_of(dtype=dtype, room=5, scale=False)
+    assert (small.rank, small.most, whole.most) == (5, ROWS, ROWS)
+    assert torch.equal(small.lora_A, whole.lora_A[:5]) and torch.equal(small.lora_B, whole.lora_B[:, :5])
+    assert small.rank_mask_R.tolist() == [True] * 2 + [False] * 3 and len(small.lora_E) == 5
+    assert small.reserve_mask_R.tolist() == [False, False, True, True, False]
+    starts = small.start_values()
+    assert all(value.dtype == torch.float32 for value in starts.values())
+    assert torch.equal(starts["A"], whole.lora_A.float()) and torch.equal(starts["B"], whole.lora_B.float())
+    assert starts["E"].tolist() == [0.0] * ROWS
+
+
+def test_rows_off_change_nothing() -> None:
+    """Output, gradients and the penalty's are those of an adapter with room for all rows."""
+    grads = []
+    x = torch.randn(3, WIDE)
+    for room in (None, 4):
+        adapter = adapter_of(room=room, scale=False, penalty=OrthogonalityPenalty(1, 0.1, "mean_norm"))
+        with torch.no_grad():
+            adapter.lora_E[:2] = 1.5
+        adapter._penalty[0].arm(1.0, CPU)
+        y = adapter(x)
+        y.square().sum().backward()
+        assert adapter.lora_A.grad is not None and adapter.lora_B.grad is not None
+        grads.append([y.detach(), adapter.lora_A.grad[:4], adapter.lora_B.grad[:, :4]])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)

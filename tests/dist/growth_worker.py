@@ -1,0 +1,61 @@
+"""IncreLoRA's rows made when they are needed, and all from the start. Runs inside a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from salient_ds.zero.checkpoint import kept_rows, load, save
+from tests.dist.compaction_worker import elements
+from tests.dist.scenario import TOTAL_STEPS, Case, advance, batches, build, local_state
+
+BEFORE, AFTER = 4, 10
+"""Steps of the two checkpoints: room is made for the first time between them, and growth ends later."""
+IDENTITY = {"case": "growth"}
+
+
+def run(rank: int, world: int, model: Path, cases: list[Case], folders: list[Path | None]) -> list[dict[str, Any]]:
+    """Every case from scratch to the end; checkpoints where there is a folder."""
+    results = []
+    for case, folder in zip(cases, folders, strict=True):
+        engine = build(case, model, world)
+        found: dict[str, Any] = {"losses": [], "masks": [], "made": [], "elements": [elements(engine)]}
+        while engine.step < TOTAL_STEPS:
+            report = engine.train_step(*batches(engine.step, rank, world))
+            found["losses"].append(report.loss)
+            found["elements"].append(elements(engine))
+            if report.event is not None:
+                found["masks"].append(report.event.kept_N)
+                found["made"].append(report.event.growth is not None)
+            if folder is not None and engine.step in (BEFORE, AFTER):
+                save(engine, folder, IDENTITY, {}, keep=9)
+        found |= {
+            "state": local_state(engine), "layout": engine.initial_layout, "ranks": engine.adapted.layout.ranks,
+            "hooks": len(engine.engine.module._forward_pre_hooks),
+        }  # fmt: skip
+        results.append(found)
+        engine.engine.destroy()
+    return results
+
+
+def resume(rank: int, world: int, model: Path, jobs: list[tuple[Case, Path, int]]) -> list[dict[str, Any]]:
+    """Losses from each checkpoint on, rows that there were right after loading, and those left at the end."""
+    out = []
+    for case, folder, step in jobs:
+        path = folder / f"step-{step:08d}"
+        engine = build(case, model, world, kept_rows(path))
+        load(engine, path, IDENTITY)
+        rows = engine.adapted.layout.total
+        losses = advance(engine, TOTAL_STEPS, rank, world)[0]
+        out.append({"losses": losses, "rows": rows, "left": engine.adapted.layout.total})
+        engine.engine.destroy()
+    return out
+
+
+def refuse(rank: int, world: int, model: Path, case: Case, folder: Path) -> str:
+    """Why a run whose adapters are not packed does not continue a checkpoint that lacks rows."""
+    try:
+        build(case, model, world, kept_rows(folder / f"step-{BEFORE:08d}"))
+    except ValueError as error:
+        return str(error)
+    return ""
