@@ -93,8 +93,10 @@ class OwnArm:
             base = load_base(run, ds, device)
         watch = Stopwatch(device)
 
-        def make(adapted: AdaptedModel, settings: dict[str, Any]) -> TimedEngine:
-            return TimedEngine(make_engine(spec, adapted, run, settings, device, autocast=False), watch)
+        def make(adapted: AdaptedModel, settings: dict[str, Any], folding: bool) -> TimedEngine:
+            return TimedEngine(
+                make_engine(spec, adapted, run, settings, device, autocast=False, folding=folding), watch
+            )
 
         allocating = assemble(base, run, ds, STEADY_STEPS, device, make_engine=make)
         return cls(spec, allocating, watch)
@@ -120,7 +122,7 @@ class OwnArm:
 
     def facts(self) -> dict[str, Any]:
         layout = self.adapted.layout
-        return {"compacted": False, "total_rank": layout.total, "sharded_base": self.allocating.base is not None}
+        return {"compacted": False, "total_rank": layout.total}
 
     def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
         """Train through a shortened allocation schedule; the time of every event, and what is left at the end.
@@ -135,9 +137,7 @@ class OwnArm:
             return {}
         steady = self.allocating
         steady.method = LoRA()  # the method of the timed steps looks no further
-        self.allocating = AllocatingEngine(
-            steady.engine, steady.adapted, method, device, base=steady.base, compactor=steady.compactor
-        )
+        self.allocating = AllocatingEngine(steady.engine, steady.adapted, method, device, resizer=steady.resizer)
         self.watch.mark_steps = True
         del steady  # its hooks and views would keep what a compaction replaces
         reset_peak(device)
@@ -179,11 +179,17 @@ def event_row(report: Any, seconds: float) -> dict[str, Any]:
 
 
 def make_engine(
-    spec: ArmSpec, adapted: AdaptedModel, run: RunConfig, ds: dict[str, Any], device: torch.device, autocast: bool
+    spec: ArmSpec,
+    adapted: AdaptedModel,
+    run: RunConfig,
+    ds: dict[str, Any],
+    device: torch.device,
+    autocast: bool,
+    folding: bool = False,
 ) -> Any:
-    """The plain loop, or DeepSpeed's engine as the product builds it; for every arm the same."""
+    """The plain loop, or DeepSpeed's engine as the product builds it; PEFT's arms clip as DeepSpeed does."""
     if spec.loop != PLAIN:
-        return build_engine(adapted, run.train, ds, STEADY_STEPS, device)
+        return build_engine(adapted, run.train, ds, STEADY_STEPS, device, folding)
     optimizer = optimizer_factory(run.train, fused=device.type == "cuda")
     groups = [{k: v for k, v in g.items() if k != "name"} for g in parameter_groups(adapted, run.train)]
     return PlainEngine(adapted.trained, groups, optimizer, spec.settings.clip, autocast)

@@ -12,18 +12,20 @@ from salient_ds.adapters.bank import layer_of
 from salient_ds.adapters.from_config import adapt
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config import RunConfig
+from salient_ds.fused_kernels import apply_kernels
 from salient_ds.methods.base import Method
 from salient_ds.methods.table import build_method
 from salient_ds.models import DTYPES
-from salient_ds.speed_config import packs, shards_base
+from salient_ds.speed_config import compiles, grows_in_flight, packs, shards_base
 from salient_ds.zero.build import build_engine, rate_plan
-from salient_ds.zero.compact import Compactor, ResizableMethod, shrink
+from salient_ds.zero.compact import Resizer
 from salient_ds.zero.config import summary
 from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.zero.resize import ResizableMethod, all_rows, first_rows, set_rows
 from salient_ds.zero.sharded_base import ShardedBase, adapter_config
 
-MakeEngine = Callable[[AdaptedModel, dict[str, Any]], Any]
-"""An engine over the adapted model, given DeepSpeed settings."""
+MakeEngine = Callable[[AdaptedModel, dict[str, Any], bool], Any]
+"""An engine over the adapted model, given DeepSpeed settings and whether clipping may be folded into the optimizer."""
 
 
 def assemble(
@@ -41,52 +43,58 @@ def assemble(
     Args:
         model: from :func:`salient_ds.models.load_model` with the same ``ds_config``.
         ds_config: resolved DeepSpeed settings.
-        kept_N: rows that the checkpoint to be continued still has (bool, CPU); None: all.
+        kept_N: rows that the checkpoint to be continued has (bool, CPU); None: those that a run begins with.
         steps_per_epoch: for methods whose events are given in epochs.
         make_engine: instead of :func:`salient_ds.zero.build.build_engine` (benchmarks).
 
     Raises:
-        ValueError: the checkpoint was compacted and this run's adapters are not packed.
+        ValueError: the checkpoint lacks rows and this run's adapters are not packed, or the kernels of
+            ``speed.liger`` cannot be had.
     """
     stage = summary(ds_config).stage
     name, shortcuts = config.method.name, config.adapter.shortcuts is not None
-    base = None
+    apply_kernels(model, config.speed, device)
     if shards_base(config.speed, name, stage, shortcuts):
-        base = ShardedBase(model, ds_config)  # before there are adapters, which it must not partition
+        ShardedBase(model, ds_config, device)  # before there are adapters, which it must not partition
         ds_config = adapter_config(ds_config)
     dtype = DTYPES[config.train.precision]
-    adapted = adapt(model, config, dtype, device)
+    adapted = adapt(model, config, dtype, device, grows_in_flight(config.speed, name, stage, shortcuts))
     packed = packs(config.speed, name, stage, shortcuts)
     if packed:
         adapted.pack()
     for adapter in adapted.adapters.values():
         adapter.fused = config.train.activation_checkpointing != "selective"
-    if config.speed.compile_layers:
-        compile_layers(adapted)
-    layout = adapted.layout
+    if compiles(config.speed, name, packed, device.type == "cuda"):
+        compile_layers(adapted, may_fail=config.speed.compile_layers == "auto")
+    layout = all_rows(adapted)
     rates = rate_plan(config.train, total_steps)
     method = build_method(config.method, layout, total_steps, rates, steps_per_epoch)
-    if kept_N is not None and not bool(kept_N.all()):
+    here_N = first_rows(layout, adapted.layout.ranks)
+    if kept_N is None or len(kept_N) != len(here_N):  # another model's: refused when the checkpoint is read
+        kept_N = here_N
+    if not torch.equal(kept_N, here_N):
         if not packed:
             raise ValueError(
-                f"the checkpoint holds {int(kept_N.sum())} of {len(kept_N)} rows (it was compacted), which needs "
-                f"packed adapters; speed.packing={config.speed.packing} and speed.zero3={config.speed.zero3} rule them "
-                "out: set both to auto"
+                f"the checkpoint holds {int(kept_N.sum())} of {len(kept_N)} rows (it was compacted, or still grows in "
+                f"flight), which needs packed adapters; speed.packing={config.speed.packing} and "
+                f"speed.zero3={config.speed.zero3} rule them out: set both to auto"
             )
+        set_rows(adapted, layout, kept_N)
+    if adapted.layout != layout:
         assert isinstance(method, ResizableMethod)
-        shrink(adapted, kept_N)
         method.resized(adapted.layout)
 
     def build() -> Any:
+        folding = not method.needs_before  # a method that looks at gradients before the step wants them clipped
         if make_engine is not None:
-            return make_engine(adapted, ds_config)
-        return build_engine(adapted, config.train, ds_config, total_steps, device)
+            return make_engine(adapted, ds_config, folding)
+        return build_engine(adapted, config.train, ds_config, total_steps, device, folding)
 
     when = compaction(config, method, packed)
-    compactor = None if when == "none" else Compactor(build, when)
+    resizer = Resizer(build, when) if packed and isinstance(method, ResizableMethod) else None
     return AllocatingEngine(
         build(), adapted, method, device,
-        base=base, compactor=compactor, initial_layout=layout, kept_N=kept_N,
+        resizer=resizer, initial_layout=layout, kept_N=kept_N,
     )  # fmt: skip
 
 
@@ -100,7 +108,7 @@ def compaction(config: RunConfig, method: Method, packed: bool) -> Literal["none
     return wanted if possible else "none"
 
 
-def compile_layers(adapted: AdaptedModel) -> None:
+def compile_layers(adapted: AdaptedModel, may_fail: bool) -> None:
     """torch.compile the forward of every adapted layer. Hooks stay outside, and all layers share one compilation.
 
     After a compaction ranks differ from layer to layer: they become symbols, and as every symbol is taken for itself
@@ -109,6 +117,8 @@ def compile_layers(adapted: AdaptedModel) -> None:
     from torch.fx.experimental import _config as shapes
 
     shapes.use_duck_shape = False
+    if may_fail:
+        torch._dynamo.config.suppress_errors = True
     for path in sorted({layer_of(name) for name in adapted.adapters} - {""}):
         layer = adapted.model.get_submodule(path)
         layer.forward = torch.compile(layer.forward)

@@ -13,12 +13,11 @@ from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.methods.base import Method, RankDecision, RankLayout, ScoringMethod, SharingMethod, initial_decision
 from salient_ds.salience.budget import Event
 from salient_ds.zero.collectives import all_equal, average, packed_sum, share_of_work, world
-from salient_ds.zero.compact import Compactor
+from salient_ds.zero.compact import Resizer
 from salient_ds.zero.layouts import loss_scale
 from salient_ds.zero.loss_check import LossCheck
 from salient_ds.zero.probe_events import ProbeEvents
 from salient_ds.zero.reports import EventReport, InForce, MicroBatch, NonFiniteLoss, StepReport
-from salient_ds.zero.sharded_base import ShardedBase
 from salient_ds.zero.shards import LocalView, ShardMap
 
 
@@ -37,25 +36,22 @@ class AllocatingEngine:
         method: Method,
         device: torch.device,
         *,
-        base: ShardedBase | None = None,
-        compactor: Compactor | None = None,
+        resizer: Resizer | None = None,
         initial_layout: RankLayout | None = None,
         kept_N: Tensor | None = None,
     ) -> None:
         """
         Args:
             engine: from ``deepspeed.initialize`` over ``adapted.model``.
-            base: what gathers the frozen base, if another engine partitions it.
-            compactor: drops pruned rows; None: they stay, masked.
-            initial_layout, kept_N: the layout that the run began with, if ``adapted`` has only some of its rows left,
+            resizer: drops pruned rows and makes room for new ones; None: rows stay as they are, masked.
+            initial_layout, kept_N: the layout of all rows that there may be, if ``adapted`` has only some of them,
                 and which (bool, CPU).
         """
         self.initial_layout = initial_layout or adapted.layout
         self.adapted = adapted
         self.method = method
         self.device = device
-        self.base = base
-        self.compactor = compactor
+        self.resizer = resizer
         self.step = 0
         """Applied optimizer steps so far (DeepSpeed's global_steps also counts skipped ones)."""
         if isinstance(method, ScoringMethod):
@@ -71,7 +67,7 @@ class AllocatingEngine:
         self.adopt(engine, initial, initial.mask_N.new_ones(adapted.layout.total) if kept_N is None else kept_N)
 
     def adopt(self, engine: Any, decision: RankDecision, kept_N: Tensor) -> None:
-        """Go on with ``engine``: the first one, or one with fewer rows.
+        """Go on with ``engine``: the first one, or one with other rows.
 
         Args:
             decision: what is in force for the rows there are now.
@@ -88,7 +84,7 @@ class AllocatingEngine:
         engine.basic_optimizer.register_step_post_hook(self._after_optimizer)
 
     def in_initial_rows(self, mask_n: Tensor) -> Tensor:
-        """A mask over the rows there are now as one over those that the run began with (bool, CPU)."""
+        """A mask over the rows there are now as one over those of the initial layout (bool, CPU)."""
         mask_N = self.kept_N.clone()
         mask_N[self.kept_N] = mask_n
         return mask_N
@@ -128,7 +124,7 @@ class AllocatingEngine:
             self.method.end_step(self.step, None if penalty is None else penalty.norms_M2)
             event = self._events.get(self.step)
             report.event = self._allocate(event) if event is not None else self.probes.reported()
-            report.compaction = None if self.compactor is None else self.compactor.after_step(self)
+            report.compaction = None if self.resizer is None else self.resizer.after_step(self)
         if penalty is not None:
             report.penalty_value = penalty.value()
         return report
@@ -149,8 +145,6 @@ class AllocatingEngine:
             if last:
                 check.start()
             self.engine.backward(weighted)
-            if self.base is not None:
-                self.base.release()
             if not last:
                 self.engine.step()
         verdict = check.finish()
@@ -226,6 +220,7 @@ class AllocatingEngine:
 
     def _allocate(self, event: Event) -> EventReport | None:
         """Decide and apply; None if the method had reached its target before."""
+        growth = None if self.resizer is None else self.resizer.before_event(self, event)
         t0 = time.perf_counter()
         contribute = not self.shards.replicated or world()[0] == 0
         statistics = packed_sum(self.method.contribution(), contribute, self.device)
@@ -247,7 +242,7 @@ class AllocatingEngine:
             self.apply(decision)
             self._start_rows(decision.mask_N & ~previous.mask_N)
         ranks, kept_N = tuple(decision.ranks(self.adapted.layout)), self.in_initial_rows(decision.mask_N)
-        return EventReport(decision, event, t1 - t0, t2 - t1, time.perf_counter() - t2, changed, ranks, kept_N)
+        return EventReport(decision, event, t1 - t0, t2 - t1, time.perf_counter() - t2, changed, ranks, kept_N, growth)
 
     def _settle_pending(self) -> None:
         if self.in_force.pending:

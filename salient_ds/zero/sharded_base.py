@@ -1,81 +1,204 @@
-"""ZeRO-3 for the frozen base alone: an engine without optimizer gathers it layer by layer, adapters stay outside.
+"""ZeRO-3 for the frozen base alone: every process keeps a part of each layer and gathers whole layers in their turn.
 
-The base never changes, so all that ZeRO-3 has to do is fetch a layer before it runs and drop it afterwards. Adapters
-live in banks beside the model, replicated in training precision, and belong to a second, ordinary ZeRO-2 engine over
-both, which partitions masters and moments. Against one ZeRO-3 engine for everything this takes away most hooks: a layer
-is gathered as a whole (leaf module), not one linear layer at a time.
+The base never changes, so nothing of ZeRO-3 but its fetching is needed: no gradients, no masters, no writing back.
+DeepSpeed partitions the weights while they are loaded; then each layer becomes one flat run of bytes, of which a
+process keeps its part, and is gathered by one collective while the layer before it computes. Adapters live in banks
+beside the model, replicated in training precision, and belong to an ordinary ZeRO-2 engine, which partitions masters
+and moments.
+
+Layers take turns in two buffers. Layer i always lies in buffer i mod 2 at the same place, so that its parameters are
+views made once, and so that views which a compiled forward pass has saved for backward are right again when the layer
+is. What is outside the layers (embeddings, last norm, output head) stays whole on every process.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from salient_ds.adapters.bank import layer_of
 from salient_ds.config import RunConfig
 from salient_ds.speed_config import shards_base
+from salient_ds.zero.collectives import world
 from salient_ds.zero.config import summary
 
 ADAPTER_STAGE = 2
-BASE_KEYS = ("offload_param", "sub_group_size")
+BASE_KEYS = ("offload_param", "sub_group_size", "memory_efficient_linear")
 """Keys of ``zero_optimization`` that concern the base only, besides those that begin with ``stage3_`` or ``zero_``."""
+BUFFERS = 2
+ALIGNMENT = 256
+"""Bytes; a parameter begins at a multiple of it, as in memory of its own."""
 
 
 class ShardedBase:
-    """The partitioned base of a model, gathered by hooks on its layers."""
+    """The layers of a model as parts on every process, gathered by hooks."""
 
-    def __init__(self, model: nn.Module, ds_config: dict[str, Any]) -> None:
-        """Partition ``model`` (loaded under ZeRO-3, without adapters) and hook its layers.
+    def __init__(self, model: nn.Module, ds_config: dict[str, Any], device: torch.device) -> None:
+        """Take ``model`` (loaded under ZeRO-3, without adapters) over from DeepSpeed.
 
         Args:
-            ds_config: resolved DeepSpeed settings of stage 3.
+            ds_config: resolved DeepSpeed settings of stage 3; of them only ``offload_param`` is read.
+            device: where layers run. Parts are there too, or in pinned CPU memory with ``offload_param``.
         """
-        import deepspeed
-        from deepspeed.utils import set_z3_leaf_module
+        layers = layers_of(model)
+        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        _replace(model, [p for p in model.parameters() if id(p) not in inside], _whole)
+        self._shards = [_Shard(layer) for layer in layers]
+        size = max((shard.whole_bytes for shard in self._shards), default=0)
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(BUFFERS, len(layers)))]
+        self._held: list[int | None] = [None] * BUFFERS
+        """Layer in each buffer, from the moment its gathering is queued."""
+        self._ready: list[Any] = [None] * BUFFERS
+        """What the computation must wait for before it reads the buffer."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        offload = summary(ds_config).offload_param
+        for index, (layer, shard) in enumerate(zip(layers, self._shards, strict=True)):
+            shard.take(layer, self._buffers[index % BUFFERS], offload)
+            layer.register_forward_pre_hook(self._before_forward(index), prepend=True)
+            layer.register_forward_hook(self._after_forward(index))
 
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for layer in layers_of(model):
-            set_z3_leaf_module(layer, True)
-        engine = deepspeed.initialize(model=model, config=base_config(ds_config))[0]
-        # The engine itself never runs: only the hooks that its offload object put on the layers are wanted.
-        engine.module_forward_pre_hook.remove()
-        engine.module_forward_post_hook.remove()
-        self._engine = engine
+    def _before_forward(self, index: int) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            # A layer that is recomputed is on its way back
+            self.need(index, -1 if torch._C._current_graph_task_id() != -1 else 1)
 
-    def release(self) -> None:
-        """Drop what a backward pass has left gathered (recomputed layers are gathered once more than they are used)."""
-        self._engine.optimizer.release_backward_leftovers()
+        return hook
+
+    def _after_forward(self, index: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple | list) else output
+            if torch.is_tensor(first) and first.requires_grad:
+                first.register_hook(lambda grad: self.need(index, -1))
+
+        return hook
+
+    @torch.no_grad()
+    def need(self, index: int, direction: int) -> None:
+        """Have layer ``index`` in its buffer, and begin to gather the one after it in ``direction`` (1 or -1)."""
+        if self._held[index % BUFFERS] != index:
+            self._gather(index)
+        if self._stream is not None and self._ready[index % BUFFERS] is not None:
+            torch.cuda.current_stream().wait_event(self._ready[index % BUFFERS])
+            self._ready[index % BUFFERS] = None
+        following = index + direction
+        if 0 <= following < len(self._shards) and self._held[following % BUFFERS] != following:
+            self._gather(following)
+
+    def _gather(self, index: int) -> None:
+        slot = index % BUFFERS
+        self._held[slot] = index
+        if self._stream is None:
+            self._shards[index].gather(self._buffers[slot])
+            return
+        # Whatever reads the layer that was there has been queued: every layer comes before the next is asked for
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._shards[index].gather(self._buffers[slot])
+            self._ready[slot] = self._stream.record_event()
+
+
+class _Shard:
+    """One layer as a flat run of bytes, and this process' part of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        rank, processes = world()
+        parameters = list(layer.parameters())
+        self._shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in parameters]
+        self._sizes = [math.prod(s) * p.element_size() for s, p in zip(self._shapes, parameters, strict=True)]
+        self._offsets = [0]
+        for size in self._sizes:
+            self._offsets.append(self._offsets[-1] + math.ceil(size / ALIGNMENT) * ALIGNMENT)
+        self._part_bytes = math.ceil(self._offsets[-1] / processes / ALIGNMENT) * ALIGNMENT
+        self.whole_bytes = self._part_bytes * processes
+        self._begin = rank * self._part_bytes
+        self._part = torch.zeros(0, dtype=torch.uint8)
+
+    def take(self, layer: nn.Module, buffer: Tensor, offload: bool) -> None:
+        """Keep this process' part of the layer, and let the layer's parameters be views of ``buffer``."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        home = torch.device("cpu") if offload else buffer.device
+        self._part = torch.zeros(
+            self._part_bytes, dtype=torch.uint8, device=home, pin_memory=offload and buffer.device.type == "cuda"
+        )
+        parameters = list(layer.parameters())
+        where = {id(parameter): index for index, parameter in enumerate(parameters)}
+
+        def view(old: nn.Parameter) -> Tensor:
+            index = where[id(old)]
+            begin, size = self._offsets[index], self._sizes[index]
+            self._keep(_whole(old).view(-1).view(torch.uint8), begin)
+            # .data: gathering writes the buffer, which must not look like a change of what is saved for backward
+            return buffer[begin : begin + size].data.view(old.dtype).view(self._shapes[index])
+
+        _replace(layer, parameters, view)
+        for parameter in layer.parameters():
+            # so that an engine over the model does not broadcast buffers
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+
+    def _keep(self, whole: Tensor, offset: int) -> None:
+        """Copy what this process keeps of a parameter's bytes, of which the first is number ``offset`` of the layer."""
+        first, last = max(offset, self._begin), min(offset + len(whole), self._begin + self._part_bytes)
+        if first < last:
+            self._part[first - self._begin : last - self._begin] = whole[first - offset : last - offset]
+
+    def gather(self, buffer: Tensor) -> None:
+        """Fill ``buffer`` with the whole layer."""
+        whole = buffer[: self.whole_bytes]
+        if world()[1] == 1:
+            whole.copy_(self._part, non_blocking=True)
+            return
+        part = self._part
+        if part.device != whole.device:
+            part = whole[self._begin : self._begin + len(part)]
+            part.copy_(self._part, non_blocking=True)
+        dist.all_gather_into_tensor(whole, part)
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    """All of a parameter that DeepSpeed may have partitioned, which is then empty; called by all processes."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    parameter.all_gather(param_list=[parameter])  # type: ignore[attr-defined]
+    whole = parameter.detach()
+    parameter.ds_tensor.data = whole.new_empty(0)  # type: ignore[attr-defined]
+    parameter.data = whole.new_empty(0)
+    return whole
+
+
+def _replace(module: nn.Module, parameters: list[nn.Parameter], tensor_for: Any) -> None:
+    """Put a frozen parameter over ``tensor_for(old)`` in the place of each of ``parameters``, tied ones together."""
+    new = {id(p): nn.Parameter(tensor_for(p), requires_grad=False) for p in parameters}
+    for child in module.modules():
+        for name, old in child._parameters.items():
+            if old is not None and id(old) in new:
+                child._parameters[name] = new[id(old)]
 
 
 def effective_config(ds_config: dict[str, Any], config: RunConfig, processes: int) -> dict[str, Any]:
-    """Settings that the run really needs: on a single process ZeRO-3 has nothing to divide a base by.
+    """Settings that the run really needs where ZeRO-3 shards the base only.
 
-    Without parameter offload the base then stays whole, as at stage 2, and nothing is gathered or dropped. Everything
-    else, checkpoints included, is the same.
+    On a single process without parameter offload there is nothing to divide a base by: it stays whole, as at stage 2,
+    and nothing is gathered or dropped. Everything else, checkpoints included, is the same. Otherwise DeepSpeed is kept
+    from replacing ``torch.nn.functional.linear`` in the whole process, which is of use only to weights that it gathers.
     """
     plan = summary(ds_config)
-    sharded = shards_base(config.speed, config.method.name, plan.stage, config.adapter.shortcuts is not None)
-    if sharded and processes == 1 and not plan.offload_param:
+    if not shards_base(config.speed, config.method.name, plan.stage, config.adapter.shortcuts is not None):
+        return ds_config
+    if processes == 1 and not plan.offload_param:
         return adapter_config(ds_config)
-    return ds_config
+    return ds_config | {"zero_optimization": ds_config["zero_optimization"] | {"memory_efficient_linear": False}}
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Modules that are gathered as a whole: the elements of the model's module lists."""
-    paths = {layer_of(path) for path, _ in model.named_modules()} - {""}
-    return [model.get_submodule(path) for path in sorted(paths)]
-
-
-def base_config(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the engine without optimizer."""
-    base = copy.deepcopy(ds_config)
-    for section in ("optimizer", "scheduler"):
-        base.pop(section, None)
-    base["zero_optimization"].pop("offload_optimizer", None)
-    return base
+    """Modules that are gathered as a whole, in the model's order: the elements of its module lists."""
+    paths = dict.fromkeys(layer_of(path) for path, _ in model.named_modules())
+    return [model.get_submodule(path) for path in paths if path]
 
 
 def adapter_config(ds_config: dict[str, Any]) -> dict[str, Any]:
