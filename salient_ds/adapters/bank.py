@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
+from salient_ds.adapters.penalty_graph import PenaltyGraph
 from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
 from salient_ds.adapters.stacked_penalty import Stack, add_penalty_gradient
 
@@ -72,6 +73,7 @@ class FactorBank(nn.Module):
             if isinstance(adapter, SVDLinear | PlainLinear):
                 adapter.gain_R = None  # the last forward pass' belongs to the graph of another bank
         self._stacks = self._make_stacks() if self._fused and self._sigma_slots else []
+        self._penalty_graph = PenaltyGraph()
         self._version = -1
         self._gain_L = torch.zeros(0)
 
@@ -139,6 +141,14 @@ class FactorBank(nn.Module):
         for stack in self._stacks:
             stack.refresh(device)
 
+    def _add_penalty(self, penalty: OrthogonalityPenalty, grad: Tensor) -> None:
+        flat = self.factors.detach()
+        if flat.is_cuda:
+            self._penalty_graph.add(penalty, self._stacks, self._version, flat, grad)
+            return
+        for stack in self._stacks:
+            add_penalty_gradient(penalty, stack, flat, grad)
+
     def _penalty(self) -> OrthogonalityPenalty | None:
         """The penalty, if it is to act in this backward pass."""
         first = self._adapters[0]
@@ -164,8 +174,7 @@ class _Unpack(torch.autograd.Function):
         count = len(bank._slots)
         flat = _join(grads[:count], [slot.numel for slot in bank._slots], bank.factors)
         if ctx.penalty is not None:
-            for stack in bank._stacks:
-                add_penalty_gradient(ctx.penalty, stack, bank.factors.detach(), flat)
+            bank._add_penalty(ctx.penalty, flat)
         if not bank._sigma_slots:
             return flat, None, None
         grad_L = _join(grads[count:], [adapter.rank for adapter in bank._adapters], bank.sigmas)

@@ -10,6 +10,8 @@ the loss, and runs exactly once per backward pass also when the forward is recom
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,6 +70,15 @@ class OrthogonalityPenalty:
     def note(self, slots: Tensor, term: int, norms: Tensor) -> None:
         """Norms (n,) of one term of several matrices: rows ``slots`` (n,) int64."""
         self._noted.append((slots, term, norms))
+
+    @contextlib.contextmanager
+    def collect_notes(self) -> Iterator[list[tuple[Tensor, int, Tensor]]]:
+        """Inside, norms are noted in the list that this yields and nowhere else."""
+        before, self._noted = self._noted, []
+        try:
+            yield self._noted
+        finally:
+            self._noted = before
 
     def disarm(self) -> None:
         self.armed = False

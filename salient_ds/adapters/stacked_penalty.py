@@ -64,22 +64,25 @@ class Stack:
         self.off = ~(same_SS & live_S.unsqueeze(1) & live_S)
 
 
-def add_penalty_gradient(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor) -> None:
+def add_penalty_gradient(
+    penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor, accumulate: bool = True
+) -> None:
     """Add the gradient of every factor's penalty to ``grad`` in place and note the norms.
 
     Args:
         flat: the parameter that holds the factors.
         grad: its gradient, of the same size.
+        accumulate: add to what is there; otherwise it is overwritten.
     """
     if stack.numel == 0:
         return
     if stack.uniform:
-        _uniform(penalty, stack, flat, grad)
+        _uniform(penalty, stack, flat, grad, accumulate)
     else:
-        _ragged(penalty, stack, flat, grad)
+        _ragged(penalty, stack, flat, grad, accumulate)
 
 
-def _uniform(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor) -> None:
+def _uniform(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor, accumulate: bool) -> None:
     shape = (len(stack.shapes), *stack.shapes[0])
     span = slice(stack.offset, stack.offset + stack.numel)
     factor, target = flat[span].view(shape), grad[span].view(shape)
@@ -95,10 +98,10 @@ def _uniform(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Te
     scaled_nRR = torch.empty_like(residual_nRR, dtype=flat.dtype)  # scaled and cast by one kernel
     torch.mul(residual_nRR, penalty.gradient_factor(norm_n).view(-1, 1, 1), out=scaled_nRR)
     pair = (scaled_nRR, factor) if stack.rank_axis == 0 else (factor, scaled_nRR)
-    target.baddbmm_(*pair)
+    target.baddbmm_(*pair, beta=int(accumulate))
 
 
-def _ragged(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor) -> None:
+def _ragged(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor, accumulate: bool) -> None:
     """Ranks differ: one product over all rows, of which the blocks on the diagonal count."""
     assert stack.off is not None
     span = slice(stack.offset, stack.offset + stack.numel)
@@ -120,11 +123,14 @@ def _ragged(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Ten
     weight_S = penalty.gradient_factor(norm_n)[stack.module_S]
     scaled_SS = residual_SS.mul_(weight_S.unsqueeze(1)).to(flat.dtype)
     if stack.rank_axis == 0:
-        grad[span].view_as(wide_SI).addmm_(scaled_SS, wide_SI)
+        grad[span].view_as(wide_SI).addmm_(scaled_SS, wide_SI, beta=int(accumulate))
         return
     extra = torch.mm(wide_SI.t(), scaled_SS).split(stack.ranks, dim=1)
     targets = [t.view(shape) for t, shape in zip(grad[span].split(sizes), stack.shapes, strict=True)]
-    torch._foreach_add_(targets, list(extra))
+    if accumulate:
+        torch._foreach_add_(targets, list(extra))
+    else:
+        torch._foreach_copy_(targets, list(extra))
 
 
 def _gram_minus(wide_nRI: Tensor, minus_identity: Tensor) -> Tensor:

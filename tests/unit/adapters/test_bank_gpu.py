@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from salient_ds.adapters.stacked_penalty import add_penalty_gradient
 from tests.unit.adapters.test_bank import SALIENT, WIDTH, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -39,3 +40,37 @@ def test_packed_equals_separate_in_bf16(ragged: bool) -> None:
     torch.testing.assert_close(out_packed, out, atol=0.1, rtol=0.03)
     torch.testing.assert_close(norms_packed, norms, atol=1e-3, rtol=1e-3)
     assert torch.nn.functional.cosine_similarity(grads_packed, grads, dim=0) > 0.999
+
+
+def test_the_recorded_penalty_follows_values_masks_and_scale() -> None:
+    """The first pass with given masks runs kernel by kernel, the second records them, later ones replay that."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    adapted = make(SALIENT, packed=True)
+    adapted.trained.to(device, torch.bfloat16)
+    adapted.model.train()
+    penalty = adapted.penalty
+    assert penalty is not None and adapted.packed is not None
+    bank = adapted.packed.banks[0]
+    masks = torch.rand(2, adapted.layout.total, generator=torch.Generator().manual_seed(4)) > 0.4
+    for index in range(8):
+        if index in (0, 4):
+            adapted.set_mask(masks[index // 4], gate=True)
+            for adapter in adapted.adapters.values():
+                adapter.to(device)
+        bank.factors.data.mul_(1.1)
+        penalty.arm(2.0 if index >= 6 else 1.0, device)
+        bank._refresh()
+        flat = bank.factors.detach()
+        found, wanted = torch.ones_like(flat), torch.ones_like(flat)
+        for stack in bank._stacks:
+            add_penalty_gradient(penalty, stack, flat, wanted)
+        norms = penalty.norms_M2.clone()
+        penalty.arm(penalty.gradient_scale, device)
+        bank._add_penalty(penalty, found)
+        torch.testing.assert_close(penalty.norms_M2, norms)
+        torch.testing.assert_close(
+            found, wanted, atol=0.02, rtol=0.01
+        )  # one sum of two bf16 numbers, rounded elsewhere
+        assert (bank._penalty_graph._graph is not None) == (index not in (0, 4, 6))
+        assert not torch.equal(found, torch.ones_like(flat))
