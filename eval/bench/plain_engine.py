@@ -25,12 +25,18 @@ class FP16_UnfusedOptimizer:
         self.masters = [master for group in self.fp32_groups for master in group]
         self.copies = [copy for group in self.fp16_groups for copy in group]
 
-    def take_gradients(self) -> None:
-        """Move the copies' gradients to the masters in fp32."""
-        for master, copy in zip(self.masters, self.copies, strict=True):
-            if copy.grad is not None:
-                master.grad = copy.grad.float()
-                copy.grad = None
+    def take_gradients(self, bound: float) -> Tensor | None:
+        """Move the copies' gradients to the masters in fp32, clipped at ``bound`` (0: not); their norm before."""
+        pairs = [(m, c) for m, c in zip(self.masters, self.copies, strict=True) if c.grad is not None]
+        grads = [copy.grad for _, copy in pairs if copy.grad is not None]
+        norm, factor_1 = None, self.masters[0].new_ones(1)
+        if bound > 0:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+            factor_1 = (bound / (norm + 1e-6)).clamp_max(1.0).view(1)
+        for (master, copy), grad in zip(pairs, grads, strict=True):
+            master.grad = torch.mul(grad, factor_1)  # one kernel; a number with an axis makes the result fp32
+            copy.grad = None
+        return norm
 
     @torch.no_grad()
     def write_copies(self) -> None:
@@ -95,8 +101,8 @@ class PlainEngine:
     def update(self) -> None:
         """Everything of a step before the gradients are forgotten."""
         if self.masters is not None:
-            self.masters.take_gradients()
-        if self.clip > 0:
+            self._norm = self.masters.take_gradients(self.clip)
+        elif self.clip > 0:
             self._norm = torch.nn.utils.clip_grad_norm_(self.stepped, self.clip)
         self.basic_optimizer.step()
         if self.masters is not None:

@@ -12,7 +12,9 @@ from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config import TrainConfig
 from salient_ds.salience.budget import steps_or_fraction
 from salient_ds.salience.learning_rate import RatePlan
+from salient_ds.zero.collectives import world
 from salient_ds.zero.config import summary
+from salient_ds.zero.folded_clipping import fold, folds
 
 
 def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str, Any]]:
@@ -69,20 +71,42 @@ def rate_plan(train: TrainConfig, total_steps: int) -> RatePlan:
 
 
 def build_engine(
-    adapted: AdaptedModel, train: TrainConfig, ds_config: dict[str, Any], total_steps: int, device: torch.device
+    adapted: AdaptedModel,
+    train: TrainConfig,
+    ds_config: dict[str, Any],
+    total_steps: int,
+    device: torch.device,
+    fold_clipping: bool = False,
 ) -> Any:
     """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left).
 
     For a base that :class:`salient_ds.zero.sharded_base.ShardedBase` partitions, give its ``adapter_config``.
+
+    Args:
+        fold_clipping: clip inside the optimizer's kernel where possible (:mod:`salient_ds.zero.folded_clipping`).
     """
     import deepspeed
 
-    fused = device.type == "cuda" and not summary(ds_config).offload_optimizer
+    fused = uses_fused_optimizer(ds_config, device)
     own = None if "optimizer" in ds_config else optimizer_factory(train, fused)
-    return deepspeed.initialize(
+    bound = float(ds_config["gradient_clipping"]) if fold_clipping and folds(ds_config, train.precision, fused) else 0
+    if bound:
+        ds_config = ds_config | {"gradient_clipping": 0.0}
+    if world()[1] == 1:  # nothing to overlap; DeepSpeed would wait for the device at every bucket
+        zero = ds_config.get("zero_optimization", {})
+        ds_config = ds_config | {"zero_optimization": zero | {"overlap_comm": False}}
+    engine = deepspeed.initialize(
         model=adapted.trained,
         model_parameters=parameter_groups(adapted, train),
         optimizer=own,
         lr_scheduler=scheduler_factory(train, total_steps),
         config=ds_config,
     )[0]
+    if bound:
+        fold(engine, bound)
+    return engine
+
+
+def uses_fused_optimizer(ds_config: dict[str, Any], device: torch.device) -> bool:
+    """Whether AdamW takes its fused kernel."""
+    return device.type == "cuda" and not summary(ds_config).offload_optimizer

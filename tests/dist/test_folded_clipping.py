@@ -1,0 +1,67 @@
+"""Clipping inside AdamW's kernel is clipping: the same run as with DeepSpeed's, gradients seen by methods included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from salient_ds.zero import build as building
+from salient_ds.zero.folded_clipping import folds
+from tests.dist import scenario
+from tests.dist.scenario import Case
+from tests.support.spawn import spawn
+
+ADALORA = {"name": "adalora", "target_rank": 2, "initial_warmup": 2, "final_warmup": 4, "interval": 2}
+CLIPPED = {"max_grad_norm": 0.05}
+CASES = [
+    Case(2, "bf16", train=CLIPPED, speed={"compaction": "last"}),
+    Case(2, train=CLIPPED, method=ADALORA, speed={}),
+]
+
+
+def _run(rank: int, world: int, model: Path, fused: bool) -> list[Any]:
+    made: list[Any] = []
+    plain_fold = building.fold
+
+    def counted(engine: Any, bound: float) -> None:
+        made.append(bound)
+        plain_fold(engine, bound)
+
+    building.fold = counted
+    building.uses_fused_optimizer = lambda ds_config, device: fused  # torch's fused AdamW runs on CPUs too
+    return [scenario.run(rank, world, model, CASES), made]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_same_run_as_with_deepspeeds_own_clipping(tiny_llama: Path, world: int) -> None:
+    folded, plain = (spawn(world, _run, tiny_llama, fused)[0] for fused in (True, False))
+    assert set(folded[1]) == {0.05} and plain[1] == []
+    for mine, theirs, tolerance in zip(folded[0], plain[0], (1e-2, 1e-4), strict=True):
+        assert mine["losses"] == pytest.approx(theirs["losses"], rel=tolerance)
+    assert folded[0][1]["digests"] == plain[0][1]["digests"]
+    moments = [torch.cat([f["exp_avg"] for f in run[0][1]["state"]["fragments"]]) for run in (folded, plain)]
+    assert 0 < float(moments[1].norm()) < 2 * 0.05  # AdamW forgets the gradients' scale, its moments do not
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "precision", "fused"),
+    [({"gradient_clipping": 0}, "bf16", True), ({"optimizer": {}}, "bf16", True), ({}, "fp16", True),
+     ({}, "bf16", False), ({"zero_optimization": {"stage": 1}}, "bf16", True)],
+)  # fmt: skip
+def test_where_it_cannot_be_folded_deepspeed_clips(changed: dict[str, Any], precision: str, fused: bool) -> None:
+    ds_config = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
+    assert folds(ds_config, "bf16", True)
+    assert not folds(ds_config | changed, precision, fused)
+
+
+def test_the_gradient_that_hooks_see_after_the_step_is_the_clipped_one() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.full((4,), 3.0)
+    optimizer.grad_scale = torch.tensor(2.0)
+    optimizer.step()
+    assert torch.equal(parameter.grad, torch.full((4,), 1.5))
