@@ -13,7 +13,7 @@ class SpeedConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
     packing: Literal["auto", "layer", "none"] = "auto"
-    """Keep the adapters' factors as two flat parameters per layer instead of one parameter each. auto: wherever
+    """Keep the adapters' factors as two flat parameters per few layers instead of one parameter each. auto: wherever
     adapters are not partitioned themselves (`zero3: partitioned`) and the method allows it."""
     zero3: Literal["auto", "sharded_base", "partitioned"] = "auto"
     """What ZeRO-3 partitions. sharded_base: the frozen base only, gathered layer by layer; adapters are replicated in
@@ -44,7 +44,7 @@ PACKABLE = ("salientlora", "adalora", "lora", "lora2", "increlora")
 
 
 def packs(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> bool:
-    """Whether the factors of this run are packed per layer."""
+    """Whether the factors of this run are packed."""
     if speed.packing == "none" or method not in PACKABLE or shortcuts:
         return False
     return stage < 3 or speed.zero3 != "partitioned"

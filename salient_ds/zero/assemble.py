@@ -84,8 +84,9 @@ def assemble(
         assert isinstance(method, ResizableMethod)
         method.resized(adapted.layout)
 
+    folding = not method.needs_before  # a method that looks at gradients before the step wants them clipped
+
     def build() -> Any:
-        folding = not method.needs_before  # a method that looks at gradients before the step wants them clipped
         if make_engine is not None:
             return make_engine(adapted, ds_config, folding)
         return build_engine(adapted, config.train, ds_config, total_steps, device, folding)

@@ -132,7 +132,8 @@ class AllocatingEngine:
     def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> float:
         scale = world()[1] * len(batches) / max(global_targets, 1)
         check = LossCheck(self.device, global_targets)
-        self.engine.train()
+        if not self.adapted.trained.training:
+            self.engine.train()  # visits every module: milliseconds of the host's time
         self._arm_scores()
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from salient_ds.adapters.bank import layer_of
+from salient_ds.adapters.bank import LAYERS_PER_BANK, _in_groups
 from salient_ds.adapters.inject import AdaptedModel, inject
 from salient_ds.config import AdapterConfig
 from salient_ds.method_config import AdaLoRAConfig, IncreLoRAConfig, LoRA2Config, LoRAConfig, SalientLoRAConfig
@@ -100,10 +101,10 @@ def assert_same(one: AdaptedModel, two: AdaptedModel) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_equals_separate(name: str) -> None:
     separate, packed = make(METHODS[name], False), make(METHODS[name], True)
-    assert packed.packed is not None and len(packed.packed.banks) == 3  # two layers and what belongs to none
+    assert packed.packed is not None and len(packed.packed.banks) == 2  # layers, and what belongs to none
     assert_same(separate, packed)
     trainable = [p for p in packed.trained.parameters() if p.requires_grad]
-    assert len(trainable) == (3 if name == "lora" else 6)
+    assert len(trainable) == (2 if name == "lora" else 4)
 
 
 @pytest.mark.parametrize("gate", [True, False])
@@ -160,6 +161,26 @@ def test_ragged_ranks_equal_masked_ones() -> None:
             torch.testing.assert_close(mine, part)
     assert masked.penalty is not None and small.penalty is not None
     torch.testing.assert_close(masked.penalty.norms_M2, small.penalty.norms_M2)
+
+
+def test_layers_of_one_list_share_banks_and_others_do_not() -> None:
+    names = [f"{part}.{layer}.{matrix}" for part in ("enc.block", "dec.block") for layer in range(6) for matrix in "qv"]
+    groups = _in_groups(["embed", *names])
+    assert groups[0] == [""]
+    assert groups[1] == [f"enc.block.{layer}" for layer in range(LAYERS_PER_BANK)]
+    assert [len(group) for group in groups] == [1, LAYERS_PER_BANK, 6 - LAYERS_PER_BANK] + [LAYERS_PER_BANK, 2]
+
+
+def test_a_bank_is_unpacked_by_whichever_of_its_layers_runs_first() -> None:
+    adapted = make(SALIENT, True)
+    before = backward(adapted)
+    adapted.trained.zero_grad()
+    skipped = adapted.model.layers[0]
+    adapted.model.layers[0] = torch.nn.Identity()
+    backward(adapted)
+    backward(adapted)  # fails if views of an earlier pass, whose graph is gone, were still in use
+    adapted.model.layers[0] = skipped
+    torch.testing.assert_close(backward(adapted), before)
 
 
 def test_an_adapter_without_rows_is_its_frozen_layer() -> None:
