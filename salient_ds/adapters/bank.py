@@ -1,8 +1,8 @@
 """All factors of a few decoder layers' adapters in two flat parameters: optimizer and hooks see few large tensors.
 
 An adapter's ``lora_A``, ``lora_B``, ... are then no parameters but views of the bank's, made anew when a forward pass
-reaches the first of the layers. Addresses (:meth:`RankedLinear.factors`) stay what they are, so that statistics, masks, checkpoints
-and export do not know whether factors are packed.
+reaches the first of the layers. Addresses (:meth:`RankedLinear.factors`) stay what they are, so that statistics, masks,
+checkpoints and export do not know whether factors are packed.
 
 Shape legend: n = adapters in one stack, R = rank, I/O = in/out features, L = singular values of the layer.
 """

@@ -132,7 +132,7 @@ class AllocatingEngine:
     def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> float:
         scale = world()[1] * len(batches) / max(global_targets, 1)
         check = LossCheck(self.device, global_targets)
-        if not self.adapted.trained.training:
+        if not self.adapted.model.training:
             self.engine.train()  # visits every module: milliseconds of the host's time
         self._arm_scores()
         for index, batch in enumerate(batches):

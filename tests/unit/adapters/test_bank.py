@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from salient_ds.adapters.bank import layer_of
-from salient_ds.adapters.bank import LAYERS_PER_BANK, _in_groups
+from salient_ds.adapters.bank import LAYERS_PER_BANK, _in_groups, layer_of
 from salient_ds.adapters.inject import AdaptedModel, inject
 from salient_ds.config import AdapterConfig
 from salient_ds.method_config import AdaLoRAConfig, IncreLoRAConfig, LoRA2Config, LoRAConfig, SalientLoRAConfig
