@@ -262,8 +262,9 @@ class _Checks:
         self._room(grows_in_flight(*choice))
         if shards_base(*choice):
             self.report.notes.append(
-                "ZeRO-3 partitions the frozen base only (speed.zero3): adapters are replicated in training precision, "
-                "their masters and moments partitioned"
+                "ZeRO-3 partitions the frozen base's layers only (speed.zero3): embeddings, output head and adapters are "
+                "replicated in training precision, the adapters' masters and moments partitioned; stage3_* keys are not "
+                "read"
             )
 
     def _room(self, in_flight: bool) -> None:
@@ -286,14 +287,8 @@ class _Checks:
             return
         assert self.files is not None
         shapes = [shape for _, shape in self.adapted]
-        work = workload(
-            self.run,
-            self.facts["base_parameters"],
-            shapes,
-            architecture(self.files.config),
-            self.world_size,
-            self.ranks,
-        )
+        base, shape = self.facts["base_parameters"], architecture(self.files.config)
+        work = workload(self.run, base, shapes, shape, self.world_size, self.ranks)
         ds = summary(self.facts["ds_config"])
         self.facts["memory"] = {name: asdict(row) for name, row in estimate_stages(work, ds, self.world_size).items()}
         self.facts["this_run"] = asdict(estimate(work, ds, self.world_size))
