@@ -100,5 +100,7 @@ def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) ->
 
 def _to_micro(dataset: InstructionDataset, collator: Collator, rows: np.ndarray, device: torch.device) -> MicroBatch:
     batch = collator([dataset[int(i)] for i in rows])
+    if device.type == "cuda":  # from memory that is not pinned, a copy waits until the device has done all before it
+        batch = {k: v.pin_memory() for k, v in batch.items()}
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     return MicroBatch(inputs, int(dataset.num_targets[rows].sum()), tuple(int(i) for i in rows))

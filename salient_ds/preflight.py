@@ -262,9 +262,9 @@ class _Checks:
         self._room(grows_in_flight(*choice))
         if shards_base(*choice):
             self.report.notes.append(
-                "ZeRO-3 partitions the frozen base's layers only (speed.zero3): embeddings, output head and adapters are "
-                "replicated in training precision, the adapters' masters and moments partitioned; stage3_* keys are not "
-                "read"
+                "ZeRO-3 partitions the frozen base's layers only (speed.zero3): embeddings, output head and adapters "
+                "are replicated in training precision, the adapters' masters and moments partitioned; stage3_* keys "
+                "are not read"
             )
 
     def _room(self, in_flight: bool) -> None:
