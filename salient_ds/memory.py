@@ -251,7 +251,7 @@ def _buffers(work: Workload, ds: DsSummary, world_size: int) -> int:
     if ds.stage == 0:
         return 0
     sharded = ds.stage == 3 and work.sharded_base
-    buckets = (2 if ds.overlap_comm and ds.stage < 3 else 1) if ds.contiguous_gradients else 0
+    buckets = (2 if ds.overlap_comm and ds.stage < 3 and world_size > 1 else 1) if ds.contiguous_gradients else 0
     size = buckets * ds.reduce_bucket_size
     if sharded and (world_size > 1 or ds.offload_param):
         size += 2 * _base_split(work)[1]

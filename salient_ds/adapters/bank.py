@@ -77,6 +77,8 @@ class FactorBank(nn.Module):
                 adapter.gain_R = None  # the last forward pass' belongs to the graph of another bank
         self._stacks = self._make_stacks() if self._fused and self._sigma_slots else []
         self._penalty_graph = PenaltyGraph()
+        self.largest = 0
+        """Elements of the largest bank beside this one."""
         self._version = -1
         self._gain_L = torch.zeros(0)
 
@@ -147,7 +149,7 @@ class FactorBank(nn.Module):
     def _add_penalty(self, penalty: OrthogonalityPenalty, grad: Tensor) -> None:
         flat = self.factors.detach()
         if flat.is_cuda:
-            self._penalty_graph.add(penalty, self._stacks, self._version, flat, grad)
+            self._penalty_graph.add(penalty, self._stacks, self._version, flat, grad, max(self.largest, len(flat)))
             return
         for stack in self._stacks:
             add_penalty_gradient(penalty, stack, flat, grad)
@@ -242,6 +244,8 @@ class PackedModel(nn.Module):
                 model.get_submodule(path).register_forward_pre_hook(self._unpacker(len(self.banks)))
             self.banks.append(FactorBank([[a for n, a in adapters.items() if layer_of(n) == path] for path in paths]))
 
+        self._compare()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
@@ -264,6 +268,13 @@ class PackedModel(nn.Module):
         for index, bank in enumerate(self.banks):
             assert isinstance(bank, FactorBank)
             self.banks[index] = FactorBank(bank.layers, copy=False)
+        self._compare()
+
+    def _compare(self) -> None:
+        """Tell every bank how large they get."""
+        banks = [bank for bank in self.banks if isinstance(bank, FactorBank)]
+        for bank in banks:
+            bank.largest = max(len(other.factors) for other in banks)
 
 
 def _in_groups(adapters: Iterable[str]) -> list[list[str]]:

@@ -82,7 +82,10 @@ class GrowingLinear(SVDLinear):
         self.reserve_mask_R = torch.zeros_like(self.rank_mask_R)
 
     def start_values(self) -> dict[str, Tensor]:
-        """What all rows begin with, also those that there is no room for yet: full factors by short name, fp32, CPU."""
+        """What all rows begin with, also those that there is no room for yet: full factors by short name, fp32, CPU.
+
+        Drawn anew each time (a second per 10^8 elements), so that nothing has to be kept for the whole run.
+        """
         assert self._drawn_from is not None, "without a generator of its own nothing can be drawn again"
         generator = torch.Generator()
         generator.set_state(self._drawn_from)

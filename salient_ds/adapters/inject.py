@@ -42,7 +42,7 @@ class AdaptedModel:
     scores: ModuleScores | None = None
     """Where a method needs them, the scores of whole matrices that backward passes leave behind."""
     packed: PackedModel | None = None
-    """The model with its factors in one bank per layer; None: every factor is a parameter of its own."""
+    """The model with its factors in banks of a few layers each; None: every factor is a parameter of its own."""
 
     @property
     def trained(self) -> nn.Module:

@@ -7,6 +7,7 @@ are recorded once and launched as one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Sequence
@@ -25,49 +26,70 @@ class PenaltyGraph:
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._extra = torch.zeros(0)
+        self._scratch = self._extra = torch.zeros(0)
         self._notes: list[tuple[Tensor, int, Tensor]] = []
 
     def add(
-        self, penalty: OrthogonalityPenalty, stacks: Sequence[Stack], version: int, flat: Tensor, grad: Tensor
+        self,
+        penalty: OrthogonalityPenalty,
+        stacks: Sequence[Stack],
+        version: int,
+        flat: Tensor,
+        grad: Tensor,
+        largest: int,
     ) -> None:
         """Add to ``grad`` in place and note the norms, as :func:`add_penalty_gradient` for every stack.
 
         Args:
             version: grows with every change of the stacks' masks.
             flat: the parameter that holds the factors.
+            largest: elements of the largest such parameter; all share memory of its size.
         """
         key = (version, penalty.coefficient, penalty.gradient_scale, flat.data_ptr(), flat.numel())
         if key != self._key:
-            # the first time as it is: kernels are loaded then, which a recording must not do
+            # The first time kernel by kernel: they are loaded then, which a recording must not do
             self._key, self._graph = key, None
-            for stack in stacks:
-                add_penalty_gradient(penalty, stack, flat, grad)
-            return
-        if self._graph is None:
+            self._scratch = _shared(flat.device).scratch(flat, largest)
+            self._extra = self._scratch[: flat.numel()]
+            self._notes = self._run(penalty, stacks, flat, None)
+        elif self._graph is None:
             self._record(penalty, stacks, flat)
-        assert self._graph is not None
-        self._graph.replay()
+        if self._graph is not None:
+            self._graph.replay()
         if penalty.coefficient > 0:
             grad.add_(self._extra)
         for note in self._notes:
             penalty.note(*note)
 
+    def _run(
+        self, penalty: OrthogonalityPenalty, stacks: Sequence[Stack], flat: Tensor, outs: list[Tensor] | None
+    ) -> list[tuple[Tensor, int, Tensor]]:
+        """Fill the scratch; the norms, in ``outs`` if given."""
+        with penalty.collect_notes() as notes:
+            for stack in stacks:
+                add_penalty_gradient(penalty, stack, flat, self._extra, accumulate=False)
+        if outs is None:
+            return notes
+        return [(slots, term, out.copy_(norm)) for (slots, term, norm), out in zip(notes, outs, strict=True)]
+
     def _record(self, penalty: OrthogonalityPenalty, stacks: Sequence[Stack], flat: Tensor) -> None:
-        shared = _shared(flat.device)
-        self._extra = shared.scratch(flat)
-        self._graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(flat.device)
+        shared, current = _shared(flat.device), torch.cuda.current_stream(flat.device)
+        # Not in the pool: there other graphs may write in between, for norms are read after the backward pass
+        outs = [torch.empty(len(stack.shapes), device=flat.device) for stack in stacks if stack.numel]
+        graph = torch.cuda.CUDAGraph()
         shared.stream.wait_stream(current)
-        with torch.cuda.stream(shared.stream), penalty.collect_notes() as self._notes:
+        with torch.cuda.stream(shared.stream):
             # other threads (collectives' watchdogs) may go on as they like
-            self._graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
             try:
-                for stack in stacks:
-                    add_penalty_gradient(penalty, stack, flat, self._extra, accumulate=False)
-            finally:
-                self._graph.capture_end()
+                self._notes = self._run(penalty, stacks, flat, outs)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # says only that the recording is broken
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(shared.stream)
+        self._graph = graph
 
 
 class _Shared:
@@ -86,12 +108,12 @@ class _Shared:
             square.add_(1)
             self._anchor.capture_end()
 
-    def scratch(self, like: Tensor) -> Tensor:
-        """Memory for one bank's gradients, the same for all banks of one size; freed with the last graph over it."""
-        key = (like.numel(), like.dtype)
+    def scratch(self, like: Tensor, numel: int) -> Tensor:
+        """Memory for one bank's gradients, the same for all who ask for the same; gone with the last of them."""
+        key = (numel, like.dtype)
         found = self._scratches.get(key)
         if found is None:
-            found = torch.empty_like(like)
+            found = like.new_empty(numel)
             self._scratches[key] = found
         return found
 

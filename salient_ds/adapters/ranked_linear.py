@@ -30,8 +30,8 @@ class FactorAddress:
 class RankedLinear(nn.Module, ABC):
     """A frozen ``nn.Linear`` plus a trainable low-rank update whose rows can be switched off.
 
-    ``rank_mask_R`` is a bool buffer: DeepSpeed casts float buffers to the training precision, not bool ones.
-    It is not saved with the model; the checkpoint stores the decision itself.
+    ``rank_mask_R`` is a bool buffer, which no engine casts to the training precision. It is not saved with the model;
+    the checkpoint stores the decision itself.
     """
 
     rank_mask_R: Tensor

@@ -1,8 +1,8 @@
-"""Gradient clipping inside AdamW's own kernel, without a pass over the gradients and without waiting for the device.
+"""Gradient clipping inside AdamW's own kernel: one pass over the gradients and a few waits for the device less.
 
-DeepSpeed 0.19.8 reads the norm on the host before it scales gradients, once per parameter group: the device then has
-nothing to do until the host has launched the next work. The norm is on the device, though, and fused AdamW divides
-gradients by a number that is there too; it is meant for loss scales.
+To clip, DeepSpeed 0.19.8 reads the norm on the host, once per parameter group, and then scales all gradients. The norm
+is on the device, though, and fused AdamW divides gradients by a number that is there too; it is meant for loss scales.
+(The host still asks once per step whether gradients are finite.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def fold(engine: Any, bound: float) -> None:
     """Clip at ``bound`` in every step of an engine that was made with ``gradient_clipping`` 0.
 
     Gradients are clipped once AdamW has run, not before: step post hooks see what they see with DeepSpeed's clipping,
-    pre hooks do not. A norm that is not finite turns gradients into zeros and NaNs, as it does there.
+    pre hooks do not. Steps whose norm is not finite are skipped before, as they are there.
     """
     zero = engine.optimizer
     assert type(zero).__name__ == "DeepSpeedZeroOptimizer" and zero.clip_grad == 0 and zero.loss_scale == 1.0

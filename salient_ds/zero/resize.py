@@ -95,7 +95,7 @@ def set_rows(adapted: AdaptedModel, initial: RankLayout, kept_N: Tensor) -> None
 def collect(shards: ShardMap, stay_n: Tensor, device: torch.device) -> Collected:
     """Masters and moments of the rows that stay.
 
-    One factor at a time: at no moment is more than one of them held at full size.
+    One factor at a time: of what does not stay, no more than one factor is ever held whole.
     """
     masks = [part.to(device) for part in stay_n.split(list(shards.rank_layout.ranks))]
     moments = _moment_names(shards)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from salient_ds.adapters.bank import layer_of
 from salient_ds.config import RunConfig
@@ -31,6 +32,7 @@ ADAPTER_STAGE = 2
 BASE_KEYS = ("offload_param", "sub_group_size", "memory_efficient_linear")
 """Keys of ``zero_optimization`` that concern the base only, besides those that begin with ``stage3_`` or ``zero_``."""
 BUFFERS = 2
+REMEDY = "set speed.zero3 to partitioned, or use ZeRO stage 2"
 ALIGNMENT = 256
 """Bytes; a parameter begins at a multiple of it, as in memory of its own."""
 
@@ -43,9 +45,13 @@ class ShardedBase:
 
         Args:
             ds_config: resolved DeepSpeed settings of stage 3; of them only ``offload_param`` is read.
-            device: where layers run. Parts are there too, or in pinned CPU memory with ``offload_param``.
+            device: where layers run. Parts are there too, or in CPU memory with ``offload_param``.
+
+        Raises:
+            ValueError: layers that are skipped at random, share parameters, or mix data types.
         """
         layers = layers_of(model)
+        _refuse_what_cannot_be_sharded(model, layers)
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
         _replace(model, [p for p in model.parameters() if id(p) not in inside], _whole)
         self._shards = [_Shard(layer) for layer in layers]
@@ -56,7 +62,7 @@ class ShardedBase:
         self._ready: list[Any] = [None] * BUFFERS
         """What the computation must wait for before it reads the buffer."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        offload = summary(ds_config).offload_param
+        offload = ds_config["zero_optimization"].get("offload_param", {}) if summary(ds_config).offload_param else None
         for index, (layer, shard) in enumerate(zip(layers, self._shards, strict=True)):
             shard.take(layer, self._buffers[index % BUFFERS], offload)
             layer.register_forward_pre_hook(self._before_forward(index), prepend=True)
@@ -71,9 +77,15 @@ class ShardedBase:
 
     def _after_forward(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple | list) else output
-            if torch.is_tensor(first) and first.requires_grad:
-                first.register_hook(lambda grad: self.need(index, -1))
+            # The first one is the hidden state, whatever it comes in; its gradient is there once the next layer is done
+            tensors = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.requires_grad]
+            if tensors:
+                tensors[0].register_hook(lambda grad: self.need(index, -1))
+            elif torch.is_grad_enabled() and any(torch.is_tensor(x) and x.requires_grad for x in tree_leaves(inputs)):
+                raise ValueError(
+                    f"{type(module).__name__} returns {type(output).__name__}, in which no tensor was found whose "
+                    f"gradient would announce the layer's backward pass: {REMEDY}"
+                )
 
         return hook
 
@@ -95,7 +107,8 @@ class ShardedBase:
         if self._stream is None:
             self._shards[index].gather(self._buffers[slot])
             return
-        # Whatever reads the layer that was there has been queued: every layer comes before the next is asked for
+        # Whatever reads the layer that was there has been queued: a layer is asked for when the one before it is done,
+        # and on the way back autograd takes later operations first
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._shards[index].gather(self._buffers[slot])
@@ -118,14 +131,17 @@ class _Shard:
         self._begin = rank * self._part_bytes
         self._part = torch.zeros(0, dtype=torch.uint8)
 
-    def take(self, layer: nn.Module, buffer: Tensor, offload: bool) -> None:
-        """Keep this process' part of the layer, and let the layer's parameters be views of ``buffer``."""
+    def take(self, layer: nn.Module, buffer: Tensor, offload: dict[str, Any] | None) -> None:
+        """Keep this process' part of the layer, and let the layer's parameters be views of ``buffer``.
+
+        Args:
+            offload: section ``offload_param``; None: parts stay where the buffer is.
+        """
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        home = torch.device("cpu") if offload else buffer.device
-        self._part = torch.zeros(
-            self._part_bytes, dtype=torch.uint8, device=home, pin_memory=offload and buffer.device.type == "cuda"
-        )
+        home = buffer.device if offload is None else torch.device("cpu")
+        pinned = offload is not None and buffer.device.type == "cuda" and bool(offload.get("pin_memory", False))
+        self._part = torch.zeros(self._part_bytes, dtype=torch.uint8, device=home, pin_memory=pinned)
         parameters = list(layer.parameters())
         where = {id(parameter): index for index, parameter in enumerate(parameters)}
 
@@ -160,12 +176,27 @@ class _Shard:
         dist.all_gather_into_tensor(whole, part)
 
 
+def _refuse_what_cannot_be_sharded(model: nn.Module, layers: list[nn.Module]) -> None:
+    config: Any = getattr(model, "config", None)
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        rate = getattr(config, name, 0) or 0
+        if rate > 0:  # processes would gather different layers at the same time
+            raise ValueError(f"the model's {name}={rate:g} skips layers, which a sharded base cannot do: {REMEDY}")
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        raise ValueError(f"some of the model's {len(layers)} layers share parameters: {REMEDY}")
+    found = sorted({str(parameter.dtype) for parameter in parameters})
+    if len(found) > 1:  # an engine would cast some of them, and with that take them out of the buffers
+        raise ValueError(f"the model's layers hold parameters of several types ({', '.join(found)}): {REMEDY}")
+
+
 def _whole(parameter: nn.Parameter) -> Tensor:
     """All of a parameter that DeepSpeed may have partitioned, which is then empty; called by all processes."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     parameter.all_gather(param_list=[parameter])  # type: ignore[attr-defined]
     whole = parameter.detach()
+    assert whole.numel() == parameter.ds_numel, "taken over twice"  # type: ignore[attr-defined]
     parameter.ds_tensor.data = whole.new_empty(0)  # type: ignore[attr-defined]
     parameter.data = whole.new_empty(0)
     return whole

@@ -29,4 +29,5 @@ def test_sharded_bases_train_as_whole_ones(tmp_path: Path) -> None:
         losses = json.loads((tmp_path / f"losses-{rank}.json").read_text())
         assert set(losses) == set(WAYS)
         for way, found in losses.items():
+            assert found[0] == pytest.approx(losses["whole"][0], rel=1e-5), way
             assert found == pytest.approx(losses["whole"], rel=1e-3 if "compiled" in way else 1e-5), way

@@ -74,3 +74,31 @@ def test_the_recorded_penalty_follows_values_masks_and_scale() -> None:
         )  # one sum of two bf16 numbers, rounded elsewhere
         assert (bank._penalty_graph._graph is not None) == (index not in (0, 4, 6))
         assert not torch.equal(found, torch.ones_like(flat))
+
+
+def test_norms_outlive_graphs_that_are_launched_after_their_own() -> None:
+    """One bank is recorded anew among others: what it notes must not lie where theirs compute."""
+    device = torch.device("cuda")
+    adapted = make(SALIENT, packed=True)
+    adapted.trained.to(device, torch.bfloat16)
+    adapted.model.train()
+    penalty = adapted.penalty
+    assert penalty is not None and adapted.packed is not None
+    banks = list(adapted.packed.banks)[::-1]  # as in a backward pass
+    assert len(banks) == 2
+    for index in range(6):
+        if index == 3:  # only what the first of them holds
+            for adapter in banks[0]._adapters:
+                adapter.set_mask(torch.arange(adapter.rank) % 2 == 0, gate=True)
+        for bank in banks:
+            bank.factors.data.mul_(1.05)
+            bank._refresh()
+        penalty.arm(1.0, device)
+        for bank in banks:
+            for stack in bank._stacks:
+                add_penalty_gradient(penalty, stack, bank.factors.detach(), torch.zeros_like(bank.factors))
+        wanted = penalty.norms_M2.clone()
+        penalty.arm(1.0, device)
+        for bank in banks:
+            bank._add_penalty(penalty, torch.zeros_like(bank.factors))
+        torch.testing.assert_close(penalty.norms_M2, wanted)
