@@ -36,6 +36,8 @@ REMEDY = "set speed.zero3 to partitioned, or use ZeRO stage 2"
 ALIGNMENT = 256
 """Bytes; a parameter begins at a multiple of it, as in memory of its own."""
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 class ShardedBase:
     """The layers of a model as parts on every process, gathered by hooks."""
@@ -173,7 +175,7 @@ class _Shard:
         if part.device != whole.device:
             part = whole[self._begin : self._begin + len(part)]
             part.copy_(self._part, non_blocking=True)
-        dist.all_gather_into_tensor(whole, part)
+        _all_gather(whole, part)
 
 
 def _refuse_what_cannot_be_sharded(model: nn.Module, layers: list[nn.Module]) -> None:
