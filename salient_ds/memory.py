@@ -207,16 +207,16 @@ def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
     c, n, stage = work.element_bytes, work.trainable, ds.stage
     shards = world_size if stage >= 1 else 1
     parameter_shards = world_size if stage == 3 else 1
-    outside = _base_split(work)[0] if stage == 3 and work.sharded_base else 0
+    sharded = stage == 3 and work.sharded_base
+    outside = _base_split(work)[0] if sharded else 0
     inside = work.base_parameters - outside
     base = c * (outside + (0 if ds.offload_param else inside // parameter_shards))
-    whole_adapters = stage == 3 and work.sharded_base
-    adapters = c * n if whole_adapters else 0 if ds.offload_param else c * n // parameter_shards
+    adapters = c * n if sharded else 0 if ds.offload_param else c * n // parameter_shards
     state = (8 if stage == 0 and c == 4 else 12) * n // shards
     low_precision_grads = c * n // (world_size if stage >= 2 else 1)
     fp32_grads = 0 if stage == 0 and c == 4 else 4 * n // shards
     host = (state + fp32_grads if ds.offload_optimizer else 0) + (
-        c * (inside + (0 if whole_adapters else n)) // parameter_shards if ds.offload_param else 0
+        c * (inside + (0 if sharded else n)) // parameter_shards if ds.offload_param else 0
     )
     optimizer = 0 if ds.offload_optimizer else state
     gradients = low_precision_grads + (0 if ds.offload_optimizer else fp32_grads)

@@ -138,9 +138,10 @@ def impossible(spec: ArmSpec) -> str | None:
     """Why an arm is left out, if it is."""
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
-    if spec.compiled and spec.zero == 3 and not shards_base(SpeedConfig(), spec.arm, spec.zero):
+    partitioned = spec.zero == 3 and not shards_base(SpeedConfig(), spec.arm, spec.zero)
+    if spec.compiled and partitioned:
         return "layers that DeepSpeed's ZeRO-3 gathers are not compiled"
-    if spec.fused_loss and spec.zero == 3 and not shards_base(SpeedConfig(), spec.arm, spec.zero):
+    if spec.fused_loss and partitioned:
         return "the fused loss reads a weight that ZeRO-3 has partitioned"
     if spec.arm == "peft_adalora" and spec.zero == 3:
         return "PEFT's update_and_allocate raises on parameters that ZeRO-3 has partitioned"

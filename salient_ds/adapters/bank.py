@@ -77,8 +77,8 @@ class FactorBank(nn.Module):
                 adapter.gain_R = None  # the last forward pass' belongs to the graph of another bank
         self._stacks = self._make_stacks() if self._fused and self._sigma_slots else []
         self._penalty_graph = PenaltyGraph()
-        self.largest = 0
-        """Elements of the largest bank beside this one."""
+        self.largest = len(self.factors)
+        """Elements of the largest bank of the model."""
         self._version = -1
         self._gain_L = torch.zeros(0)
 
@@ -149,7 +149,7 @@ class FactorBank(nn.Module):
     def _add_penalty(self, penalty: OrthogonalityPenalty, grad: Tensor) -> None:
         flat = self.factors.detach()
         if flat.is_cuda:
-            self._penalty_graph.add(penalty, self._stacks, self._version, flat, grad, max(self.largest, len(flat)))
+            self._penalty_graph.add(penalty, self._stacks, self._version, flat, grad, self.largest)
             return
         for stack in self._stacks:
             add_penalty_gradient(penalty, stack, flat, grad)

@@ -11,6 +11,7 @@ from tests.dist.scenario import TOTAL_STEPS, Case, advance, build, local_state
 
 BEFORE, AFTER = 12, 15
 """Steps of the two checkpoints: the last event comes between them."""
+IDENTITY = {"case": "compaction"}
 
 
 def elements(engine: AllocatingEngine) -> int:
@@ -42,7 +43,7 @@ def save_twice(rank: int, world: int, model: Path, case: Case, folder: Path) -> 
     for until in (BEFORE, AFTER, TOTAL_STEPS):
         losses += advance(engine, until, rank, world)[0]
         if until < TOTAL_STEPS:
-            save(engine, folder, {"case": "compaction"}, {}, keep=9)
+            save(engine, folder, IDENTITY, {}, keep=9)
     engine.engine.destroy()
     return losses
 
@@ -55,21 +56,31 @@ def resume(
     for case in cases:
         found = {}
         for step in (BEFORE, AFTER):
-            path = folder / f"step-{step:08d}"
-            engine = build(case, model, world, kept_rows(path))
-            load(engine, path, {"case": "compaction"})
-            assert engine.step == step
-            found[step] = advance(engine, TOTAL_STEPS, rank, world)[0], engine.adapted.layout.total
-            engine.engine.destroy()
+            losses, _, left = go_on(rank, world, model, case, folder, step, IDENTITY)
+            found[step] = losses, left
         out.append(found)
     return out
 
 
 
-def refuse(rank: int, world: int, model: Path, case: Case, folder: Path) -> str:
-    """Why a run whose adapters are not packed does not continue a compacted checkpoint."""
+def go_on(
+    rank: int, world: int, model: Path, case: Case, folder: Path, step: int, identity: dict[str, str]
+) -> tuple[list[float], int, int]:
+    """Losses from the checkpoint of ``step`` on, rows that there are right after loading, and those at the end."""
+    path = folder / f"step-{step:08d}"
+    engine = build(case, model, world, kept_rows(path))
+    load(engine, path, identity)
+    assert engine.step == step
+    rows = engine.adapted.layout.total
+    losses = advance(engine, TOTAL_STEPS, rank, world)[0]
+    engine.engine.destroy()
+    return losses, rows, engine.adapted.layout.total
+
+
+def refuse(rank: int, world: int, model: Path, case: Case, folder: Path, step: int) -> str:
+    """Why a run whose adapters are not packed does not continue a checkpoint that lacks rows."""
     try:
-        build(case, model, world, kept_rows(folder / f"step-{AFTER:08d}"))
+        build(case, model, world, kept_rows(folder / f"step-{step:08d}"))
     except ValueError as error:
         return str(error)
     return ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salient_ds.zero.checkpoint import kept_rows, load, save
-from tests.dist.compaction_worker import elements
-from tests.dist.scenario import TOTAL_STEPS, Case, advance, batches, build, local_state
+from salient_ds.zero.checkpoint import save
+from tests.dist.compaction_worker import elements, go_on
+from tests.dist.scenario import TOTAL_STEPS, Case, batches, build, local_state
 
 BEFORE, AFTER = 4, 10
 """Steps of the two checkpoints: room is made for the first time between them, and growth ends later."""
@@ -40,22 +40,5 @@ def run(rank: int, world: int, model: Path, cases: list[Case], folders: list[Pat
 
 def resume(rank: int, world: int, model: Path, jobs: list[tuple[Case, Path, int]]) -> list[dict[str, Any]]:
     """Losses from each checkpoint on, rows that there were right after loading, and those left at the end."""
-    out = []
-    for case, folder, step in jobs:
-        path = folder / f"step-{step:08d}"
-        engine = build(case, model, world, kept_rows(path))
-        load(engine, path, IDENTITY)
-        rows = engine.adapted.layout.total
-        losses = advance(engine, TOTAL_STEPS, rank, world)[0]
-        out.append({"losses": losses, "rows": rows, "left": engine.adapted.layout.total})
-        engine.engine.destroy()
-    return out
-
-
-def refuse(rank: int, world: int, model: Path, case: Case, folder: Path) -> str:
-    """Why a run whose adapters are not packed does not continue a checkpoint that lacks rows."""
-    try:
-        build(case, model, world, kept_rows(folder / f"step-{BEFORE:08d}"))
-    except ValueError as error:
-        return str(error)
-    return ""
+    found = [go_on(rank, world, model, *job, IDENTITY) for job in jobs]
+    return [{"losses": losses, "rows": rows, "left": left} for losses, rows, left in found]

@@ -99,7 +99,7 @@ def test_checkpoints_before_and_after_a_compaction_resume(tiny_llama: Path, tmp_
             for step, (losses, left) in found.items():
                 assert losses == pytest.approx(whole_run[step:], rel=1e-5), step
                 assert left == 12
-    (message,) = spawn(1, worker.refuse, tiny_llama, Case(2, speed={"packing": "none"}), tmp_path)
+    (message,) = spawn(1, worker.refuse, tiny_llama, Case(2, speed={"packing": "none"}), tmp_path, worker.AFTER)
     assert "12 of 30 rows" in message and "packing=none" in message
 
 

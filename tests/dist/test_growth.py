@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.dist import growth_worker as worker
+from tests.dist.compaction_worker import refuse
 from tests.dist.scenario import Case
 from tests.dist.test_compaction import whole
 from tests.support.spawn import spawn
@@ -106,5 +107,5 @@ def test_checkpoints_resume_with_and_without_room(
             else:
                 assert room < found["rows"] < 0.6 * ROWS * MODULES
             assert found["left"] == TARGET
-    (message,) = spawn(1, worker.refuse, tiny_llama, case(2, packing="none"), flight)
+    (message,) = spawn(1, refuse, tiny_llama, case(2, packing="none"), flight, worker.BEFORE)
     assert "18 of 72 rows" in message and "packing=none" in message
