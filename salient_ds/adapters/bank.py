@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Slot:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         return (self.shape[1], 1) if len(self.shape) == 2 else (1,)
 
@@ -71,7 +72,7 @@ class FactorBank(nn.Module):
                 name = f"lora_{slot.factor}"
                 slot.adapter._parameters.pop(name, None)
                 slot.adapter.packed[slot.factor] = (parameter, slot.offset)
-                setattr(slot.adapter, name, self._view(parameter, slot).detach())
+                setattr(slot.adapter, name, self._views(parameter, [slot])[0].detach())
         for adapter in self._adapters:
             if isinstance(adapter, SVDLinear | PlainLinear):
                 adapter.gain_R = None  # the last forward pass' belongs to the graph of another bank
@@ -96,9 +97,10 @@ class FactorBank(nn.Module):
         return nn.Parameter(flat, requires_grad=len(flat) > 0)  # a layer may have lost all its rows
 
     @staticmethod
-    def _view(parameter: Tensor, slot: Slot) -> Tensor:
-        # one call in place of two; the parameter may itself be a slice of DeepSpeed's flat buffer
-        return parameter.as_strided(slot.shape, slot.strides, parameter.storage_offset() + slot.offset)
+    def _views(parameter: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
+        # one call each in place of two; the parameter may itself be a slice of DeepSpeed's flat buffer
+        start = parameter.storage_offset()
+        return [parameter.as_strided(slot.shape, slot.strides, start + slot.offset) for slot in slots]
 
     def _make_stacks(self) -> list[Stack]:
         """Neighbouring factors of one layer that share the axis which is not their rank's."""
@@ -124,7 +126,7 @@ class FactorBank(nn.Module):
             for slot, view in zip(self._slots, views, strict=False):
                 object.__setattr__(slot.adapter, f"lora_{slot.factor}", view)
             for adapter, gain_R in zip(self._adapters, views[len(self._slots) :], strict=True):
-                adapter.gain_R = gain_R
+                object.__setattr__(adapter, "gain_R", gain_R)
             return
         for parameter, slots in self._parameters_with_slots():
             pieces = parameter.split([slot.numel for slot in slots])
@@ -168,7 +170,7 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, factors: Tensor, sigmas: Tensor | None, bank: FactorBank) -> tuple[Tensor, ...]:
         ctx.bank, ctx.penalty = bank, bank._penalty()
-        views = [FactorBank._view(factors, slot) for slot in bank._slots]
+        views = FactorBank._views(factors, bank._slots)
         gain_L = bank._gain_L if sigmas is None else sigmas.float() * bank._gain_L
         gains = gain_L.to(factors.dtype).split([adapter.rank for adapter in bank._adapters])
         return (*views, *gains)

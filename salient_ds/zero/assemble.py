@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from salient_ds.adapters.bank import layer_of
 from salient_ds.adapters.from_config import adapt
 from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.causal_attention import leave_out_masks
 from salient_ds.config import RunConfig
 from salient_ds.fused_kernels import apply_kernels
 from salient_ds.methods.base import Method
 from salient_ds.methods.table import build_method
 from salient_ds.models import DTYPES
-from salient_ds.speed_config import compiles, grows_in_flight, packs, shards_base
+from salient_ds.speed_config import compiles, grows_in_flight, packs, row_multiple, shards_base
 from salient_ds.zero.build import build_engine, rate_plan
 from salient_ds.zero.compact import Resizer
 from salient_ds.zero.config import summary
@@ -54,6 +55,7 @@ def assemble(
     stage = summary(ds_config).stage
     name, shortcuts = config.method.name, config.adapter.shortcuts is not None
     apply_kernels(model, config.speed, device)
+    leave_out_masks(model)
     if shards_base(config.speed, name, stage, shortcuts):
         ShardedBase(model, ds_config, device)  # before there are adapters, which it must not partition
         ds_config = adapter_config(ds_config)
@@ -92,7 +94,8 @@ def assemble(
         return build_engine(adapted, config.train, ds_config, total_steps, device, folding)
 
     when = compaction(config, method, packed)
-    resizer = Resizer(build, when) if packed and isinstance(method, ResizableMethod) else None
+    multiple = row_multiple(config.speed, device.type == "cuda")
+    resizer = Resizer(build, when, multiple) if packed and isinstance(method, ResizableMethod) else None
     return AllocatingEngine(
         build(), adapted, method, device,
         resizer=resizer, initial_layout=layout, kept_N=kept_N,

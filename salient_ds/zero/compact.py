@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from salient_ds.methods.base import RankDecision
 from salient_ds.salience.budget import Event
@@ -28,12 +32,16 @@ class GrowingMethod(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Resizer:
     """Decides on other rows, and knows how the engine is made anew."""
 
     rebuild: Rebuild
     compaction: Literal["none", "last", "every"]
+    multiple: int = 1
+    """Compacted matrices keep pruned rows up to a multiple of so many."""
+    _done: RankDecision | None = None
+    """The decision whose pruned rows have been looked through."""
 
     def before_event(self, engine: AllocatingEngine, event: Event) -> float | None:
         """Make the room that ``event`` needs; seconds it took, None if it was there.
@@ -65,8 +73,24 @@ class Resizer:
             due = engine.step >= events[-1].step  # later too: a checkpoint may come from a run without compaction
         else:
             due = engine.step - decision.step <= engine.method.policy.delay  # never inside a window
-        if not due or bool(decision.mask_N.all()):
+        if not due or decision is self._done:
             return None
         began = time.perf_counter()
-        resize(engine, self.rebuild, engine.in_initial_rows(decision.mask_N))
-        return time.perf_counter() - began
+        stay_n = rounded_up(decision.mask_N, engine.adapted.layout.ranks, self.multiple)
+        compacts = not bool(stay_n.all())
+        if compacts:
+            resize(engine, self.rebuild, engine.in_initial_rows(stay_n))
+        self._done = engine.in_force.held  # a compaction has put another one there, over the rows that are left
+        return time.perf_counter() - began if compacts else None
+
+
+def rounded_up(mask_N: Tensor, ranks: Sequence[int], multiple: int) -> Tensor:
+    """``mask_N`` (bool) and the first other rows of every matrix, so that it has a multiple of ``multiple`` or all.
+
+    A matrix without any row in the mask gets none.
+    """
+    parts = []
+    for mask_R in mask_N.split(list(ranks)):
+        filling = -int(mask_R.sum()) % multiple
+        parts.append(mask_R | (~mask_R & ((~mask_R).cumsum(0) <= filling)))
+    return torch.cat(parts)

@@ -77,7 +77,7 @@ class AllocatingEngine:
         self.shards = ShardMap(engine, self.adapted)
         self.kept_N = kept_N
         self.in_force = InForce(decision, decision)
-        self._hold: dict[int, list[Tensor]] = {}
+        self._hold = self._held_at_zero(decision)
         self.method.attach(self.adapted.layout, list(self.shards.views.values()))
         if self.method.needs_before:
             engine.basic_optimizer.register_step_pre_hook(self._before_optimizer)
@@ -216,8 +216,12 @@ class AllocatingEngine:
         if decision is self.in_force.held:
             return
         self.in_force.held = decision
+        self._hold = self._held_at_zero(decision)
+
+    def _held_at_zero(self, decision: RankDecision) -> dict[int, list[Tensor]]:
+        """By view: which of its singular values ``decision`` wants to be zero (empty: none)."""
         dropped_N = ~decision.mask_N if decision.hold else torch.zeros_like(decision.mask_N)
-        self._hold = {i: _by_run(view, dropped_N) for i, view in self.shards.views.items()}
+        return {i: _by_run(view, dropped_N) for i, view in self.shards.views.items()}
 
     def _allocate(self, event: Event) -> EventReport | None:
         """Decide and apply; None if the method had reached its target before."""

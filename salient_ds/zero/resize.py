@@ -53,7 +53,6 @@ def resize(engine: AllocatingEngine, rebuild: Rebuild, kept_N: Tensor) -> None:
     assert isinstance(method, ResizableMethod), f"{method.name} cannot go on with other rows"
     latest = engine.in_force.latest
     decision = replace(latest, mask_N=engine.in_initial_rows(latest.mask_N)[kept_N])
-    assert bool(decision.mask_N.all()) or not decision.hold, "rows that are held at zero can only be dropped"
     found = collect(engine.shards, kept_N[before_N], engine.device)
     state = describe(engine.engine)
     retire(engine.engine)

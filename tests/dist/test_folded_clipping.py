@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from salient_ds.zero import build as building
-from salient_ds.zero.folded_clipping import folds
+from salient_ds.zero.folded_clipping import folds, norm_over_processes
 from tests.dist import scenario
 from tests.dist.scenario import Case
 from tests.support.spawn import spawn
@@ -45,6 +45,36 @@ def test_the_same_run_as_with_deepspeeds_own_clipping(tiny_llama: Path, world: i
     moments = [torch.cat([f["exp_avg"] for f in run[0][1]["state"]["fragments"]]) for run in (folded, plain)]
     assert 0 < float(moments[1].norm()) < 2 * 0.05  # AdamW forgets the gradients' scale, its moments do not
     torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=1e-6)
+
+
+def _overflow(rank: int, world: int, model: Path) -> tuple[list[bool], list[bool], list[int]]:
+    """Three steps; in the second one process has a gradient that is not finite."""
+    building.uses_fused_optimizer = lambda ds_config, device: True
+    engine = scenario.build(CASES[0], model, world)
+    parameter = next(p for p in engine.adapted.trained.parameters() if p.requires_grad)
+    skipped, changed, steps = [], [], []
+    for attempt in range(3):
+        before = [buffer.detach().clone() for buffer in engine.shards.layout.buffers]
+        broken = attempt == 1 and rank == world - 1
+        hook = parameter.register_hook(lambda grad, broken=broken: grad * float("inf") if broken else grad)
+        skipped.append(engine.train_step(*scenario.batches(attempt, rank, world)).skipped)
+        hook.remove()
+        changed.append(any(not torch.equal(b, a) for b, a in zip(before, engine.shards.layout.buffers, strict=True)))
+        steps.append(engine.step)
+    return skipped, changed, steps
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_that_are_not_finite_are_skipped_by_all(tiny_llama: Path, world: int) -> None:
+    for skipped, changed, steps in spawn(world, _overflow, tiny_llama):
+        assert skipped == [False, True, False] and changed == [True, False, True] and steps == [1, 1, 2]
+
+
+def test_the_norm_adds_up_in_fp32() -> None:
+    """bf16 would stop counting at 256."""
+    grads = [torch.ones(5000, dtype=torch.bfloat16), 2 * torch.ones(10, dtype=torch.bfloat16)]
+    assert float(norm_over_processes(grads, "cpu")) == pytest.approx(5040**0.5, rel=1e-6)
+    assert not norm_over_processes([*grads, torch.tensor([float("nan")])], "cpu").isfinite()
 
 
 @pytest.mark.parametrize(

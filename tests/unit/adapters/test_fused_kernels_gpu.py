@@ -62,7 +62,7 @@ def batch(vocab: int = 500, size: tuple[int, int] = (3, 33)) -> dict[str, Tensor
     """Prompts of different length without targets."""
     ids_BS = torch.randint(3, vocab, size, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     labels_BS = ids_BS.clone()
-    labels_BS[0, :5] = labels_BS[1, :20] = -100
+    labels_BS[0, :5] = labels_BS[1:2, :20] = -100
     return {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": labels_BS}
 
 
