@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,14 +34,25 @@ class FP16_UnfusedOptimizer:
         if bound > 0:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
             factor_1 = (bound / (norm + 1e-6)).clamp_max(1.0).view(1)
+        scale = _compiled_scale() if factor_1.is_cuda else _scale
         for (master, copy), grad in zip(pairs, grads, strict=True):
-            master.grad = torch.mul(grad, factor_1)  # one kernel; a number with an axis makes the result fp32
+            master.grad = scale(grad, factor_1)
             copy.grad = None
         return norm
 
     @torch.no_grad()
     def write_copies(self) -> None:
         torch._foreach_copy_([copy.data for copy in self.copies], [master.data for master in self.masters])
+
+
+def _scale(grad: Tensor, factor_1: Tensor) -> Tensor:
+    return grad.float() * factor_1
+
+
+@functools.cache
+def _compiled_scale() -> Callable[[Tensor, Tensor], Tensor]:
+    """In one pass: PyTorch's own product of bf16 and fp32 reaches half of a GPU's memory rate."""
+    return torch.compile(_scale, dynamic=True)
 
 
 class _NoHook:

@@ -118,7 +118,7 @@ def readme(record: Mapping[str, Any]) -> str:
         f"    {record['command']}",
         f"Random weights, {settings['precision']}, {settings['batch']} x {settings['seq']} tokens per process and "
         f"step, all linear layers of the decoder adapted, AdamW, gradients clipped at {settings['clip']:g}. Seconds "
-        f"per step: median over blocks of about four out of {settings['steps']} steps, taken back to back as in "
+        f"per step: median over blocks of about eight out of {settings['steps']} steps, taken back to back as in "
         f"training, after {settings['warmup'] + 1}; the peak is that of all steps "
         "but the first. AdaLoRA's update_and_allocate is part of every step (masks every "
         f"{settings['delta_t']} steps). Versions: "

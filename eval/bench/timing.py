@@ -73,8 +73,8 @@ class Measurement:
 
 
 def blocks(steps: int) -> list[int]:
-    """``steps`` in blocks of about four: inside one nobody waits for the device between steps, as in training."""
-    count = max(1, steps // 4)
+    """``steps`` in blocks of about eight: inside one nobody waits for the device between steps, as in training."""
+    count = max(1, steps // 8)
     return [steps // count + (index < steps % count) for index in range(count)]
 
 
@@ -93,6 +93,7 @@ def measure(step: Callable[[], object], watch: Stopwatch, warmup: int, steps: in
         wait(device)
         seconds.append((time.perf_counter() - began) / block)
     peak = peak_gib(device)
+    watch.seconds.clear()  # of an earlier measurement, before a compaction
     watch.enabled = True
     for _ in range(part_steps):
         step()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from salient_eval.bench import event, worker
 from salient_eval.bench.plain_engine import PlainEngine
+from salient_eval.bench.timing import Stopwatch, measure
 
 from salient_ds.salience.influence import influence
 from tests.unit.bench.bench_helpers import spec
@@ -90,3 +91,16 @@ def test_influence_benchmark_runs_the_published_definition() -> None:
 def test_event_rows_hold_time_and_memory() -> None:
     row, _, _ = event.time_solve(100, 20, 1, torch.device("cpu"))
     assert row["values"] == 100 and row["seconds"] > 0 and row["peak_gib"] > 0 and row["bands"] > 1
+
+
+def test_parts_are_those_of_the_last_measurement() -> None:
+    """An arm is measured again after its compaction."""
+    watch = Stopwatch(torch.device("cpu"))
+
+    def step() -> None:
+        with watch.part("step"):
+            pass
+
+    for part_steps in (5, 3):
+        measure(step, watch, 1, 9, part_steps)
+        assert len(watch.seconds["step"]) == part_steps
