@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from salient_ds.method_config import MethodConfig
-from salient_ds.speed_config import SpeedConfig
+from salient_ds.speed_config import SpeedConfig, SpeedPlan, speed_plan
 
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -191,6 +191,10 @@ class RunConfig(Strict):
                 "not see: use liger: loss, or choose another proxy"
             )
         return self
+
+    def speed_plan(self, stage: int) -> SpeedPlan:
+        """What section ``speed`` comes to at this ZeRO stage."""
+        return speed_plan(self.speed, self.method.name, stage, self.adapter.shortcuts is not None)
 
 
 def _nearest(key: str, names: list[str]) -> str:

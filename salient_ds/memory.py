@@ -52,7 +52,6 @@ from salient_ds.method_config import (
 )
 from salient_ds.model_shapes import Architecture
 from salient_ds.salience.growth import largest_rooms
-from salient_ds.speed_config import grows_in_flight, shards_base
 from salient_ds.zero.config import DsSummary
 
 GIB = 2**30
@@ -179,12 +178,10 @@ def workload(
         dropout=run.adapter.dropout > 0,
         architecture=architecture,
         scoring=method.block_bytes if isinstance(method, IncreLoRAConfig) else 0,
-        sharded_base=shards_base(run.speed, method.name, 3, run.adapter.shortcuts is not None),
+        sharded_base=run.speed_plan(3).sharded_base,
         fused_loss=run.speed.liger != "none",
     )
-    if isinstance(method, IncreLoRAConfig) and grows_in_flight(
-        run.speed, method.name, 2, run.adapter.shortcuts is not None
-    ):
+    if isinstance(method, IncreLoRAConfig) and run.speed_plan(2).grows_in_flight:
         return replace(work, in_flight=_in_flight(work, method))
     return work
 

@@ -21,7 +21,7 @@ from salient_ds.salience.budget import steps_or_fraction
 from salient_ds.salience.growth import exact_scores, first_room
 from salient_ds.salience.schedules import initial_total, method_events, target_total
 from salient_ds.salience.search_schedule import SearchSpace
-from salient_ds.speed_config import grows_in_flight, shards_base, speed_problems
+from salient_ds.speed_config import speed_problems
 from salient_ds.targets import match_shortcuts, match_targets
 from salient_ds.tokenizer_files import inspect_tokenizer
 from salient_ds.zero.config import load_ds_config, resolve_ds_config, summary
@@ -257,10 +257,10 @@ class _Checks:
         )
         zero = summary(self.facts["ds_config"])
         self.facts["zero"] = asdict(zero)
-        choice = self.run.speed, self.run.method.name, zero.stage, self.run.adapter.shortcuts is not None
-        self.report.problems.extend(speed_problems(*choice))
-        self._room(grows_in_flight(*choice))
-        if shards_base(*choice):
+        shortcuts, plan = self.run.adapter.shortcuts is not None, self.run.speed_plan(zero.stage)
+        self.report.problems.extend(speed_problems(self.run.speed, self.run.method.name, zero.stage, shortcuts))
+        self._room(plan.grows_in_flight)
+        if plan.sharded_base:
             self.report.notes.append(
                 "ZeRO-3 partitions the frozen base's layers only (speed.zero3): embeddings, output head and adapters "
                 "are replicated in training precision, the adapters' masters and moments partitioned; stage3_* keys "

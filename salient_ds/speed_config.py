@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,16 +47,27 @@ PACKABLE = ("salientlora", "adalora", "lora", "lora2", "increlora")
 """Methods whose adapters may be packed."""
 
 
-def packs(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> bool:
-    """Whether the factors of this run are packed."""
-    if speed.packing == "none" or method not in PACKABLE or shortcuts:
-        return False
-    return stage < 3 or speed.zero3 != "partitioned"
+@dataclass(frozen=True)
+class SpeedPlan:
+    """What section ``speed`` comes to in a run."""
+
+    packed: bool
+    """Factors lie in banks."""
+    sharded_base: bool
+    """ZeRO-3 partitions the frozen base alone."""
+    grows_in_flight: bool
+    """Matrices get room for new rows when they need it."""
 
 
-def shards_base(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> bool:
-    """Whether ZeRO-3 partitions the frozen base alone."""
-    return stage == 3 and speed.zero3 != "partitioned" and packs(speed, method, stage, shortcuts)
+def speed_plan(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> SpeedPlan:
+    """Resolve everything that is ``auto``, as far as it depends on nothing but the configuration."""
+    together = stage < 3 or speed.zero3 != "partitioned"
+    packed = speed.packing != "none" and method in PACKABLE and not shortcuts and together
+    return SpeedPlan(
+        packed=packed,
+        sharded_base=packed and stage == 3,
+        grows_in_flight=packed and method == "increlora" and speed.growth != "preallocated",
+    )
 
 
 def compiles(speed: SpeedConfig, method: str, packed: bool, on_gpu: bool) -> bool:
@@ -72,15 +84,11 @@ def row_multiple(speed: SpeedConfig, on_gpu: bool) -> int:
     return speed.compaction_multiple
 
 
-def grows_in_flight(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> bool:
-    """Whether matrices get room for new rows when they need it."""
-    return method == "increlora" and speed.growth != "preallocated" and packs(speed, method, stage, shortcuts)
-
-
 def speed_problems(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> list[str]:
     """Contradictions among the choices, one sentence each with value and remedy."""
     problems = []
-    packed = packs(speed, method, stage, shortcuts)
+    plan = speed_plan(speed, method, stage, shortcuts)
+    packed, partitioned = plan.packed, stage == 3 and not plan.sharded_base
     if speed.packing == "layer" and not packed:
         apart = method in PACKABLE and not shortcuts
         why = "zero3: partitioned keeps adapters apart" if apart else f"not with {method}"
@@ -94,15 +102,15 @@ def speed_problems(speed: SpeedConfig, method: str, stage: int, shortcuts: bool 
         problems.append(f"speed.compaction={speed.compaction} needs packed adapters: use none, or packing: auto")
     if speed.compaction == "every" and method != "salientlora":
         problems.append(f"speed.compaction=every works with salientlora, not with {method}: use last")
-    if speed.growth == "in_flight" and not grows_in_flight(speed, method, stage, shortcuts):
+    if speed.growth == "in_flight" and not plan.grows_in_flight:
         why = "needs packed adapters" if method == "increlora" else f"works with increlora, not with {method}"
         problems.append(f"speed.growth=in_flight {why}: use auto")
-    if speed.compile_layers is True and stage == 3 and not shards_base(speed, method, stage, shortcuts):
+    if speed.compile_layers is True and partitioned:
         problems.append(
             "speed.compile_layers does not work where ZeRO-3 partitions adapters too (zero3: partitioned): set it to "
             "false, or use stage 2"
         )
-    if speed.liger != "none" and stage == 3 and not shards_base(speed, method, stage, shortcuts):
+    if speed.liger != "none" and partitioned:
         problems.append(
             f"speed.liger={speed.liger} reads the output layer's weight, which ZeRO-3 partitions here: use none, "
             "stage 2, or zero3: sharded_base where the method allows it"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from salient_ds.method_config import MethodConfig
-from salient_ds.speed_config import SpeedConfig, shards_base
+from salient_ds.speed_config import SpeedConfig, speed_plan
 
 PEFT_ARMS = ("peft_lora", "peft_adalora")
 PLAIN = "plain"
@@ -138,7 +138,7 @@ def impossible(spec: ArmSpec) -> str | None:
     """Why an arm is left out, if it is."""
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
-    partitioned = spec.zero == 3 and not shards_base(SpeedConfig(), spec.arm, spec.zero)
+    partitioned = spec.zero == 3 and not speed_plan(SpeedConfig(), spec.arm, spec.zero).sharded_base
     if spec.compiled and partitioned:
         return "layers that DeepSpeed's ZeRO-3 gathers are not compiled"
     if spec.fused_loss and partitioned:

@@ -17,7 +17,7 @@ from salient_ds.fused_kernels import apply_kernels
 from salient_ds.methods.base import Method
 from salient_ds.methods.table import build_method
 from salient_ds.models import DTYPES
-from salient_ds.speed_config import compiles, grows_in_flight, packs, row_multiple, shards_base
+from salient_ds.speed_config import compiles, row_multiple
 from salient_ds.zero.build import build_engine, rate_plan
 from salient_ds.zero.compact import Resizer
 from salient_ds.zero.config import summary
@@ -52,21 +52,19 @@ def assemble(
         ValueError: the checkpoint lacks rows and this run's adapters are not packed, or the kernels of
             ``speed.liger`` cannot be had.
     """
-    stage = summary(ds_config).stage
-    name, shortcuts = config.method.name, config.adapter.shortcuts is not None
+    plan = config.speed_plan(summary(ds_config).stage)
     apply_kernels(model, config.speed, device)
     leave_out_masks(model)
-    if shards_base(config.speed, name, stage, shortcuts):
+    if plan.sharded_base:
         ShardedBase(model, ds_config, device)  # before there are adapters, which it must not partition
         ds_config = adapter_config(ds_config)
     dtype = DTYPES[config.train.precision]
-    adapted = adapt(model, config, dtype, device, grows_in_flight(config.speed, name, stage, shortcuts))
-    packed = packs(config.speed, name, stage, shortcuts)
-    if packed:
+    adapted = adapt(model, config, dtype, device, plan.grows_in_flight)
+    if plan.packed:
         adapted.pack()
     for adapter in adapted.adapters.values():
         adapter.fused = config.train.activation_checkpointing != "selective"
-    if compiles(config.speed, name, packed, device.type == "cuda"):
+    if compiles(config.speed, config.method.name, plan.packed, device.type == "cuda"):
         compile_layers(adapted, may_fail=config.speed.compile_layers == "auto")
     layout = all_rows(adapted)
     rates = rate_plan(config.train, total_steps)
@@ -75,7 +73,7 @@ def assemble(
     if kept_N is None or len(kept_N) != len(here_N):  # another model's: refused when the checkpoint is read
         kept_N = here_N
     if not torch.equal(kept_N, here_N):
-        if not packed:
+        if not plan.packed:
             raise ValueError(
                 f"the checkpoint holds {int(kept_N.sum())} of {len(kept_N)} rows (it was compacted, or still grows in "
                 f"flight), which needs packed adapters; speed.packing={config.speed.packing} and "
@@ -93,9 +91,9 @@ def assemble(
             return make_engine(adapted, ds_config, folding)
         return build_engine(adapted, config.train, ds_config, total_steps, device, folding)
 
-    when = compaction(config, method, packed)
+    when = compaction(config, method, plan.packed)
     multiple = row_multiple(config.speed, device.type == "cuda")
-    resizer = Resizer(build, when, multiple) if packed and isinstance(method, ResizableMethod) else None
+    resizer = Resizer(build, when, multiple) if plan.packed and isinstance(method, ResizableMethod) else None
     return AllocatingEngine(
         build(), adapted, method, device,
         resizer=resizer, initial_layout=layout, kept_N=kept_N,

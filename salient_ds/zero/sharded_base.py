@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from salient_ds.adapters.bank import layer_of
 from salient_ds.config import RunConfig
-from salient_ds.speed_config import shards_base
 from salient_ds.zero.collectives import world
 from salient_ds.zero.config import summary
 
@@ -220,10 +219,10 @@ def effective_config(ds_config: dict[str, Any], config: RunConfig, processes: in
     and nothing is gathered or dropped. Everything else, checkpoints included, is the same. Otherwise DeepSpeed is kept
     from replacing ``torch.nn.functional.linear`` in the whole process, which is of use only to weights that it gathers.
     """
-    plan = summary(ds_config)
-    if not shards_base(config.speed, config.method.name, plan.stage, config.adapter.shortcuts is not None):
+    zero = summary(ds_config)
+    if not config.speed_plan(zero.stage).sharded_base:
         return ds_config
-    if processes == 1 and not plan.offload_param:
+    if processes == 1 and not zero.offload_param:
         return adapter_config(ds_config)
     return ds_config | {"zero_optimization": ds_config["zero_optimization"] | {"memory_efficient_linear": False}}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from salient_ds.memory import estimate
-from salient_ds.speed_config import SpeedConfig, compiles, packs, shards_base, speed_problems
+from salient_ds.speed_config import SpeedConfig, compiles, row_multiple, speed_plan, speed_problems
 from tests.unit.check.test_memory import config, work
 
 
@@ -55,13 +55,23 @@ def test_layers_are_compiled_unasked_only_where_that_is_known_to_work(
 @pytest.mark.parametrize("method", ["salientlora", "adalora", "lora", "lora2", "increlora", "heterolora"])
 def test_defaults_contradict_nothing(method: str, stage: int) -> None:
     assert speed_problems(SpeedConfig(), method, stage) == []
-    assert packs(SpeedConfig(), method, stage) == (method != "heterolora")
-    assert shards_base(SpeedConfig(), method, stage) == (method != "heterolora" and stage == 3)
+    plan = speed_plan(SpeedConfig(), method, stage)
+    assert plan.packed == (method != "heterolora")
+    assert plan.sharded_base == (method != "heterolora" and stage == 3)
+    assert plan.grows_in_flight == (method == "increlora")
 
 
 def test_shortcuts_keep_parameters_apart() -> None:
-    assert not packs(SpeedConfig(), "lora", 2, shortcuts=True)
-    assert not shards_base(SpeedConfig(), "lora", 3, shortcuts=True)
+    for stage in (2, 3):
+        plan = speed_plan(SpeedConfig(), "lora", stage, shortcuts=True)
+        assert not plan.packed and not plan.sharded_base
+
+
+def test_compacted_ranks_suit_the_device() -> None:
+    assert (row_multiple(SpeedConfig(), on_gpu=True), row_multiple(SpeedConfig(), on_gpu=False)) == (8, 1)
+    assert row_multiple(SpeedConfig(compaction_multiple=3), on_gpu=True) == 3
+    with pytest.raises(ValueError, match="compaction_multiple"):
+        SpeedConfig(compaction_multiple=0)
 
 
 def test_a_sharded_base_replicates_adapters_and_what_is_outside_the_layers() -> None:
