@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from salient_ds.method_config import MethodConfig
-from salient_ds.speed_config import SpeedConfig, SpeedPlan, speed_plan
+from salient_ds.speed_config import SpeedConfig, SpeedPlan, compaction_problem, speed_plan
 
 LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -190,6 +190,10 @@ class RunConfig(Strict):
                 "method.proxy=synflow replaces weights while the model runs, which the norms of speed.liger=all would "
                 "not see: use liger: loss, or choose another proxy"
             )
+        if self.speed.compaction == "every" and self.method.name == "salientlora":
+            problem = compaction_problem(self.method.options())
+            if problem is not None:
+                raise ValueError(problem)
         return self
 
     def speed_plan(self, stage: int) -> SpeedPlan:

@@ -52,6 +52,7 @@ from salient_ds.method_config import (
 )
 from salient_ds.model_shapes import Architecture
 from salient_ds.salience.growth import largest_rooms
+from salient_ds.speed_config import row_multiple
 from salient_ds.zero.config import DsSummary
 
 GIB = 2**30
@@ -182,12 +183,13 @@ def workload(
         fused_loss=run.speed.liger != "none",
     )
     if isinstance(method, IncreLoRAConfig) and run.speed_plan(2).grows_in_flight:
-        return replace(work, in_flight=_in_flight(work, method))
+        return replace(work, in_flight=_in_flight(work, method, row_multiple(run.speed, on_gpu=True)))
     return work
 
 
-def _in_flight(work: Workload, method: IncreLoRAConfig) -> Workload:
-    rooms = largest_rooms(method, [out + inner + 1 for out, inner in work.adapted], work.rank)
+def _in_flight(work: Workload, method: IncreLoRAConfig, multiple: int) -> Workload:
+    widths_M = [out + inner + 1 for out, inner in work.adapted]
+    rooms = largest_rooms(method, widths_M, work.rank, multiple)
     elements = adapter_parameters(method, work.adapted, rooms)
     return replace(
         work,

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from salient_ds.method_config import SalientOptions
+
 
 class SpeedConfig(BaseModel):
     """Section ``speed`` of a run. Every default is the one that measured fastest where it works."""
@@ -25,8 +27,9 @@ class SpeedConfig(BaseModel):
     after the last one, if the method's pruned rows have no effect any more (salientlora with its default options), and
     what is left of increlora's room."""
     compaction_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """A compaction leaves every matrix pruned rows, held at zero, up to a multiple of so many: matrix products of other
-    sizes are slow on GPUs. 1: none. auto: 8 on a GPU, 1 elsewhere."""
+    """A compaction leaves matrices with live rows pruned ones too, without effect, up to a multiple of so many if there
+    are that many: matrix products of other sizes are slow on GPUs. increlora's matrices get room in such multiples. 1:
+    neither. auto: 8 on a GPU, 1 elsewhere."""
     growth: Literal["auto", "in_flight", "preallocated"] = "auto"
     """When increlora's rows come into being. in_flight: with little room to spare, before events that need more of it
     (the engine is made anew each time, as by compaction). preallocated: all of adapter.rank from the start. auto:
@@ -82,6 +85,20 @@ def row_multiple(speed: SpeedConfig, on_gpu: bool) -> int:
     if speed.compaction_multiple == "auto":
         return 8 if on_gpu else 1
     return speed.compaction_multiple
+
+
+def compaction_problem(options: SalientOptions) -> str | None:
+    """Why dropping rows after every event would change the training, as they would have mattered to the next event."""
+    wanted = {"apply_at": "now", "pruned_vectors": "zero", "nan_scores": "zero"}
+    wrong = {key: getattr(options, key) for key, value in wanted.items() if getattr(options, key) != value}
+    if not wrong:
+        return None
+    found = ", ".join(f"method.{key}={value}" for key, value in wrong.items())
+    instead = ", ".join(f"method.{key}={wanted[key]}" for key in wrong)
+    return (
+        f"speed.compaction=every would change the training with {found} (from the preset, if not set): use last, or "
+        f"{instead}"
+    )
 
 
 def speed_problems(speed: SpeedConfig, method: str, stage: int, shortcuts: bool = False) -> list[str]:

@@ -121,8 +121,10 @@ class OwnArm:
         return float(self.step(tokens_BS).loss)
 
     def facts(self) -> dict[str, Any]:
-        layout = self.adapted.layout
-        return {"compacted": False, "total_rank": layout.total}
+        return {"compacted": False, "total_rank": self.live_rows(), "rows": self.adapted.layout.total}
+
+    def live_rows(self) -> int:
+        return sum(int(adapter.rank_mask_R.sum()) for adapter in self.adapted.adapters.values())
 
     def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
         """Train through a shortened allocation schedule; the time of every event, and what is left at the end.
@@ -158,7 +160,7 @@ class OwnArm:
         self.allocating.finish()
         self.watch.mark_steps = False
         target = method.events[-1].total_rank
-        left = sum(int(adapter.rank_mask_R.sum()) for adapter in self.adapted.adapters.values())
+        left = self.live_rows()
         return {
             "event_seconds": [event["seconds"] for event in events],
             "events": events,

@@ -51,7 +51,7 @@ def main(
     checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: any of none, selective, all.")] = "none",
     batch: Annotated[int, typer.Option(help="Sequences per process and step; 0: the shape's default.")] = 0,
     seq: Annotated[int, typer.Option(help="Tokens per sequence; 0: the shape's default.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 24,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 4,
     part_steps: Annotated[int, typer.Option(min=0, help="Steps after them that time forward, backward, step.")] = 3,
     target_rank: Annotated[int, typer.Option(help="Mean rank at the end of the schedule; 0: the shape's default.")] = 0,

@@ -145,11 +145,17 @@ def more_room(plan: GrowthPlan, active_M: Sequence[int], reserve: int, room_M: S
     return tuple(max(room, min(most, wanted)) for room, most, wanted in zip(room_M, plan.ranks, wanted_M, strict=True))
 
 
-def largest_rooms(config: IncreLoRAConfig, widths_M: Sequence[int], most: int) -> list[int]:
+def in_multiples(room: int, multiple: int, most: int) -> int:
+    """``room`` rows rounded up to a multiple, but no more than ``most``."""
+    return min(most, -(-room // multiple) * multiple)
+
+
+def largest_rooms(config: IncreLoRAConfig, widths_M: Sequence[int], most: int, multiple: int = 1) -> list[int]:
     """Rows of every matrix if growth goes to where it costs most memory; never more elements than that (but for ties).
 
     Args:
         widths_M: elements that one row of every matrix has.
+        multiple: what rooms are multiples of.
 
     Raises:
         ValueError: no default for ``method.add``.
@@ -159,7 +165,7 @@ def largest_rooms(config: IncreLoRAConfig, widths_M: Sequence[int], most: int) -
     left = max(0, _target(config, count) - start * count)
 
     def room(active: int) -> int:
-        return min(most, active + reserve + headroom(active, add, most))
+        return min(most, active + reserve + headroom(active, add, most) + multiple - 1)  # however rounding falls
 
     full = next((active for active in range(start, most) if room(active) == most), most)
     rooms = [0] * count

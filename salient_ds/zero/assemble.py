@@ -54,7 +54,7 @@ def assemble(
     """
     plan = config.speed_plan(summary(ds_config).stage)
     apply_kernels(model, config.speed, device)
-    leave_out_masks(model)
+    leave_out_masks(model, device)
     if plan.sharded_base:
         ShardedBase(model, ds_config, device)  # before there are adapters, which it must not partition
         ds_config = adapter_config(ds_config)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from salient_ds.methods.base import RankDecision
 from salient_ds.salience.budget import Event
+from salient_ds.salience.growth import in_multiples
 from salient_ds.zero.collectives import all_equal
 from salient_ds.zero.resize import Rebuild, first_rows, resize
 
@@ -39,7 +40,7 @@ class Resizer:
     rebuild: Rebuild
     compaction: Literal["none", "last", "every"]
     multiple: int = 1
-    """Compacted matrices keep pruned rows up to a multiple of so many."""
+    """Matrices that get another size keep pruned rows, or get spare ones, up to a multiple of so many."""
     _done: RankDecision | None = None
     """The decision whose pruned rows have been looked through."""
 
@@ -60,6 +61,8 @@ class Resizer:
             )
         if room_M is None:
             return None
+        most_M = engine.initial_layout.ranks
+        room_M = tuple(in_multiples(room, self.multiple, most) for room, most in zip(room_M, most_M, strict=True))
         resize(engine, self.rebuild, first_rows(engine.initial_layout, room_M))
         return time.perf_counter() - began
 
@@ -85,12 +88,15 @@ class Resizer:
 
 
 def rounded_up(mask_N: Tensor, ranks: Sequence[int], multiple: int) -> Tensor:
-    """``mask_N`` (bool) and the first other rows of every matrix, so that it has a multiple of ``multiple`` or all.
+    """``mask_N`` (bool) and the first other rows of every matrix, so that it has a multiple of ``multiple``.
 
-    A matrix without any row in the mask gets none.
+    A matrix without any row in the mask gets none, nor does one that has too few rows to get there.
     """
     parts = []
     for mask_R in mask_N.split(list(ranks)):
-        filling = -int(mask_R.sum()) % multiple
+        live = int(mask_R.sum())
+        filling = -live % multiple
+        if live + filling > len(mask_R):
+            filling = 0
         parts.append(mask_R | (~mask_R & ((~mask_R).cumsum(0) <= filling)))
     return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Where DeepSpeed 0.19 keeps the fp32 masters of each parameter: the only file that reads its private layout.
+"""Where DeepSpeed 0.19 keeps the fp32 masters of each parameter: the only file that reads that.
 
 A *buffer* is a tensor that the basic torch optimizer steps; a *fragment* says which elements of a parameter lie where
 in a buffer on this process. One reader per optimizer wrapper; :func:`read_layout` picks it and says by name what it

@@ -32,6 +32,21 @@ COMPACTED = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("mask", "multiple", "expected"),
+    [
+        ("0101", 1, "0101"),
+        ("0100", 2, "1100"),
+        ("1011", 4, "1111"),
+        ("0000", 4, "0000"),
+        ("1110", 8, "1110"),  # there are no eight
+    ],
+)
+def test_rows_are_filled_up_with_the_first_pruned_ones(mask: str, multiple: int, expected: str) -> None:
+    found = rounded_up(torch.tensor([c == "1" for c in "0010" + mask]), (4, 4), multiple)
+    assert "".join(str(int(bit)) for bit in found[4:]) == expected
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_llama: Path) -> list[list[dict[str, Any]]]:
     return spawn(2, worker.run, tiny_llama, MASKED + [case for case, _ in COMPACTED])

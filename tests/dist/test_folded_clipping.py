@@ -71,7 +71,7 @@ def test_steps_that_are_not_finite_are_skipped_by_all(tiny_llama: Path, world: i
 
 
 def test_the_norm_adds_up_in_fp32() -> None:
-    """bf16 would stop counting at 256."""
+    """A norm rounded to bf16 would be 71."""
     grads = [torch.ones(5000, dtype=torch.bfloat16), 2 * torch.ones(10, dtype=torch.bfloat16)]
     assert float(norm_over_processes(grads, "cpu")) == pytest.approx(5040**0.5, rel=1e-6)
     assert not norm_over_processes([*grads, torch.tensor([float("nan")])], "cpu").isfinite()

@@ -20,7 +20,7 @@ METHOD = {"name": "increlora", "target_rank": 3, "interval": 2, "top_h": 2, "add
 ROWS, MODULES, TARGET, FIRST_ROOM = 12, 6, 18, 3
 
 
-def case(stage: int, **speed: str) -> Case:
+def case(stage: int, **speed: Any) -> Case:
     train = {"lr_schedule": "linear", "lr_warmup": 3, "weight_decay": 0.1}
     return Case(stage, method=METHOD, adapter={"rank": ROWS}, train=train, speed=speed)
 
@@ -31,6 +31,8 @@ FLIGHT = {
     "stage 0": case(0, growth="in_flight"),
     "stage 3": case(3, zero3="sharded_base"),
 }
+
+EVEN = case(2, compaction_multiple=4)
 
 each_stage = pytest.mark.parametrize("stage", FLIGHT)
 
@@ -43,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def runs(tiny_llama: Path, folders: list[Path]) -> list[list[dict[str, Any]]]:
-    return spawn(2, worker.run, tiny_llama, [WHOLE, *FLIGHT.values()], [*folders, None, None])
+    return spawn(2, worker.run, tiny_llama, [WHOLE, *FLIGHT.values(), EVEN], [*folders, None, None, None])
 
 
 @each_stage
@@ -80,6 +82,15 @@ def test_rows_exist_when_they_are_needed(runs: list[list[dict[str, Any]]], stage
         assert sum(a != b for a, b in pairwise(sizes)) == sum(made) + 1  # what is left of the room is dropped at last
         assert found["hooks"] <= 1, "a retired engine has left its hooks on the module"
         assert not any(total["made"]) and len(set(total["elements"])) == 1
+
+
+def test_sizes_are_multiples_where_that_is_asked_for(runs: list[list[dict[str, Any]]]) -> None:
+    """Room that is made and what is left at the end; the training stays the same."""
+    even, total = runs[0][-1], runs[0][0]
+    assert even["losses"] == pytest.approx(total["losses"], rel=1e-5)
+    live = total["masks"][-1].view(MODULES, ROWS).sum(1).tolist()
+    assert even["ranks"] == tuple(-(-rank // 4) * 4 for rank in live)
+    assert any(even["made"]) and any(rank % 4 for rank in live)
 
 
 def test_checkpoints_resume_with_and_without_room(

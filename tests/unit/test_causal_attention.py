@@ -16,6 +16,7 @@ SIZES = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }  # fmt: skip
+CPU = torch.device("cpu")
 OPTIONS: dict[str, dict[str, Any]] = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}}
 GROUPED = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None}
 
@@ -51,7 +52,7 @@ def packed() -> dict[str, Tensor]:
 def test_losses_and_gradients_are_those_with_masks(kind: str, batch: Any) -> None:
     with_masks = model(kind)
     without = copy.deepcopy(with_masks)
-    assert leave_out_masks(without)
+    assert leave_out_masks(without, CPU)
     losses = []
     for one in (with_masks, without):
         loss = one(**batch()).loss
@@ -77,7 +78,7 @@ def test_nobody_looks_for_padding(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     made, batch = model(kind), padded()
     with pytest.raises(AssertionError, match="waited"):
         made(**batch)
-    assert leave_out_masks(made)
+    assert leave_out_masks(made, CPU)
     made(**batch)
     made(**{name: value for name, value in batch.items() if name != "attention_mask"})
 
@@ -87,7 +88,7 @@ def test_nobody_looks_for_padding(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_forward_pass_does_not_wait_for_the_device() -> None:
     made = model("llama").to("cuda", torch.bfloat16)
     batch = {name: value.cuda() for name, value in padded().items()}
-    assert leave_out_masks(made)
+    assert leave_out_masks(made, torch.device("cuda"))
     made(**batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -96,18 +97,39 @@ def test_a_forward_pass_does_not_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def own_code() -> nn.Module:
+    """A model that says it is a LLaMA and may do what it likes with its mask."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    class Own(LlamaForCausalLM):
+        pass
+
+    return Own(LlamaConfig(**(SIZES | {"intermediate_size": 64})))
+
+
+def test_grouped_heads_in_fp32_keep_their_masks_on_gpus() -> None:
+    gpu = torch.device("cuda")
+    assert not leave_out_masks(model("llama"), gpu)
+    assert leave_out_masks(model("llama", num_key_value_heads=4), gpu)
+    assert leave_out_masks(model("llama").bfloat16(), gpu)
+    assert leave_out_masks(model("opt"), gpu)
+
+
 @pytest.mark.parametrize(
     "other",
     [
         lambda: model("llama", "eager"),
         lambda: model("mistral", sliding_window=4),
         lambda: model("qwen2", layer_types=["full_attention", "sliding_attention"], use_sliding_window=True),
+        lambda: model("llama", is_causal=False),
+        lambda: model("gemma", use_bidirectional_attention=True),
         lambda: model("gpt_neox", rotary_pct=0.5),
+        lambda: own_code(),
     ],
-    ids=["eager", "sliding window", "some layers slide", "unknown"],
+    ids=["eager", "sliding window", "some layers slide", "not causal", "bidirectional", "unknown", "own code"],
 )
 def test_other_attention_keeps_its_masks(other: Any) -> None:
     made = other()
     before = made.config._attn_implementation
-    assert not leave_out_masks(made)
+    assert not leave_out_masks(made, CPU)
     assert made.config._attn_implementation == before != NAME

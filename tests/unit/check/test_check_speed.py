@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from salient_ds.config import ConfigError, RunConfig, parse_config
 from salient_ds.memory import estimate
 from salient_ds.speed_config import SpeedConfig, compiles, row_multiple, speed_plan, speed_problems
 from tests.unit.check.test_memory import config, work
@@ -65,6 +66,36 @@ def test_shortcuts_keep_parameters_apart() -> None:
     for stage in (2, 3):
         plan = speed_plan(SpeedConfig(), "lora", stage, shortcuts=True)
         assert not plan.packed and not plan.sharded_base
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"preset": "reference"}, ["apply_at=next_step", "pruned_vectors=train", "nan_scores=reference"]),
+        ({"apply_at": "next_step"}, ["apply_at=next_step"]),
+        ({"pruned_vectors": "train"}, ["pruned_vectors=train"]),
+        ({"nan_scores": "reference"}, ["nan_scores=reference"]),
+    ],
+)
+def test_rows_that_matter_to_later_events_are_not_dropped_between_them(
+    options: dict[str, str], named: list[str]
+) -> None:
+    def changed(compaction: str, **method: str) -> RunConfig:
+        return parse_config({
+            "output_dir": "unused", "deepspeed": "unused", "model": {"path": "unused"}, "data": {"train": "unused"},
+            "adapter": {"rank": 8, "alpha": 8}, "method": {"name": "salientlora", "target_rank": 4, **method},
+            "train": {"max_steps": 10, "global_batch_size": 1, "micro_batch_size": 1, "lr": 0.1},
+            "speed": {"compaction": compaction},
+        })  # fmt: skip
+
+    changed("last", **options)
+    changed("every")
+    with pytest.raises(ConfigError) as caught:
+        changed("every", **options)
+    (problem,) = caught.value.problems
+    assert all(f"method.{one}" in problem for one in named) and "use last" in problem
+    for one in ("apply_at=now", "pruned_vectors=zero", "nan_scores=zero"):
+        assert (f"method.{one}" in problem) == any(one.split("=")[0] in found for found in named)
 
 
 def test_compacted_ranks_suit_the_device() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from salient_ds.method_config import IncreLoRAConfig
 from salient_ds.methods.base import RankLayout, initial_decision
 from salient_ds.methods.increlora import IncreLoRA
-from salient_ds.salience.growth import first_room, growth_plan, headroom, largest_rooms, more_room
+from salient_ds.salience.growth import first_room, growth_plan, headroom, in_multiples, largest_rooms, more_room
 from salient_ds.salience.learning_rate import RatePlan
 from salient_ds.salience.row_rates import NEVER
 
@@ -65,7 +65,8 @@ SCORES = {
     "options", [{}, {"advance_learning": False}, {"ties": "threshold", "interval": 8, "top_h": 5}], ids=str
 )
 @pytest.mark.parametrize("scores", SCORES)
-def test_decisions_do_not_depend_on_room(scores: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_decisions_do_not_depend_on_room(multiple: int, scores: str, options: dict[str, Any]) -> None:
     """Nor does what is remembered; rooms stay below the bound that memory is estimated with."""
     config, draw = config_of(**options), torch.Generator().manual_seed(5)
     total, flight = (IncreLoRA(config, LAYOUT, STEPS, RATES) for _ in range(2))
@@ -73,7 +74,7 @@ def test_decisions_do_not_depend_on_room(scores: str, options: dict[str, Any]) -
     wanted = initial_decision(total.policy, LAYOUT)
     mine = initial_decision(flight.policy, flight.layout)
     widths = [a + b + 1 for a, b in zip(LAYOUT.in_features, LAYOUT.out_features, strict=True)]
-    bound = elements(tuple(largest_rooms(config, widths, MOST)), widths)
+    bound = elements(tuple(largest_rooms(config, widths, MOST, multiple)), widths)
     made = 0
     for event in total.events:
         score_M = SCORES[scores](draw)
@@ -83,6 +84,7 @@ def test_decisions_do_not_depend_on_room(scores: str, options: dict[str, Any]) -
         assert total.room_for(event, wanted) is None
         room = flight.room_for(event, mine)
         if room is not None:
+            room = tuple(in_multiples(rows, multiple, MOST) for rows in room)
             mine = type(mine)(mine.step, mine.budget, move(mine.mask_N, flight.layout.ranks, room), hold=mine.hold)
             flight.resized(at(room))
             made += 1
