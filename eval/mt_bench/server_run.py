@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,35 +120,42 @@ def _ask(job: Job, questions: list[Question], server: ServerAnswerer, concurrenc
         tqdm(total=len(questions), unit="question", desc=job.model_id) as bar,
         ThreadPoolExecutor(concurrency) as pool,
     ):
-        waiting = {pool.submit(server.answer, question): question for question in questions}
+
+        def start(question: Question) -> Future[list[TurnResult]]:
+            return pool.submit(server.answer, question)
+
         try:
-            return _collect(job, waiting, server, journal, bar)
+            return _collect(job, deque(questions), start, concurrency, server, journal, bar)
         except BaseException:
             server.client.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
 def _collect(
-    job: Job, waiting: dict[Future[list[TurnResult]], Question], server: ServerAnswerer, journal: AnswerJournal,
-    bar: tqdm[Any],
+    job: Job, questions: deque[Question], start: Callable[[Question], Future[list[TurnResult]]], concurrency: int,
+    server: ServerAnswerer, journal: AnswerJournal, bar: tqdm[Any],
 ) -> str:  # fmt: skip
-    """Write down what comes in, until all is in or the server counts as gone; the reason for what is missing."""
+    """Ask, and write down what comes in, until all is in or the server counts as gone; the reason for what is missing.
+
+    No question is begun before the outcomes that are there have been looked at.
+    """
     problem, in_a_row, stopped = "", 0, False
-    while waiting:
+    waiting: dict[Future[list[TurnResult]], Question] = {}
+    while waiting or (questions and not stopped):
+        while questions and not stopped and len(waiting) < concurrency:
+            question = questions.popleft()
+            waiting[start(question)] = question
         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
             question = waiting.pop(future)
             try:
                 turns = future.result()
-            except (CancelledError, GaveUp, HopelessError) as error:
+            except (GaveUp, HopelessError) as error:
                 hopeless, in_a_row = isinstance(error, HopelessError), in_a_row + 1
                 if not stopped and (hopeless or not problem):
                     problem = str(error)
                 if not stopped and (hopeless or in_a_row == MOST_IN_A_ROW):
                     stopped = True
                     server.client.stop()
-                    for other in waiting:
-                        other.cancel()
                 continue
             in_a_row = 0
             journal.add(answer_row(job.model_id, question.question_id, turns, job.settings))
