@@ -29,7 +29,8 @@ def run(rank: int, world: int, model: Path, cases: list[Case]) -> list[dict[str,
         results.append({
             "losses": losses, "masks": [d.mask_N.clone() for d in decisions], "state": local_state(engine),
             "elements": (at_start, elements(engine)), "kept": engine.kept_N.clone(),
-            "live": engine.in_force.held.mask_N.clone(), "layout": engine.initial_layout, "ranks": engine.adapted.layout.ranks,
+            "live": engine.in_force.held.mask_N.clone(),
+            "layout": engine.initial_layout, "ranks": engine.adapted.layout.ranks,
             "hooks": len(engine.engine.module._forward_pre_hooks),
         })  # fmt: skip
         engine.engine.destroy()
@@ -60,7 +61,6 @@ def resume(
             found[step] = losses, left
         out.append(found)
     return out
-
 
 
 def go_on(

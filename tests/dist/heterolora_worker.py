@@ -16,8 +16,8 @@ from salient_ds.models import DTYPES, load_model
 from salient_ds.zero import checkpoint
 from salient_ds.zero.build import build_engine
 from salient_ds.zero.engine import AllocatingEngine
-from salient_ds.zero.reports import MicroBatch
 from salient_ds.zero.probe import ProbeData, Prober
+from salient_ds.zero.reports import MicroBatch
 from tests.dist import scenario
 from tests.dist.resume_worker import IDENTITY
 from tests.dist.scenario import GLOBAL_BATCH, Case, example

@@ -91,4 +91,8 @@ def failing_save(rank: int, world: int, model: Path, folder: Path) -> dict[str, 
         scenario.advance(engine, engine.step + 1, rank, world)
         checkpoint.save(engine, folder, IDENTITY, {}, keep=2)
     torch.distributed.barrier()
-    return {"messages": messages, "after_failure": after_failure, "kept": [p.name for p in checkpoint.find_checkpoints(folder)]}
+    return {
+        "messages": messages,
+        "after_failure": after_failure,
+        "kept": [p.name for p in checkpoint.find_checkpoints(folder)],
+    }

@@ -57,7 +57,7 @@ def test_another_stage_and_process_count_resume_the_same_files(
 ) -> None:
     jobs = [(Case(3, zero=TINY_PARTITIONS), folder / "2"), (Case(1), folder / "4"), (Case(0), folder / "3")]
     alone = spawn(1, resume_worker.resume_elsewhere, tiny_llama, jobs)
-    expected = {k: v for k, v in assemble([[p[2][0]] for p in pairs], 0, "master").items()}
+    expected = assemble([[p[2][0]] for p in pairs], 0, "master")
     for index in range(len(jobs)):
         assert alone[0][index]["digests"] == pairs[0][2][0]["digests"][1:]  # the first event lay before the stop
         masters = assemble(alone, index, "master")

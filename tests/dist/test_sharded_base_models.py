@@ -1,4 +1,4 @@
-"""Models that are not like LLaMA: a sharded base computes the same or says that it cannot. One process, no DeepSpeed."""
+"""Models that are not like LLaMA: a sharded base computes the same or says that it cannot. One process, no engine."""
 
 from __future__ import annotations
 
@@ -91,6 +91,10 @@ def test_shared_parameters_mixed_types_and_layerdrop_are_refused() -> None:
     mixed.layers[2].double()
     dropped = Net(*WRAPS["tensor"])
     dropped.config = type("Config", (), {"layerdrop": 0.1})()
-    for net, message in ((shared, "share parameters"), (mixed, "torch.float32, torch.float64"), (dropped, "layerdrop=0.1")):
+    for net, message in (
+        (shared, "share parameters"),
+        (mixed, "torch.float32, torch.float64"),
+        (dropped, "layerdrop=0.1"),
+    ):
         with pytest.raises(ValueError, match=f"{message}.*use ZeRO stage 2"):
             ShardedBase(net, OFFLOAD, CPU)
