@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -120,20 +119,16 @@ def _ask(job: Job, questions: list[Question], server: ServerAnswerer, concurrenc
         tqdm(total=len(questions), unit="question", desc=job.model_id) as bar,
         ThreadPoolExecutor(concurrency) as pool,
     ):
-
-        def start(question: Question) -> Future[list[TurnResult]]:
-            return pool.submit(server.answer, question)
-
         try:
-            return _collect(job, deque(questions), start, concurrency, server, journal, bar)
+            return _collect(job, deque(questions), server, pool, concurrency, journal, bar)
         except BaseException:
             server.client.stop()
             raise
 
 
 def _collect(
-    job: Job, questions: deque[Question], start: Callable[[Question], Future[list[TurnResult]]], concurrency: int,
-    server: ServerAnswerer, journal: AnswerJournal, bar: tqdm[Any],
+    job: Job, questions: deque[Question], server: ServerAnswerer, pool: ThreadPoolExecutor, concurrency: int,
+    journal: AnswerJournal, bar: tqdm[Any],
 ) -> str:  # fmt: skip
     """Ask, and write down what comes in, until all is in or the server counts as gone; the reason for what is missing.
 
@@ -144,7 +139,7 @@ def _collect(
     while waiting or (questions and not stopped):
         while questions and not stopped and len(waiting) < concurrency:
             question = questions.popleft()
-            waiting[start(question)] = question
+            waiting[pool.submit(server.answer, question)] = question
         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
             question = waiting.pop(future)
             try:

@@ -245,7 +245,6 @@ class PackedModel(nn.Module):
             for path in paths:
                 model.get_submodule(path).register_forward_pre_hook(self._unpacker(len(self.banks)))
             self.banks.append(FactorBank([[a for n, a in adapters.items() if layer_of(n) == path] for path in paths]))
-
         self._compare()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

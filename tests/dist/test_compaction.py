@@ -11,6 +11,7 @@ import torch
 from salient_ds.zero.compact import rounded_up
 from tests.dist import compaction_worker as worker
 from tests.dist.scenario import RANK, SALIENT, Case
+from tests.dist.test_parity import assemble
 from tests.support.spawn import spawn
 
 NOTHING = {"compaction": "none"}
@@ -55,14 +56,7 @@ def runs(tiny_llama: Path) -> list[list[dict[str, Any]]]:
 
 def whole(runs: list[list[dict[str, Any]]], index: int, key: str) -> dict[tuple[int, str], torch.Tensor]:
     """Full factors (or moments) out of all processes' pieces, in their own shapes."""
-    full: dict[tuple[int, str], torch.Tensor] = {}
-    for process in runs:
-        for entry in process[index]["state"]["fragments"]:
-            part = entry["part"]
-            numel = int(torch.Size(part.shape).numel())
-            target = full.setdefault((part.module, part.factor), torch.full((numel,), float("nan")))
-            target[part.lo : part.lo + part.numel] = entry[key]
-            full[part.module, part.factor] = target
+    full = assemble(runs, index, key)
     shapes = {
         (e["part"].module, e["part"].factor): e["part"].shape for p in runs for e in p[index]["state"]["fragments"]
     }
@@ -109,6 +103,7 @@ def test_the_optimizer_holds_what_is_left(runs: list[list[dict[str, Any]]], numb
         assert sum(result["ranks"]) == int(result["kept"].sum())
         assert int(result["live"].sum()) == SALIENT["target_rank"] * len(result["ranks"])
         multiple = COMPACTED[number][0].speed.get("compaction_multiple", 1)
+        assert multiple > 1 or bool(result["live"].all()), "without a multiple only live rows stay"
         assert all(rank % multiple == 0 or rank == RANK for rank in result["ranks"])
         before, after = result["elements"]
         assert after < (0.55 if multiple == 1 else 0.9) * before  # 12 of 30 rows, matrices of different widths
