@@ -46,7 +46,7 @@ mapfile -t facts < <(python - "$run_file" "${overrides[@]}" <<'PYTHON'
 import sys
 from pathlib import Path
 import yaml
-from salient_ds.config import ConfigError, load_config, parse_config
+from salient_ds.config.run import ConfigError, load_config, parse_config
 try:
     config = load_config(sys.argv[1], sys.argv[2:])
     there = Path(config.output_dir, "run.yaml")

@@ -28,7 +28,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Validate a run without GPUs: config, ZeRO JSON, data, model files; print events, parameters and memory."""
-    from salient_ds.check import run_check
+    from salient_ds.check.printing import run_check
 
     raise typer.Exit(run_check(run, overrides, gpus, as_json))
 
@@ -44,7 +44,7 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in output_dir.")] = False,
 ) -> None:
     """Check a run, then start it with the deepspeed launcher."""
-    from salient_ds.run_verbs import launch
+    from salient_ds.run.verbs import launch
 
     launcher = ["--hostfile", hostfile] if hostfile else []
     launcher += ["--master_port", str(master_port)] if master_port else []
@@ -68,7 +68,7 @@ def search(
     master_port: Annotated[int | None, typer.Option(help="Port of the rendezvous.")] = None,
 ) -> None:
     """Score all modules before training and write a configuration that trains the best of them (HeteroLoRA)."""
-    from salient_ds.run_verbs import search as body
+    from salient_ds.run.verbs import search as body
     from salient_ds.search import SearchOptions
 
     launcher = ["--hostfile", hostfile] if hostfile else []
@@ -87,8 +87,8 @@ def convert_toml(
     output: Annotated[str | None, typer.Option("--output", "-o", help="YAML file (default: print it).")] = None,
 ) -> None:
     """Turn TOML settings of the released HeteroLoRA code into an adapter section for a run file."""
-    from salient_ds.run_verbs import convert_toml as body
-    from salient_ds.run_verbs import print_problems
+    from salient_ds.run.verbs import convert_toml as body
+    from salient_ds.run.verbs import print_problems
 
     if norm not in ("none", "reuse"):
         print_problems([f"--norm {norm!r} is unknown: choose none or reuse"])
@@ -109,8 +109,8 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace the target.")] = False,
 ) -> None:
     """Write the trained adapter for PEFT or vLLM, or a merged model."""
-    from salient_ds.run_verbs import export as body
-    from salient_ds.run_verbs import print_problems
+    from salient_ds.run.verbs import export as body
+    from salient_ds.run.verbs import print_problems
 
     for name, value, allowed in (
         ("form", form, ("peft", "padded", "merged", "shortcuts")),
@@ -125,7 +125,7 @@ def export(
 @app.command()
 def show(run: Annotated[str, typer.Argument(help="Run directory.")]) -> None:
     """Show the allocation events of a run and the rank that every matrix kept."""
-    from salient_ds.run_verbs import show as body
+    from salient_ds.run.verbs import show as body
 
     raise typer.Exit(body(run))
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salient_ds.config import ConfigError, RunConfig, load_config, parse_config
-from salient_ds.preflight import preflight
+from salient_ds.check.preflight import preflight
+from salient_ds.config.run import RunConfig, load_config, parse_config
+from salient_ds.strict import ConfigError
 from salient_ds.train import RUN_ERROR, USAGE_ERROR
 
 if TYPE_CHECKING:
@@ -116,9 +117,10 @@ def _as_typed(problem: str) -> str:
 
 
 def _search(run: RunConfig, config: RunConfig, options: SearchOptions, device: torch.device) -> None:
-    from salient_ds.methods.heterolora import HeteroLoRA
-    from salient_ds.search_results import write_search
-    from salient_ds.training import Training
+    from salient_ds.heterolora.method import HeteroLoRA
+    from salient_ds.heterolora.probe_events import ProbeEvents
+    from salient_ds.heterolora.results import write_search
+    from salient_ds.run.training import Training
     from salient_ds.zero.collectives import all_succeeded
 
     class Unrecorded(Training):
@@ -132,7 +134,8 @@ def _search(run: RunConfig, config: RunConfig, options: SearchOptions, device: t
     training.build()
     engine, method = training.engine, training.engine.method
     assert isinstance(method, HeteroLoRA)
-    engine.probes.take(method.searches[0])
+    assert isinstance(engine.before, ProbeEvents)
+    engine.before.take(method.searches[0])
     folder = Path(options.output or f"{run.output_dir.rstrip('/')}-search")
     written: dict[str, Any] | None = {}
     if training.is_main:

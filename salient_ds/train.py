@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
-from salient_ds.config import ConfigError, RunConfig, load_config
-from salient_ds.preflight import preflight
+from salient_ds.check.preflight import preflight
+from salient_ds.config.run import RunConfig, load_config
+from salient_ds.strict import ConfigError
 
 USAGE_ERROR, RUN_ERROR = 2, 1
 
@@ -43,12 +44,12 @@ def main(
 
 def run_training(config: RunConfig, resume: str = "never", overwrite: bool = False) -> int:
     """Train in this process and return the exit status; errors that a user can mend are printed without a traceback."""
-    from salient_ds.run_directory import RunDirectoryError
-    from salient_ds.training import Training
+    from salient_ds.engine.reports import NonFiniteLoss
+    from salient_ds.engine.shard_files import CheckpointError
+    from salient_ds.monitor.directory import RunDirectoryError
+    from salient_ds.run.training import Training
     from salient_ds.zero.collectives import world
     from salient_ds.zero.environment import start, stop
-    from salient_ds.zero.reports import NonFiniteLoss
-    from salient_ds.zero.shard_files import CheckpointError
 
     device = start(config.train.timeout_minutes)
     try:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from salient_ds.model_shapes import architecture, derived_linear_shapes
-from salient_ds.targets import match_targets
+from salient_ds.adapters.targets import match_targets
+from salient_ds.check.model_shapes import architecture, derived_linear_shapes
 
 _FROM_EMBEDDING = (
     "model.layers.0.self_attn.q_proj",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from salient_ds.config import RunConfig, parse_config
-from salient_ds.models import load_model
-from salient_ds.zero.config import load_ds_config, resolve_ds_config
+from salient_ds.config.run import RunConfig, parse_config
+from salient_ds.models.loading import load_model
+from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config
 
 from .plan import PLAIN, ArmSpec
 

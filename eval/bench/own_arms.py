@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.config import RunConfig
-from salient_ds.methods.lora import LoRA
-from salient_ds.methods.table import build_method
-from salient_ds.zero.assemble import assemble
-from salient_ds.zero.build import build_engine, optimizer_factory, parameter_groups
-from salient_ds.zero.engine import AllocatingEngine
-from salient_ds.zero.reports import MicroBatch
+from salient_ds.config.run import RunConfig
+from salient_ds.engine.build import build_engine, optimizer_factory, parameter_groups
+from salient_ds.engine.engine import AllocatingEngine
+from salient_ds.engine.reports import MicroBatch
+from salient_ds.engine.state import AllocationState
+from salient_ds.methods.lora.options import LoRAConfig
+from salient_ds.methods.table import methods
+from salient_ds.run.assemble import assemble
 from salient_ds.zero.sharded_base import effective_config
 
 from .models import ds_config, load_base, model_directory, run_config
 from .plain_engine import PlainEngine
-from .plan import PLAIN, ArmSpec, method_classes
+from .plan import PLAIN, ArmSpec
 from .timing import Stopwatch, peak_gib, reset_peak, wait
 
 STEADY_STEPS = 10_000
@@ -69,12 +70,8 @@ def method_options(spec: ArmSpec, schedule: bool) -> dict[str, Any]:
         "final_warmup": settings.schedule_steps // 5 if schedule else 0,
         "interval": max(1, settings.schedule_steps // 6) if schedule else settings.delta_t,
     }  # fmt: skip
-    known = method_class(spec.arm).model_fields
+    known = methods()[spec.arm].model_fields
     return {"name": spec.arm, **{key: value for key, value in wanted.items() if key in known}}
-
-
-def method_class(name: str) -> Any:
-    return next(variant for variant in method_classes() if variant.model_fields["name"].default == name)
 
 
 @dataclass
@@ -134,12 +131,14 @@ class OwnArm:
         """
         spec, device = self.spec, self.watch.device
         run = run_config(spec, "unused", method_options(spec, schedule=True))
-        method = build_method(run.method, self.adapted.layout, spec.settings.schedule_steps)
+        method = run.method.build(self.adapted.layout, spec.settings.schedule_steps)
         if not method.events or spec.settings.target_rank >= spec.rank:
             return {}
         steady = self.allocating
-        steady.method = LoRA()  # the method of the timed steps looks no further
-        self.allocating = AllocatingEngine(steady.engine, steady.adapted, method, device, resizer=steady.resizer)
+        layout = self.adapted.layout
+        steady.state.method = LoRAConfig().build(layout, STEADY_STEPS)  # the method of the timed steps looks no further
+        state = AllocationState(steady.engine, steady.adapted, method, device)
+        self.allocating = AllocatingEngine(state, resizer=steady.resizer)
         self.watch.mark_steps = True
         del steady  # its hooks and views would keep what a compaction replaces
         reset_peak(device)
@@ -166,7 +165,7 @@ class OwnArm:
             "events": events,
             "target_total_rank": target,
             "final_total_rank": left,
-            "exact": left == target == self.allocating.in_force.latest.total,
+            "exact": left == target == self.allocating.decisions.latest.total,
             "seconds_after_events": median(after) if after else None,
             "peak_gib_schedule": peak_gib(device),
         }

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.config import RunConfig
-from salient_ds.methods.base import RankLayout
-from salient_ds.models import DTYPES
+from salient_ds.config.run import RunConfig
+from salient_ds.models.loading import DTYPES
+from salient_ds.ranks import RankLayout
 
 from .models import ds_config, load_base, model_directory, run_config
 from .own_arms import STEADY_STEPS, make_engine

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
-from salient_ds.method_config import MethodConfig
-from salient_ds.speed_config import SpeedConfig, speed_plan
+from salient_ds.methods.table import methods
 
 PEFT_ARMS = ("peft_lora", "peft_adalora")
 PLAIN = "plain"
@@ -86,12 +85,7 @@ class ArmSpec:
 
 def own_methods() -> list[str]:
     """Names of salient_ds' methods."""
-    return [variant.model_fields["name"].default for variant in method_classes()]
-
-
-def method_classes() -> tuple[Any, ...]:
-    """Configuration classes of salient_ds' methods."""
-    return get_args(MethodConfig) or (MethodConfig,)
+    return list(methods())
 
 
 def split_name(name: str) -> tuple[str, list[str]]:
@@ -138,7 +132,8 @@ def impossible(spec: ArmSpec) -> str | None:
     """Why an arm is left out, if it is."""
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
-    partitioned = spec.zero == 3 and not speed_plan(SpeedConfig(), spec.arm, spec.zero).sharded_base
+    own = methods().get(spec.arm)
+    partitioned = spec.zero == 3 and not (own is not None and own.packable)
     if spec.compiled and partitioned:
         return "layers that DeepSpeed's ZeRO-3 gathers are not compiled"
     if spec.fused_loss and partitioned:

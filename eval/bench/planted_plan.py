@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from salient_ds.method_config import MethodConfig
+from salient_ds.methods.options import MethodConfig
+from salient_ds.methods.table import methods
 from salient_ds.salience.learning_rate import RatePlan
 
 Regime = Literal["equal_energy", "equal_singular_value"]
@@ -131,20 +132,15 @@ ARMS: tuple[Arm, ...] = (
 )  # fmt: skip
 
 
-def method_classes() -> dict[str, Any]:
-    """Configuration of every method of this version by its name."""
-    return {variant.model_fields["name"].default: variant for variant in get_args(MethodConfig)}
-
-
 def method_config(arm: Arm, size: ProblemSize, training: Training) -> MethodConfig:
     """The arm's configuration; its budget is the planted total.
 
     Raises:
         ValueError: this version has no such method, or the options contradict each other.
     """
-    known = method_classes().get(arm.method)
+    known = methods().get(arm.method)
     if known is None:
-        raise ValueError(f"no method {arm.method!r} in this version (known: {', '.join(method_classes())})")
+        raise ValueError(f"no method {arm.method!r} in this version (known: {', '.join(methods())})")
     matrices = len(size.planted)
     top_h = max(1, matrices // 4)
     common: dict[str, Any] = {

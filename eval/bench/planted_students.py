@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from salient_ds.adapters.inject import AdaptedModel, inject, module_generator
+from salient_ds.adapters.inject import AdaptedModel, inject, layout_of, module_generator
+from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import LoRAConfig
-from salient_ds.methods.base import Method, RankLayout
-from salient_ds.methods.table import build_method
+from salient_ds.methods.base import Method
+from salient_ds.methods.lora.options import LoRAConfig
 
 from .planted_plan import Arm, ProblemSize, Training, method_config
 from .planted_problem import Problem
@@ -46,7 +45,7 @@ def build_student(arm: Arm, problem: Problem, size: ProblemSize, training: Train
             "orthogonality": {"coefficient": training.orthogonality},
         })  # fmt: skip
         adapted = inject(model, adapter, config, seed, torch.float32)
-    return Student(model, adapted, build_method(config, adapted.layout, training.steps, training.rates))
+    return Student(model, adapted, config.build(adapted.layout, training.steps, training.rates))
 
 
 def with_ranks(model: nn.Module, ranks: dict[str, int], config: LoRAConfig, seed: int) -> AdaptedModel:
@@ -61,11 +60,4 @@ def with_ranks(model: nn.Module, ranks: dict[str, int], config: LoRAConfig, seed
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter)
         adapters[name] = adapter
-    sides = [(adapter.in_features, adapter.out_features) for adapter in adapters.values()]
-    layout = RankLayout(
-        modules=tuple(adapters),
-        ranks=tuple(adapter.rank for adapter in adapters.values()),
-        in_features=tuple(wide for wide, _ in sides),
-        out_features=tuple(tall for _, tall in sides),
-    )
-    return AdaptedModel(model, adapters, layout, None)
+    return AdaptedModel(model, adapters, layout_of(adapters), None)

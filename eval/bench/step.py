@@ -24,8 +24,8 @@ from typing import Annotated, Any
 
 import typer
 
-from salient_ds.config import LLAMA_MODULES
-from salient_ds.method_config import LoRA2Config
+from salient_ds.adapters.options import LLAMA_MODULES
+from salient_ds.methods.lora2.options import LoRA2Config
 
 from . import record
 from .drive import ArmFailed, run_worker

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from salient_ds.adapters.shortcut import is_shortcut
+from salient_ds.adapters.targets import is_shortcut
 from salient_ds.export.fold import LoraPair, delta_weight, fold
-from salient_ds.export.run import read_factors
-from salient_ds.export.shortcuts import load_shortcuts
+from salient_ds.heterolora.export import load_shortcuts
+from salient_ds.run.export import read_factors
 
 from .answer_file import TurnResult, prompt_too_long
 from .answering import Prompt

@@ -110,8 +110,8 @@ def _adapter(folder: Path, base: str | None, tokenizer: str | None) -> ModelSour
 def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
     import yaml
 
-    from salient_ds.export.run import newest_checkpoint
-    from salient_ds.zero.shard_files import CheckpointError
+    from salient_ds.engine.shard_files import CheckpointError
+    from salient_ds.run.export import newest_checkpoint
 
     try:
         checkpoint = newest_checkpoint(folder)

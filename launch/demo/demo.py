@@ -23,7 +23,8 @@ import bench
 import prepare
 from rich.console import Console
 
-from salient_ds.config import ConfigError, RunConfig, load_config, parse_config
+from salient_ds.config.run import RunConfig, load_config, parse_config
+from salient_ds.strict import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 DEFAULT_CACHE = Path(".demo")

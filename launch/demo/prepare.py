@@ -9,7 +9,7 @@ import sarcasm
 import tiny as tiny_model
 from assets import AssetError
 
-from salient_ds.config import RunConfig
+from salient_ds.config.run import RunConfig
 from salient_ds.data.rows import parse_row
 from salient_ds.data.templates import get_template
 

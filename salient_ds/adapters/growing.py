@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 from salient_ds.adapters.ranked_linear import SVDLinear
-from salient_ds.salience.growth import RESERVE_SIGMA
+
+RESERVE_SIGMA = 1e-5
+"""Singular value of a reserve row: enough for its vectors to learn, too little to change the output."""
 
 
 class GrowingLinear(SVDLinear):
     """y = W0 x + b + alpha / r * B diag(E) A dropout(x) with r of R rows active, r growing.
 
     A parameter cannot join a ZeRO optimizer in flight, so that there is room for more rows than are active: for all
-    that may come, or for some, and then more is made between two steps (zero/resize.py). Rows are in three states:
+    that may come, or for some, and then more is made between two steps (engine/resize.py). Rows are in three states:
 
     active: the first r rows, as in :class:`SVDLinear`.
     reserve: the next rows, while growth goes on. Their singular value is the constant 1e-5, so that their vectors train

@@ -50,6 +50,8 @@ class RankedLinear(nn.Module, ABC):
         self.fused = True
         """Use one autograd function for layer and update where possible. It adds up in place, which selective
         checkpointing, keeping the very results that are added to, forbids."""
+        self.penalty_slot = 0
+        """Number of the adapter in the orthogonality penalty and in scores of whole matrices."""
         self.mask_version = 0
         """Grows with every change of mask or scaling: what is derived from them is then out of date."""
         self.register_buffer("rank_mask_R", torch.ones(rank, dtype=torch.bool), persistent=False)
@@ -129,8 +131,6 @@ class SVDLinear(RankedLinear):
         self.lora_E = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(_normal(shape_B, init_std, generator).to(device, dtype))
         self._penalty = [penalty] if penalty is not None else []  # in a list: not a submodule
-        self.penalty_slot = 0
-
         self.gain_R: Tensor | None = None
         """E * mask * scaling of this forward pass, from the bank; None: worked out here."""
 

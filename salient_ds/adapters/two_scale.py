@@ -49,7 +49,6 @@ class TwoScaleLinear(RankedLinear):
         self.lora_aa = normal(inner_width, rank)
         self.lora_bb = normal(base.out_features, inner_width)
         self._penalty = [penalty] if penalty is not None else []  # in a list: not a submodule
-        self.penalty_slot = 0
 
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         k, rank = self.inner_width, self.rank

@@ -33,7 +33,7 @@ def export_adapter(
 
     Args:
         form: "peft" (own rank per module), "padded" (one rank for all) or "merged" (a full model); adapters with
-            shortcuts have a writer of their own (:mod:`salient_ds.export.shortcuts`).
+            shortcuts have a writer of their own (:mod:`salient_ds.heterolora.export`).
         base: checkpoint directory or hub name of the base model; merging needs its files, local or cached.
         dtype: of the adapter's tensors (default float32); a merged model keeps the dtypes of its base.
         pad_to: see :func:`salient_ds.export.peft_format.write_peft`.

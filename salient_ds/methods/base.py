@@ -1,146 +1,21 @@
-"""What a rank-allocation method is: the types that pass between the pure maths and the engine.
+"""What a rank-allocation method is: its duties to the engine, and a base class without statistics.
 
-Shape legend: M = adapted matrices, R = initial rank of one matrix, N = sum of all R, n = elements held locally,
-T = window length.  Rows are singular values in module-major order: matrix k owns rows offset(k) .. offset(k) + R_k.
+Shape legend: M = adapted matrices, N = rows (:mod:`salient_ds.ranks`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from salient_ds.salience.budget import Event
-from salient_ds.salience.influence import Share
+from salient_ds.methods.options import MethodConfig
+from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView, WorkShare
 
-
-@dataclass(frozen=True)
-class RankLayout:
-    """Adapted matrices in the order in which they were injected, the same on every process."""
-
-    modules: tuple[str, ...]
-    ranks: tuple[int, ...]
-    in_features: tuple[int, ...]
-    out_features: tuple[int, ...]
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """First row of every matrix, and N at the end (M + 1 numbers)."""
-        out = [0]
-        for rank in self.ranks:
-            out.append(out[-1] + rank)
-        return tuple(out)
-
-    @property
-    def total(self) -> int:
-        """N, the number of singular values at the start."""
-        return self.offsets[-1]
-
-    @cached_property
-    def module_of_row_N(self) -> Tensor:
-        """Index of the matrix that each row belongs to (int64, CPU)."""
-        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
-
-
-@dataclass(frozen=True)
-class RankDecision:
-    """Which of the N rows live after an event. The same value on every process, checked through :meth:`digest`."""
-
-    step: int
-    budget: int
-    mask_N: Tensor
-    """bool, CPU; True = kept."""
-    threshold: float = float("nan")
-    """The score at the cut, for the log."""
-    hold: bool = True
-    """Zero the dropped rows again after every later optimizer step (False: they may grow back, as in AdaLoRA)."""
-
-    def digest(self) -> str:
-        """SHA-256 over step, budget, hold and mask."""
-        head = f"{self.step}:{self.budget}:{self.hold}:".encode()
-        return hashlib.sha256(head + self.mask_N.to(torch.uint8).numpy().tobytes()).hexdigest()
-
-    def ranks(self, layout: RankLayout) -> list[int]:
-        """Live rank of every matrix (M numbers)."""
-        return [int(part.sum()) for part in self.mask_N.split(list(layout.ranks))]
-
-    @property
-    def total(self) -> int:
-        """Number of live rows."""
-        return int(self.mask_N.sum())
-
-
-@dataclass(frozen=True)
-class MaskPolicy:
-    """How a decision acts on parameters and optimizer state. Declared by the method, applied by the engine."""
-
-    gate_forward: bool
-    """Multiply E by the mask in forward: no gradient reaches a pruned row, nothing can come back by itself."""
-    zero_vectors: bool
-    """Zero the rows of A and columns of B as well, and take them out of the orthogonality penalty."""
-    zero_moments: bool
-    """Zero both Adam moments of everything that is zeroed."""
-    delay: int = 0
-    """Optimizer steps between the event and the moment when the decision takes effect (0 or 1)."""
-    start_rank: int | None = None
-    """Rows of every matrix that live before the first event; None: all."""
-    start_sigma: float | None = None
-    """Value that E of a row gets when an event switches it on; None: it stays what it is."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A contiguous piece of one factor's fp32 master that this process owns (flattened, row-major)."""
-
-    factor: str
-    """"A", "E", "B", ... as in :meth:`salient_ds.adapters.ranked_linear.RankedLinear.factors`."""
-    module: int
-    lo: int
-    """First element inside the flattened factor."""
-    numel: int
-    shape: tuple[int, ...]
-    rank_axis: int | None
-    """Axis of the ranks; None for factors that all ranks share (LoRA^2's outer ones)."""
-
-
-class StepView(Protocol):
-    """Local slices of the fp32 masters right after the optimizer changed them, before any copy or all-gather.
-
-    One view covers one flat buffer of the optimizer; a step shows every view of this process exactly once.
-    """
-
-    key: str
-    """Stable name of this view on this process."""
-    parts: tuple[Part, ...]
-
-    def value(self, part: Part) -> Tensor:
-        """fp32 master values of ``part`` (numel,); a live slice, do not keep it without cloning."""
-        ...
-
-    def grad(self, part: Part) -> Tensor:
-        """The gradient the step used: averaged, unscaled, clipped (numel,)."""
-        ...
-
-    def sigma(self) -> tuple[Tensor, Tensor]:
-        """All singular values of the view at once: global row indices (n,) int64 and fp32 values (n,)."""
-        ...
-
-
-def initial_decision(policy: MaskPolicy, layout: RankLayout) -> RankDecision:
-    """What is in force before the first event: all rows, or the first ``start_rank`` of every matrix."""
-    if policy.start_rank is None:
-        return RankDecision(0, layout.total, torch.ones(layout.total, dtype=torch.bool))
-    mask_N = torch.cat([torch.arange(rank) < policy.start_rank for rank in layout.ranks])
-    return RankDecision(0, int(mask_N.sum()), mask_N, hold=False)
-
-
-ReadShard = Callable[[str, Part], Tensor]
-"""``read(stat, part)`` returns the saved statistic for exactly the elements of ``part``, shape (..., numel)."""
+if TYPE_CHECKING:
+    from salient_ds.config.run import RunConfig
 
 
 class Method(Protocol):
@@ -196,7 +71,7 @@ class Method(Protocol):
 class SharingMethod(Protocol):
     """A method whose :meth:`Method.allocate` divides its work over processes, all of which call it alike."""
 
-    share: Share | None
+    share: WorkShare | None
     """None: each process does all of it."""
 
 
@@ -222,3 +97,83 @@ class ScoringMethod(Protocol):
     def take_scores(self, score_M: Tensor, step: int) -> None:
         """Scores of an applied step, before :meth:`Method.end_step`; the same on every process."""
         ...
+
+
+@runtime_checkable
+class ResizableMethod(Protocol):
+    """A method that can go on with other rows; its options say so by ``compactable`` or ``grows``."""
+
+    def resized(self, layout: RankLayout) -> None:
+        """Pruned rows are gone, or there is room for new ones: from now on rows are numbered by ``layout``."""
+        ...
+
+
+@runtime_checkable
+class GrowingMethod(Protocol):
+    """A method whose events may need rows that are not there yet, the first ones of every matrix at any time."""
+
+    def room_for(self, event: Event, previous: RankDecision) -> tuple[int, ...] | None:
+        """Rows that every matrix is to have before ``event`` is decided; None: those that it has. Pure."""
+        ...
+
+
+@runtime_checkable
+class ReportingMethod(Protocol):
+    """A method with results of its own to leave in the run directory."""
+
+    def write_results(self, folder: Path, run: RunConfig) -> None:
+        """Called once on the main process after the last step; ``folder`` is the run directory."""
+        ...
+
+
+class BaseMethod:
+    """A method without statistics of its own. Subclasses override what they need; ``allocate`` at least.
+
+    Args of the constructor: the method's options, the layout of all rows that there may be, and the number of applied
+    steps of the run.
+    """
+
+    name: str
+    policy = MaskPolicy(gate_forward=True, zero_vectors=True, zero_moments=True)
+    needs_penalty = False
+    needs_before = False
+
+    def __init__(self, config: MethodConfig, layout: RankLayout, total_steps: int) -> None:
+        self.name = config.name
+        self.layout = layout
+        self.events: Sequence[Event] = config.events(layout, total_steps)
+
+    def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
+        """Nothing to prepare."""
+
+    def resized(self, layout: RankLayout) -> None:
+        """Go on with the rows of ``layout``."""
+        self.layout = layout
+
+    def before(self, view: StepView, step: int) -> None:
+        """Nothing to observe."""
+
+    def observe(self, view: StepView, step: int) -> None:
+        """Nothing to observe."""
+
+    def end_step(self, step: int, penalty_M2: Tensor | None) -> None:
+        """Nothing to record."""
+
+    def contribution(self) -> dict[str, Tensor]:
+        """No statistic to sum over processes."""
+        return {}
+
+    def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
+        """A method with events has to decide them."""
+        raise NotImplementedError(f"{type(self).__name__} has events but no allocate()")
+
+    def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:
+        """Nothing is sharded."""
+        return iter(())
+
+    def shared_state(self) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}
+
+    def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
+        """Nothing to restore."""

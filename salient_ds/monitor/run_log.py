@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from salient_ds.monitor.directory import RunDirectory
 from salient_ds.monitor.events import AllocationRecord, append_record, read_records, truncate_after
 from salient_ds.monitor.heatmap import save_rank_png
 from salient_ds.monitor.metrics import append_metrics, truncate_metrics
 from salient_ds.monitor.plots import save_history_png
 from salient_ds.monitor.progress import Progress
-from salient_ds.run_directory import RunDirectory
 
 
 class RunLog:
-    """Writes on the main process only; ``engine`` is an :class:`~salient_ds.zero.engine.AllocatingEngine`."""
+    """Writes on the main process only; ``engine`` is an :class:`~salient_ds.engine.engine.AllocatingEngine`."""
 
     def __init__(self, directory: RunDirectory, engine: Any, every: int, main: bool) -> None:
         self.directory, self.engine, self.every, self.main = directory, engine, every, main
@@ -29,8 +29,8 @@ class RunLog:
             truncate_metrics(self.directory.metrics, step)
 
     def step(self, report: Any, tokens: int, all_tokens: int, seconds: float, last: bool) -> None:
-        """One applied step; ``report`` is a :class:`~salient_ds.zero.reports.StepReport`."""
-        engine, total = self.engine, self.engine.in_force.latest.total
+        """One applied step; ``report`` is a :class:`~salient_ds.engine.reports.StepReport`."""
+        engine, total = self.engine, self.engine.decisions.latest.total
         if self._monitor.enabled:  # TensorBoard, W&B, CSV: whatever the ZeRO JSON's monitor sections ask for
             values = [("Train/loss", report.loss), ("Train/total_rank", total)]
             penalty = report.penalty
@@ -69,7 +69,7 @@ class RunLog:
 
     def pictures(self) -> None:
         """Rank heat map, and total rank over the events."""
-        layout, latest = self.engine.initial_layout, self.engine.in_force.latest
+        layout, latest = self.engine.initial_layout, self.engine.decisions.latest
         ranks = dict(zip(layout.modules, latest.ranks(self.engine.adapted.layout), strict=True))
         save_rank_png(ranks, self.directory.path / "ranks.png", top=max(layout.ranks))
         if self.directory.allocations.exists():

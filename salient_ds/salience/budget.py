@@ -6,44 +6,10 @@ warm-ups, T_i and T_f = first and last window length, all in steps. Steps are ap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from salient_ds.method_config import SalientLoRAConfig
-
-
-@dataclass(frozen=True)
-class Event:
-    """One allocation: right after ``step``, ``total_rank`` singular values may live."""
-
-    step: int
-    """Applied optimizer step (1-based) after which it happens."""
-    total_rank: int
-    """Budget: the allowed sum of ranks from here on."""
-    window_start: int
-    """First step whose singular values are looked at; the window covers window_start..step, both included."""
-    window: int
-    """Length of the window in steps."""
-
-
-def steps_or_fraction(value: float, total_steps: int) -> int:
-    """Steps meant by ``value``: below 1 it is a fraction of ``total_steps`` (rounded), else a whole number.
-
-    Raises:
-        ValueError: negative, or above 1 and not whole.
-    """
-    if value < 0:
-        raise ValueError(f"{value:g} steps is negative: give a number of steps, or a fraction below 1")
-    if value < 1:
-        return round(value * total_steps)
-    if value != int(value):
-        raise ValueError(
-            f"{value:g} is neither a whole number of steps nor a fraction below 1: "
-            f"write {round(value)} steps, or {value / total_steps:.3g} for that share of {total_steps} steps"
-        )
-    return int(value)
+from salient_ds.ranks import Event
 
 
 @dataclass(frozen=True)
@@ -184,38 +150,6 @@ def leading_losses(schedule: str, initial_warmup: int) -> int:
     then weighted with the losses of the step before each.
     """
     return 1 if schedule == "reference" and initial_warmup == 0 else 0
-
-
-def salient_plan(config: SalientLoRAConfig, ranks: Sequence[int], total_steps: int) -> AllocationPlan:
-    """The plan of a configured run over matrices with the given initial ``ranks``.
-
-    Raises:
-        ValueError: see :class:`AllocationPlan` and :func:`steps_or_fraction`.
-    """
-    target = config.target_total
-    if target is None:
-        assert config.target_rank is not None
-        target = round(config.target_rank * len(ranks))
-    return AllocationPlan(
-        total_steps=total_steps,
-        initial_total=sum(ranks),
-        target_total=target,
-        initial_warmup=steps_or_fraction(config.initial_warmup, total_steps),
-        final_warmup=steps_or_fraction(config.final_warmup, total_steps),
-        window_initial=config.window_initial,
-        window_final=config.window_final,
-    )
-
-
-def salient_events(config: SalientLoRAConfig, ranks: Sequence[int], total_steps: int) -> list[Event]:
-    """All events of a configured run; what training and ``salient-ds check`` both use.
-
-    Raises:
-        ValueError: no event, or numbers that contradict each other.
-    """
-    plan, options = salient_plan(config, ranks, total_steps), config.options()
-    schedule = paper_schedule if options.schedule == "paper" else reference_schedule
-    return schedule(plan, options.final_prune)
 
 
 def _require_event(plan: AllocationPlan, usable_steps: int) -> None:

@@ -6,13 +6,8 @@ Steps are applied optimizer steps, counted from 1; the released code's step s, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from salient_ds.salience.budget import AllocationPlan, Event, steps_or_fraction
-
-if TYPE_CHECKING:
-    from salient_ds.method_config import AdaLoRAConfig, LoRA2Config
+from salient_ds.ranks import Event
+from salient_ds.salience.budget import AllocationPlan
 
 
 def budget_at(plan: AllocationPlan, step: int) -> int:
@@ -61,31 +56,3 @@ def cubic_schedule(plan: AllocationPlan, interval: int) -> list[Event]:
     final = end if end in regular else min(end + 1, plan.total_steps - 1)
     budgets = {s + 1: budget_at(plan, s + 1) for s in regular} | {final + 1: plan.target_total}
     return [Event(step, budget, 1, min(step, end)) for step, budget in budgets.items()]
-
-
-def cubic_plan(config: AdaLoRAConfig | LoRA2Config, ranks: Sequence[int], total_steps: int) -> AllocationPlan:
-    """The plan of a configured run over matrices with the given initial ``ranks``.
-
-    Raises:
-        ValueError: see :class:`AllocationPlan` and :func:`steps_or_fraction`.
-    """
-    target = config.target_total
-    if target is None:
-        assert config.target_rank is not None
-        target = round(config.target_rank * len(ranks))
-    return AllocationPlan(
-        total_steps=total_steps,
-        initial_total=sum(ranks),
-        target_total=target,
-        initial_warmup=steps_or_fraction(config.initial_warmup, total_steps),
-        final_warmup=steps_or_fraction(config.final_warmup, total_steps),
-    )
-
-
-def cubic_events(config: AdaLoRAConfig | LoRA2Config, ranks: Sequence[int], total_steps: int) -> list[Event]:
-    """All events of a configured run; what training and ``salient-ds check`` both use.
-
-    Raises:
-        ValueError: no event although ranks have to go, or numbers that contradict each other.
-    """
-    return cubic_schedule(cubic_plan(config, ranks, total_steps), config.interval)

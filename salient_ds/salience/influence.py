@@ -17,13 +17,15 @@ searches it for cycles to break: for gamma > 1 that search never finds one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from salient_ds.ranks import WorkShare
 
 BLOCK_BYTES = 256 * 2**20
 """Default memory of one block and its temporaries."""
@@ -44,16 +46,6 @@ _BAND_SLACK = 1e-5
 _BYTES_PER_PAIR = 4 + 4 + 4 + 2 + 8
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of the work is done here, and how the parts come together."""
-
-    rank: int = 0
-    size: int = 1
-    combine: Callable[[Tensor], None] = lambda tensor: None
-    """In place: the sum of a tensor over all processes."""
-
-
 def influence(
     window_NT: Tensor,
     beta: float,
@@ -61,7 +53,7 @@ def influence(
     leaf: float,
     epsilon: float = 0.0,
     block_bytes: int = BLOCK_BYTES,
-    share: Share | None = None,
+    share: WorkShare | None = None,
 ) -> Tensor:
     """Influence I_i = sum over edges i -> k of slope_ik I_k, and 1 without an edge (Ke et al., NeurIPS 2024).
 
@@ -97,7 +89,7 @@ def influence(
     with torch.no_grad(), full_precision_matmul(window_NT.device.type):
         graph = DependencyGraph.of(window_NT, beta, gamma, epsilon)
         if len(graph.rows_L):
-            out_N[graph.rows_L] = _solve(graph, leaf, block_bytes // _BYTES_PER_PAIR, share or Share())
+            out_N[graph.rows_L] = _solve(graph, leaf, block_bytes // _BYTES_PER_PAIR, share or WorkShare())
     return out_N
 
 
@@ -173,7 +165,7 @@ class DependencyGraph:
         return rho_rc, edge_rc.any(1)
 
 
-def _solve(graph: DependencyGraph, leaf: float, pairs: int, share: Share) -> Tensor:
+def _solve(graph: DependencyGraph, leaf: float, pairs: int, share: WorkShare) -> Tensor:
     """Influences of the sorted values (L,): back-substitution over bands, ``pairs`` pairs of values at a time.
 
     Inside a band nothing depends on anything: its rows are divided over processes, and joined before the next band.
@@ -188,7 +180,7 @@ def _solve(graph: DependencyGraph, leaf: float, pairs: int, share: Share) -> Ten
     height = max(1, int(pairs**0.5) // 2)
     for start, end in reversed(graph.bands()):
         blocks = list(range(start, end, height))
-        for low in blocks[share.rank :: share.size]:
+        for low in blocks[share.global_rank :: share.world_size]:
             rows = slice(low, min(low + height, end))
             sum_r = torch.zeros_like(sigma_L[rows])
             width = max(1, pairs // (rows.stop - low))
@@ -199,17 +191,17 @@ def _solve(graph: DependencyGraph, leaf: float, pairs: int, share: Share) -> Ten
                 leaf_L[rows] &= ~found_r
             solved_r = (sum_r / denominator_L[rows]).clamp_(max=SATURATION)
             value_L[rows] = torch.where(leaf_L[rows], 1.0, solved_r)
-        if share.size > 1:
+        if share.world_size > 1:
             _join(value_L, leaf_L, [slice(low, min(low + height, end)) for low in blocks], share)
     return torch.where(leaf_L, leaf, value_L)
 
 
-def _join(value_L: Tensor, leaf_L: Tensor, blocks: list[slice], share: Share) -> None:
+def _join(value_L: Tensor, leaf_L: Tensor, blocks: list[slice], share: WorkShare) -> None:
     """Give every process the rows of all blocks of a band; block k was worked on by process k mod size."""
     rows = slice(blocks[0].start, blocks[-1].stop)
     both = torch.stack([value_L[rows], leaf_L[rows].double()])
     for k, block in enumerate(blocks):
-        if k % share.size != share.rank:
+        if k % share.world_size != share.global_rank:
             both[:, block.start - rows.start : block.stop - rows.start] = 0.0
     share.combine(both)
     value_L[rows], leaf_L[rows] = both[0], both[1] > 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from salient_ds.methods.base import Part
+    from salient_ds.ranks import Part
 
 CHUNK = 2**24
 """Elements whose temporaries may exist at once (64 MiB); bounds the memory of an update."""

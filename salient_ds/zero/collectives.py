@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from salient_ds.salience.influence import Share
+from salient_ds.ranks import WorkShare
 
 
 def world() -> tuple[int, int]:
@@ -34,10 +34,10 @@ def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.devic
     return {n: p.view(tensors[n].shape) for n, p in zip(names, pieces, strict=True)}
 
 
-def share_of_work() -> Share:
+def share_of_work() -> WorkShare:
     """This process' part of work that all processes divide among themselves."""
     rank, size = world()
-    return Share(rank, size, dist.all_reduce)
+    return WorkShare(rank, size, dist.all_reduce)
 
 
 def average(tensor: Tensor) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from salient_ds.config import RunConfig
+from salient_ds.config.run import RunConfig
 from salient_ds.zero.ds_keys import (
     OPTIMIZER_PARAMS,
     REMOVED_TOP_LEVEL,

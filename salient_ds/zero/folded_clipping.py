@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from salient_ds.zero.collectives import world
-from salient_ds.zero.config import summary
+from salient_ds.zero.ds_json import summary
 
 EPS = 1e-6
 """Added to the norm, as DeepSpeed does."""

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from salient_ds.adapters.bank import layer_of
-from salient_ds.config import RunConfig
+from salient_ds.config.run import RunConfig
 from salient_ds.zero.collectives import world
-from salient_ds.zero.config import summary
+from salient_ds.zero.ds_json import summary
 
 ADAPTER_STAGE = 2
 BASE_KEYS = ("offload_param", "sub_group_size", "memory_efficient_linear")

@@ -162,7 +162,7 @@ def planted(tmp_path: Path) -> Path:
         "def late():\n    import deepspeed.comm",
         "import importlib\ndef late():\n    return importlib.import_module('deepspeed')",
         "import torch\nworld = torch.distributed.get_world_size",
-        "from salient_ds.zero.engine import AllocatingEngine",
+        "from salient_ds.engine.engine import AllocatingEngine",
     ],
 )
 @pytest.mark.parametrize("place", ["salience/extra.py", "methods/extra.py", "adapters/extra.py", "export/fold.py"])
@@ -191,4 +191,4 @@ def test_planted_torch_in_a_light_module_is_found(planted: Path) -> None:
     source = planted / "method_config.py"
     source.write_text(source.read_text().replace("from typing import", "import torch\nfrom typing import", 1))
     (found,) = heavy_after_import(planted.parent, LIGHT[:2], HEAVY)
-    assert found == "salient_ds.config loads ['torch']"
+    assert found == "salient_ds.config.run loads ['torch']"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salient_ds.zero.checkpoint import kept_rows, load, save
-from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.engine.checkpoint import kept_rows, load, save
+from salient_ds.engine.engine import AllocatingEngine
 from tests.dist.scenario import TOTAL_STEPS, Case, advance, build, local_state
 
 BEFORE, AFTER = 12, 15

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salient_ds.zero.checkpoint import save
+from salient_ds.engine.checkpoint import save
 from tests.dist.compaction_worker import elements, go_on
 from tests.dist.scenario import TOTAL_STEPS, Case, batches, build, local_state
 

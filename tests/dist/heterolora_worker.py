@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salient_ds.adapters.from_config import adapt
-from salient_ds.methods.heterolora import HeteroLoRA
+from salient_ds.engine import checkpoint
+from salient_ds.engine.build import build_engine
+from salient_ds.engine.engine import AllocatingEngine
+from salient_ds.engine.reports import MicroBatch
+from salient_ds.heterolora.method import HeteroLoRA
+from salient_ds.heterolora.probe import ProbeData, Prober
 from salient_ds.methods.table import build_method
-from salient_ds.models import DTYPES, load_model
-from salient_ds.zero import checkpoint
-from salient_ds.zero.build import build_engine
-from salient_ds.zero.engine import AllocatingEngine
-from salient_ds.zero.probe import ProbeData, Prober
-from salient_ds.zero.reports import MicroBatch
+from salient_ds.models.loading import DTYPES, load_model
+from salient_ds.run.adapt import adapt
 from tests.dist import scenario
 from tests.dist.resume_worker import IDENTITY
 from tests.dist.scenario import GLOBAL_BATCH, Case, example

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from salient_ds.adapters.growing import GrowingLinear
 from salient_ds.adapters.inject import AdaptedModel, inject
-from salient_ds.methods.base import RankDecision, ScoringMethod, initial_decision
+from salient_ds.engine import checkpoint
+from salient_ds.engine.build import rate_plan
+from salient_ds.engine.engine import AllocatingEngine
+from salient_ds.engine.reports import MicroBatch
+from salient_ds.methods.base import ScoringMethod
 from salient_ds.methods.table import build_method
-from salient_ds.models import load_model
-from salient_ds.zero import checkpoint
-from salient_ds.zero.build import rate_plan
-from salient_ds.zero.engine import AllocatingEngine
-from salient_ds.zero.reports import MicroBatch
+from salient_ds.models.loading import load_model
+from salient_ds.ranks import RankDecision, initial_decision
 from tests.dist import scenario
 from tests.dist.reference import WholeView
 from tests.dist.resume_worker import IDENTITY, STOP, outcome, resume

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel, inject
+from salient_ds.engine import checkpoint
 from salient_ds.export.fold import delta_weight, fold
-from salient_ds.export.run import read_factors
-from salient_ds.methods.base import RankDecision
 from salient_ds.methods.table import build_method
-from salient_ds.models import load_model
-from salient_ds.zero import checkpoint
+from salient_ds.models.loading import load_model
+from salient_ds.ranks import RankDecision
+from salient_ds.run.export import read_factors
 from tests.dist import scenario
 from tests.dist.reference import WholeView
 from tests.dist.resume_worker import IDENTITY, STOP, outcome, resume

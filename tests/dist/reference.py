@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel, inject
-from salient_ds.methods.base import Part, RankDecision
 from salient_ds.methods.table import build_method
-from salient_ds.models import load_model
+from salient_ds.models.loading import load_model
+from salient_ds.ranks import Part, RankDecision
 from tests.dist.scenario import GLOBAL_BATCH, TOTAL_STEPS, Case, example
 
 

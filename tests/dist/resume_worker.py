@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from salient_ds.zero import checkpoint
-from salient_ds.zero.engine import AllocatingEngine
+from salient_ds.engine import checkpoint
+from salient_ds.engine.engine import AllocatingEngine
 from tests.dist import scenario
 from tests.dist.scenario import TOTAL_STEPS, Case
 

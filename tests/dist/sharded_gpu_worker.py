@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from salient_ds.config import parse_config
-from salient_ds.models import load_model
-from salient_ds.zero.assemble import assemble
-from salient_ds.zero.config import resolve_ds_config
+from salient_ds.config.run import parse_config
+from salient_ds.engine.reports import MicroBatch
+from salient_ds.models.loading import load_model
+from salient_ds.run.assemble import assemble
+from salient_ds.zero.ds_json import resolve_ds_config
 from salient_ds.zero.environment import start, stop
-from salient_ds.zero.reports import MicroBatch
 from salient_ds.zero.sharded_base import effective_config
 
 LAYERS, STEPS = 7, 4

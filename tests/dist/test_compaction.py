@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from salient_ds.zero.compact import rounded_up
+from salient_ds.engine.compact import rounded_up
 from tests.dist import compaction_worker as worker
 from tests.dist.scenario import RANK, SALIENT, Case
 from tests.dist.test_parity import assemble

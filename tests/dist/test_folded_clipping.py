@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from salient_ds.zero import build as building
+from salient_ds.engine import build as building
 from salient_ds.zero.folded_clipping import folds, norm_over_processes
 from tests.dist import scenario
 from tests.dist.scenario import Case

@@ -10,8 +10,8 @@ import torch
 
 from salient_ds.export.api import export_adapter
 from salient_ds.export.meta import ExportMeta
-from salient_ds.export.run import read_factors
 from salient_ds.export.verify import verify_peft
+from salient_ds.run.export import read_factors
 from tests.dist import increlora_worker
 from tests.dist.scenario import TOTAL_STEPS, Case
 from tests.dist.test_parity import TINY_PARTITIONS, assemble, assert_factors

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.methods.base import Part
+from salient_ds.ranks import Part
 from tests.dist import reference, scenario
 from tests.dist.scenario import SALIENT, TOTAL_STEPS, Case
 from tests.support.spawn import spawn, spawn_apart

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from salient_ds.zero.shard_files import CheckpointError, ShardReader, damage, find_checkpoints
+from salient_ds.engine.shard_files import CheckpointError, ShardReader, damage, find_checkpoints
 from tests.dist import resume_worker
 from tests.dist.scenario import SALIENT, Case
 from tests.dist.test_parity import TINY_PARTITIONS, assemble

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForSequenceClassification
 
 from salient_ds.adapters.inject import AdaptedModel, inject
+from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.ranked_linear import RankedLinear
-from salient_ds.adapters.shortcut import ShortcutOptions
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import HeteroLoRAConfig
+from salient_ds.heterolora.options import HeteroLoRAConfig
+from salient_ds.heterolora.shortcut import ShortcutOptions
 
 FOLDER = Path(__file__).parent / "hetero"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

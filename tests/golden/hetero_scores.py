@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.salience import proxies
+from salient_ds.heterolora import proxies
 from tests.golden.hetero_model import FOLDER, by_short_name, switch
 
 RELATIVE = 1e-9

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty, gram_residual
 from salient_ds.adapters.ranked_linear import SVDLinear
-from salient_ds.method_config import AdaLoRAConfig
-from salient_ds.methods.adalora import AdaLoRA
-from salient_ds.methods.base import RankLayout
+from salient_ds.methods.adalora.method import AdaLoRA
+from salient_ds.methods.adalora.options import AdaLoRAConfig
+from salient_ds.ranks import RankLayout
 from salient_ds.salience.budget import AllocationPlan
 from salient_ds.salience.cubic_budget import budget_at, cubic_schedule
 from tests.unit.methods.replay import Replay, Values, svd_factors

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.adapters.shortcut import Shortcut
-from salient_ds.adapters.switched import SwitchedLinear
+from salient_ds.heterolora.shortcut import Shortcut
+from salient_ds.heterolora.switched import SwitchedLinear
 from tests.golden.hetero_model import FOLDER, Group, group, other, our_name, short_name, switch, tiny_llama, tiny_opt
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}

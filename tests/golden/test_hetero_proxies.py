@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.salience import proxies
+from salient_ds.heterolora import proxies
 from tests.golden.hetero_model import by_short_name, group, read_json, tiny_opt
 from tests.golden.hetero_scores import assert_scores, flat, scores, stub_batches
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from salient_ds.adapters.shortcut import KINDS
-from salient_ds.salience import proxies
-from salient_ds.salience.module_select import Candidates, Share, select_modules_on, top_k
+from salient_ds.heterolora import proxies
+from salient_ds.heterolora.module_select import Candidates, Share, select_modules_on, top_k
+from salient_ds.heterolora.shortcut import KINDS
 from tests.golden.hetero_model import PROJECTIONS, by_short_name, group, our_name, read_json, switch, tiny_opt
 from tests.golden.hetero_scores import RELATIVE, Batch, assert_scores, flat, scores, stub_batches
 

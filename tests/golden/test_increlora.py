@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from salient_ds.adapters.growing import GrowingLinear
+from salient_ds.adapters.growing import RESERVE_SIGMA, GrowingLinear
 from salient_ds.adapters.module_score import ModuleScores, module_score
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
-from salient_ds.method_config import IncreLoRAConfig
-from salient_ds.methods.base import RankDecision, RankLayout, initial_decision
-from salient_ds.methods.increlora import IncreLoRA
-from salient_ds.salience.growth import RESERVE_SIGMA, growth_plan
+from salient_ds.methods.increlora.growth import growth_plan
+from salient_ds.methods.increlora.method import IncreLoRA
+from salient_ds.methods.increlora.options import IncreLoRAConfig
+from salient_ds.ranks import RankDecision, RankLayout, initial_decision
 from salient_ds.salience.learning_rate import RatePlan
 
 FOLDER = Path(__file__).parent / "increlora"

@@ -13,9 +13,9 @@ from torch import nn
 
 from salient_ds.adapters.orthogonality import two_scale_residuals
 from salient_ds.adapters.two_scale import TwoScaleLinear, two_scale_pair
-from salient_ds.method_config import LoRA2Config
-from salient_ds.methods.base import RankLayout
-from salient_ds.methods.lora2 import LoRA2
+from salient_ds.methods.lora2.method import LoRA2
+from salient_ds.methods.lora2.options import LoRA2Config
+from salient_ds.ranks import RankLayout
 from tests.unit.methods.replay import Factor, Replay, Values, two_scale_factors
 
 FOLDER = Path(__file__).parent / "lora2"

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from salient_ds.method_config import SalientLoRAConfig
-from salient_ds.methods import salientlora
-from salient_ds.methods.base import RankDecision
-from salient_ds.methods.salientlora import SalientLoRA
+from salient_ds.methods.salientlora import method as salientlora
+from salient_ds.methods.salientlora.method import SalientLoRA
+from salient_ds.methods.salientlora.options import SalientLoRAConfig
+from salient_ds.ranks import Event, RankDecision
 from salient_ds.salience import score
-from salient_ds.salience.budget import AllocationPlan, Event, paper_schedule, reference_schedule, reference_trace
+from salient_ds.salience.budget import AllocationPlan, paper_schedule, reference_schedule, reference_trace
 from salient_ds.salience.influence import REFERENCE_EPSILON, DependencyGraph, influence
 from tests.unit.salience.plain import (
     KINDS,

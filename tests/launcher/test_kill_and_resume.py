@@ -90,9 +90,9 @@ def test_the_adapter_reproduces_the_run_in_peft(whole: Path, tiny_llama: Path, t
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from salient_ds.config import load_config
-    from salient_ds.inputs import evaluation_batches, load_inputs
-    from salient_ds.models import load_tokenizer
+    from salient_ds.config.run import load_config
+    from salient_ds.models.loading import load_tokenizer
+    from salient_ds.run.inputs import evaluation_batches, load_inputs
 
     config = load_config(whole.parent / "run.yaml")
     inputs = load_inputs(config, load_tokenizer(config.model))

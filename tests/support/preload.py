@@ -15,12 +15,12 @@ for name in (
     "peft",  # transformers imports it with every model that it loads
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
-    "salient_ds.export.run",
+    "salient_ds.run.export",
     "salient_ds.methods.table",
-    "salient_ds.models",
-    "salient_ds.zero.build",
-    "salient_ds.zero.checkpoint",
-    "salient_ds.zero.engine",
+    "salient_ds.models.loading",
+    "salient_ds.engine.build",
+    "salient_ds.engine.checkpoint",
+    "salient_ds.engine.engine",
 ):
     importlib.import_module(name)
 assert len(list(Path("/proc/self/task").iterdir())) == 1, "a fork would lose the other threads"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from salient_ds.causal_attention import MODEL_TYPES, NAME, leave_out_masks
 from salient_ds.data.collate import block_causal_mask
+from salient_ds.models.attention import MODEL_TYPES, NAME, leave_out_masks
 
 SIZES = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from salient_ds.config import AdapterConfig
-from salient_ds.hetero_toml import convert, to_yaml
+from salient_ds.adapters.options import AdapterConfig
+from salient_ds.heterolora.released_toml import convert, to_yaml
 
 LORA = "lora_alpha = 16\nlora_dropout = 0.0\nadapter_name = 'a'\n"
 SHORT = "shortcut_alpha = 4\nproj_dropout = 0.1\nprojector_name = 's'\n"
@@ -187,5 +187,5 @@ def test_not_given_means_the_default_of_dropout(tmp_path: Path) -> None:
 
 
 def test_needs_no_torch() -> None:
-    program = "import sys, salient_ds.hetero_toml; sys.exit('torch' in sys.modules)"
+    program = "import sys, salient_ds.heterolora.released_toml; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2]).returncode == 0

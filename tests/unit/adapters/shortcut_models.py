@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from salient_ds.adapters.inject import AdaptedModel, inject
-from salient_ds.adapters.shortcut import ShortcutOptions
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import HeteroLoRAConfig
+from salient_ds.adapters.options import AdapterConfig
+from salient_ds.heterolora.options import HeteroLoRAConfig
+from salient_ds.heterolora.shortcut import ShortcutOptions
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 GATED = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 32, "head_dim": 8}

@@ -10,8 +10,12 @@ from torch import nn
 
 from salient_ds.adapters.bank import LAYERS_PER_BANK, _in_groups, layer_of
 from salient_ds.adapters.inject import AdaptedModel, inject
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import AdaLoRAConfig, IncreLoRAConfig, LoRA2Config, LoRAConfig, SalientLoRAConfig
+from salient_ds.adapters.options import AdapterConfig
+from salient_ds.methods.adalora.options import AdaLoRAConfig
+from salient_ds.methods.increlora.options import IncreLoRAConfig
+from salient_ds.methods.lora.options import LoRAConfig
+from salient_ds.methods.lora2.options import LoRA2Config
+from salient_ds.methods.salientlora.options import SalientLoRAConfig
 
 WIDTH, RANK = 12, 6
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from salient_ds.adapters.inject import AdaptedModel, inject
-from salient_ds.config import AdapterConfig
-from salient_ds.fused_kernels import apply_kernels, loss_only
-from salient_ds.method_config import SalientLoRAConfig
-from salient_ds.speed_config import SpeedConfig
+from salient_ds.adapters.options import AdapterConfig
+from salient_ds.config.speed import SpeedConfig
+from salient_ds.methods.salientlora.options import SalientLoRAConfig
+from salient_ds.models.kernels import apply_kernels, loss_only
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from salient_ds.adapters.growing import GrowingLinear
+from salient_ds.adapters.growing import RESERVE_SIGMA, GrowingLinear
 from salient_ds.adapters.inject import inject
 from salient_ds.adapters.module_score import ModuleScores
+from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import IncreLoRAConfig
-from salient_ds.salience.growth import RESERVE_SIGMA
+from salient_ds.methods.increlora.options import IncreLoRAConfig
 
 CPU = torch.device("cpu")
 WIDE, TALL, ROWS = 6, 5, 7

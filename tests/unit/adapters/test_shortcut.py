@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from salient_ds.adapters.shortcut import KINDS, is_shortcut
-from salient_ds.adapters.shortcut_wiring import shortcut_layers
+from salient_ds.adapters.targets import is_shortcut
+from salient_ds.heterolora.shortcut import KINDS
+from salient_ds.heterolora.shortcut_wiring import shortcut_layers
 from tests.unit.adapters.shortcut_models import MODELS, adapt, all_equal, batch, make, outputs
 
 NAMES = list(MODELS)

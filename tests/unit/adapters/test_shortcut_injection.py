@@ -10,10 +10,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from salient_ds.adapters.inject import inject
-from salient_ds.adapters.shortcut import KINDS, Shortcut, ShortcutOptions
-from salient_ds.adapters.shortcut_wiring import shortcut_layers, shortcut_names
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import HeteroLoRAConfig, LoRAConfig
+from salient_ds.adapters.options import AdapterConfig
+from salient_ds.heterolora.options import HeteroLoRAConfig
+from salient_ds.heterolora.shortcut import KINDS, Shortcut, ShortcutOptions
+from salient_ds.heterolora.shortcut_wiring import shortcut_layers, shortcut_names
+from salient_ds.methods.lora.options import LoRAConfig
 from tests.unit.adapters.shortcut_models import adapt, all_equal, make, outputs
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from salient_ds.adapters.inject import inject, module_generator
+from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.ranked_linear import PlainLinear, SVDLinear
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import LoRAConfig, SalientLoRAConfig
+from salient_ds.methods.lora.options import LoRAConfig
+from salient_ds.methods.salientlora.options import SalientLoRAConfig
 
 SALIENT = SalientLoRAConfig(target_rank=2)
 

@@ -9,8 +9,10 @@ from salient_eval.bench.shapes import SHAPES, find_shape
 from torch.utils.flop_counter import FlopCounterMode
 
 from salient_ds.adapters.inject import inject
-from salient_ds.config import LLAMA_MODULES, AdapterConfig
-from salient_ds.method_config import LoRA2Config, LoRAConfig, MethodConfig
+from salient_ds.adapters.options import LLAMA_MODULES, AdapterConfig
+from salient_ds.methods.lora.options import LoRAConfig
+from salient_ds.methods.lora2.options import LoRA2Config
+from salient_ds.methods.options import MethodConfig
 
 LLAMA, TINY = SHAPES["llama-7b"].config, SHAPES["tiny"].config
 

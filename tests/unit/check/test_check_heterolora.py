@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from salient_ds.config import ConfigError, parse_config
-from salient_ds.preflight import Report, preflight
-from salient_ds.targets import match_shortcuts
+from salient_ds.adapters.targets import match_shortcuts
+from salient_ds.check.preflight import Report, preflight
+from salient_ds.config.run import parse_config
+from salient_ds.strict import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 

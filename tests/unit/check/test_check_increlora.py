@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from salient_ds.config import ConfigError, RunConfig, parse_config
-from salient_ds.memory import Workload, estimate, workload
-from salient_ds.preflight import preflight
-from salient_ds.zero.config import DsSummary
+from salient_ds.check.memory import Workload, estimate, workload
+from salient_ds.check.preflight import preflight
+from salient_ds.config.run import RunConfig, parse_config
+from salient_ds.strict import ConfigError
+from salient_ds.zero.ds_json import DsSummary
 
 ROOT = Path(__file__).resolve().parents[3]
 METHOD = {"name": "increlora", "target_rank": 2, "interval": 5, "top_h": 5}

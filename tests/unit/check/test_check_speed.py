@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from salient_ds.config import ConfigError, RunConfig, parse_config
-from salient_ds.memory import estimate
-from salient_ds.speed_config import SpeedConfig, compiles, row_multiple, speed_plan, speed_problems
+from salient_ds.check.memory import estimate
+from salient_ds.config.run import RunConfig, parse_config
+from salient_ds.config.speed import SpeedConfig, compiles, row_multiple, speed_plan, speed_problems
+from salient_ds.strict import ConfigError
 from tests.unit.check.test_memory import config, work
 
 

@@ -90,7 +90,7 @@ def test_square_brackets_are_not_markup(run_file: Path) -> None:
 def test_check_never_imports_a_heavy_library(run_file: Path) -> None:
     program = f"""
 import sys
-from salient_ds.check import run_check
+from salient_ds.check.printing import run_check
 code = run_check({str(run_file)!r}, [], 2)
 names = ("torch", "deepspeed", "transformers", "datasets", "accelerate", "peft")
 heavy = [name for name in names if name in sys.modules]

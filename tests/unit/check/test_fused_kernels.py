@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from salient_ds import fused_kernels
 from salient_ds.adapters.inject import linear_modules
-from salient_ds.config import ConfigError, parse_config
-from salient_ds.fused_kernels import apply_kernels, kernel_problems, loss_only, model_types
-from salient_ds.memory import estimate
-from salient_ds.preflight import preflight
-from salient_ds.speed_config import SpeedConfig, compiles, speed_problems
-from salient_ds.targets import match_targets
+from salient_ds.adapters.targets import match_targets
+from salient_ds.check.memory import estimate
+from salient_ds.check.preflight import preflight
+from salient_ds.config.run import parse_config
+from salient_ds.config.speed import SpeedConfig, compiles, speed_problems
+from salient_ds.models import kernels as fused_kernels
+from salient_ds.models.kernels import apply_kernels, kernel_problems, loss_only, model_types
+from salient_ds.strict import ConfigError
 from tests.unit.check.test_memory import config, work
 from tests.unit.check.test_preflight import make, only_problem, settings  # noqa: F401
 
@@ -141,15 +142,15 @@ def test_refusals_at_the_start_of_training(library: Path, model_type: str, devic
 
 
 def test_assembling_a_run_applies_them_first(settings: dict[str, Any]) -> None:  # noqa: F811
-    from salient_ds.zero.assemble import assemble
+    from salient_ds.run.assemble import assemble
 
     with pytest.raises(ValueError, match="speed.liger=loss needs a CUDA device"):
         assemble(Model("llama"), make(settings, speed={"liger": "loss"}), {}, 1, CPU)
 
 
 def test_evaluation_asks_for_the_loss_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from salient_ds import training
-    from salient_ds.zero.reports import MicroBatch
+    from salient_ds.engine.reports import MicroBatch
+    from salient_ds.run import training
 
     seen: list[dict[str, Any]] = []
 

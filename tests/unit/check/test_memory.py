@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from salient_ds.config import parse_config
-from salient_ds.memory import GIB, Workload, adapter_parameters, estimate, estimate_stages, workload
-from salient_ds.method_config import AdaLoRAConfig, LoRA2Config, LoRAConfig, SalientLoRAConfig
-from salient_ds.model_shapes import architecture, derived_linear_shapes, derived_parameters
-from salient_ds.zero.config import DsSummary
+from salient_ds.check.memory import GIB, Workload, adapter_parameters, estimate, estimate_stages, workload
+from salient_ds.check.model_shapes import architecture, derived_linear_shapes, derived_parameters
+from salient_ds.config.run import parse_config
+from salient_ds.methods.adalora.options import AdaLoRAConfig
+from salient_ds.methods.lora.options import LoRAConfig
+from salient_ds.methods.lora2.options import LoRA2Config
+from salient_ds.methods.salientlora.options import SalientLoRAConfig
+from salient_ds.zero.ds_json import DsSummary
 
 LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
             "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip

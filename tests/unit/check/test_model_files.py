@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from salient_ds.config import ModelConfig
-from salient_ds.model_files import ModelFiles, inspect_model
+from salient_ds.check.model_files import ModelFiles, inspect_model
+from salient_ds.config.run import ModelConfig
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
          "num_attention_heads": 2, "vocab_size": 16}  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from salient_ds.model_shapes import architecture, derived_linear_shapes, derived_parameters
+from salient_ds.check.model_shapes import architecture, derived_linear_shapes, derived_parameters
 
 BASE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 96, "num_attention_heads": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from salient_ds.config import RunConfig, parse_config
-from salient_ds.preflight import Report, preflight
+from salient_ds.check.preflight import Report, preflight
+from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.salience.budget import salient_events
 
 ROOT = Path(__file__).resolve().parents[3]

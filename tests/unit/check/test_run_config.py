@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from salient_ds.config import ConfigError, RunConfig, load_config
+from salient_ds.config.run import RunConfig, load_config
+from salient_ds.strict import ConfigError
 
 VALID = {
     "output_dir": "out",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from salient_ds.config import LLAMA_MODULES
-from salient_ds.targets import match_targets, select_modules
+from salient_ds.adapters.options import LLAMA_MODULES
+from salient_ds.adapters.targets import match_targets, select_modules
 
 LEAVES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 NAMES = [f"model.layers.{i}.{leaf}" for i in range(11) for leaf in LEAVES]

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.adapters.shortcut import is_shortcut
+from salient_ds.adapters.targets import is_shortcut
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta
-from salient_ds.export.shortcuts import WEIGHTS, load_shortcuts, refuse_shortcuts, shortcuts_act, write_shortcuts
+from salient_ds.heterolora.export import WEIGHTS, load_shortcuts, refuse_shortcuts, shortcuts_act, write_shortcuts
 from tests.unit.adapters import shortcut_models as models
 
 META = ExportMeta(method="heterolora", task_type="CAUSAL_LM", source_run="test")

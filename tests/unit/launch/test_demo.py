@@ -14,7 +14,7 @@ import prepare
 import pytest
 import yaml
 
-from salient_ds.config import ConfigError
+from salient_ds.strict import ConfigError
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,7 @@ def test_mistakes_stop_it_before_anything_runs(tools: Path) -> None:
 
 
 def test_answers_of_another_run_are_not_taken_for_this_ones(tools: Path) -> None:
-    from salient_ds.config import load_config
+    from salient_ds.config.run import load_config
 
     folder = tools.parent / "out" / "adapter"
     folder.mkdir(parents=True)

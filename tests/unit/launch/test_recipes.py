@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from salient_ds.config import LLAMA_MODULES, load_config
-from salient_ds.preflight import Report, preflight
+from salient_ds.adapters.options import LLAMA_MODULES
+from salient_ds.check.preflight import Report, preflight
+from salient_ds.config.run import load_config
 
 RECIPES = Path(__file__).resolve().parents[3] / "launch" / "recipes"
 PAPER = ("llama-7b-alpaca-salientlora", "llama-2-7b-alpaca-salientlora")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from salient_ds.method_config import AdaLoRAConfig
-from salient_ds.methods.adalora import AdaLoRA
-from salient_ds.methods.base import RankDecision, RankLayout
+from salient_ds.methods.adalora.method import AdaLoRA
+from salient_ds.methods.adalora.options import AdaLoRAConfig
 from salient_ds.methods.table import build_method
+from salient_ds.ranks import RankDecision, RankLayout
 from tests.unit.methods.replay import Replay, Values, random_run, svd_factors
 
 LAYOUT = RankLayout(("q", "v", "up"), (4, 4, 4), (6, 5, 7), (5, 6, 9))

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from salient_ds.method_config import HeteroLoRAConfig
-from salient_ds.methods.base import RankLayout, initial_decision
-from salient_ds.methods.heterolora import HeteroLoRA
-from salient_ds.methods.probing import ProbeScores, ProbingMethod
+from salient_ds.heterolora.method import HeteroLoRA
+from salient_ds.heterolora.options import HeteroLoRAConfig
+from salient_ds.heterolora.probing import ProbeScores, ProbingMethod
 from salient_ds.methods.table import build_method
+from salient_ds.ranks import RankLayout, initial_decision
 
 NAMES = tuple(f"model.layers.{i}.self_attn.{n}_proj" for i in range(3) for n in "qv")
 SHORTCUTS = tuple(f"model.layers.{i}.residual_1" for i in range(3))

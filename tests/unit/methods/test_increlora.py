@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from salient_ds.salience.schedules import initial_total, method_events, method_plan
 from torch import Tensor, nn
 from transformers.optimization import get_scheduler
 
-from salient_ds.method_config import IncreLoRAConfig
-from salient_ds.methods.base import Part, RankDecision, RankLayout, ScoringMethod, initial_decision
-from salient_ds.methods.increlora import IncreLoRA
-from salient_ds.methods.lora import LoRA
+from salient_ds.methods.base import ScoringMethod
+from salient_ds.methods.increlora.growth import exact_scores, grow_exact, grow_threshold, growth_events, growth_plan
+from salient_ds.methods.increlora.method import IncreLoRA
+from salient_ds.methods.increlora.options import IncreLoRAConfig
+from salient_ds.methods.increlora.row_rates import NEVER, RowRates, Run, row_pieces, runs_of
+from salient_ds.methods.lora.method import LoRA
 from salient_ds.methods.table import build_method
-from salient_ds.salience.growth import exact_scores, grow_exact, grow_threshold, growth_events, growth_plan
+from salient_ds.ranks import Part, RankDecision, RankLayout, initial_decision
 from salient_ds.salience.learning_rate import RatePlan
-from salient_ds.salience.row_rates import NEVER, RowRates, Run, row_pieces, runs_of
-from salient_ds.salience.schedules import initial_total, method_events, method_plan
 from tests.unit.methods.replay import ShardView, svd_factors, uneven_cuts
 
 LAYOUT = RankLayout(("q", "v", "up"), (5, 5, 5), (6, 5, 7), (5, 6, 9))

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from salient_ds.method_config import IncreLoRAConfig
-from salient_ds.methods.base import RankLayout, initial_decision
-from salient_ds.methods.increlora import IncreLoRA
-from salient_ds.salience.growth import first_room, growth_plan, headroom, in_multiples, largest_rooms, more_room
+from salient_ds.engine.compact import in_multiples
+from salient_ds.methods.increlora.growth import first_room, growth_plan, headroom, largest_rooms, more_room
+from salient_ds.methods.increlora.method import IncreLoRA
+from salient_ds.methods.increlora.options import IncreLoRAConfig
+from salient_ds.methods.increlora.row_rates import NEVER
+from salient_ds.ranks import RankLayout, initial_decision
 from salient_ds.salience.learning_rate import RatePlan
-from salient_ds.salience.row_rates import NEVER
 
 MATRICES, MOST, STEPS = 12, 20, 62
 LAYOUT = RankLayout(tuple("abcdefghijkl"), (MOST,) * MATRICES, (6,) * MATRICES, tuple(range(5, 5 + MATRICES)))

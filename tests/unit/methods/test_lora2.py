@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from salient_ds.adapters.inject import inject
+from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.two_scale import TwoScaleLinear
-from salient_ds.config import AdapterConfig
-from salient_ds.method_config import LoRA2Config
-from salient_ds.methods.base import RankLayout
-from salient_ds.methods.lora2 import LoRA2
+from salient_ds.methods.lora2.method import LoRA2
+from salient_ds.methods.lora2.options import LoRA2Config
 from salient_ds.methods.table import build_method
+from salient_ds.ranks import RankLayout
 from tests.unit.methods.replay import Replay, random_run, svd_factors, two_scale_factors
 
 LAYOUT = RankLayout(("q", "v", "up"), (4, 4, 4), (6, 5, 7), (5, 6, 9))

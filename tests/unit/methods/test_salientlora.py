@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from salient_ds.method_config import SalientLoRAConfig, SalientOptions
-from salient_ds.methods.base import MaskPolicy, RankDecision
-from salient_ds.methods.salientlora import SalientLoRA
+from salient_ds.methods.salientlora.method import SalientLoRA
+from salient_ds.methods.salientlora.options import SalientLoRAConfig, SalientOptions
+from salient_ds.ranks import MaskPolicy, RankDecision
 from tests.unit.salience.simulated import FakeView, Simulation, layout_of
 
 STEPS = 120

@@ -29,7 +29,7 @@ from salient_eval.mt_bench.store import Layout, load_answers
 
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta
-from salient_ds.export.shortcuts import write_shortcuts
+from salient_ds.heterolora.export import write_shortcuts
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salient_ds.methods.base import Method, Part, RankDecision, RankLayout
+from salient_ds.methods.base import Method
+from salient_ds.ranks import Part, RankDecision, RankLayout
 
 
 def layout_of(ranks: Iterable[int]) -> RankLayout:

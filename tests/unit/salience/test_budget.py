@@ -9,18 +9,18 @@ from itertools import pairwise
 
 import pytest
 
-from salient_ds.method_config import SalientLoRAConfig
+from salient_ds.methods.salientlora.options import SalientLoRAConfig
+from salient_ds.ranks import Event
 from salient_ds.salience.budget import (
     AllocationPlan,
-    Event,
     leading_losses,
     paper_schedule,
     reference_schedule,
     reference_trace,
     salient_events,
     salient_plan,
-    steps_or_fraction,
 )
+from salient_ds.steps import steps_or_fraction
 
 
 def random_plans(count: int, seed: int) -> list[AllocationPlan]:

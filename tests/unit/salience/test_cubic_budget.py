@@ -7,11 +7,14 @@ import sys
 from typing import Any
 
 import pytest
+from salient_ds.salience.schedules import method_events, method_plan
 
-from salient_ds.method_config import AdaLoRAConfig, LoRA2Config, LoRAConfig, SalientLoRAConfig
+from salient_ds.methods.adalora.options import AdaLoRAConfig
+from salient_ds.methods.lora.options import LoRAConfig
+from salient_ds.methods.lora2.options import LoRA2Config
+from salient_ds.methods.salientlora.options import SalientLoRAConfig
 from salient_ds.salience.budget import AllocationPlan, salient_events
 from salient_ds.salience.cubic_budget import budget_at, cubic_events, cubic_schedule
-from salient_ds.salience.schedules import method_events, method_plan
 
 
 def plan(total: int, start: int, final: int, initial: int = 40, target: int = 10) -> AllocationPlan:

@@ -216,7 +216,7 @@ def test_work_divided_over_processes_gives_the_same_bits(size: int) -> None:
     """Threads stand for processes; the blocks are small, so that every band has several."""
     import threading
 
-    from salient_ds.salience.influence import Share
+    from salient_ds.ranks import WorkShare
 
     window_NT = torch.randn(120, 6, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 2, 120)[:, None]
     window_NT[5] = 1.0  # does not vary
@@ -232,7 +232,7 @@ def test_work_divided_over_processes_gives_the_same_bits(size: int) -> None:
             joined[0] += rank == 0
             barrier.wait()
 
-        found[rank] = influence(window_NT, 0.4, 1.5, 1.0, block_bytes=22 * 400, share=Share(rank, size, combine))
+        found[rank] = influence(window_NT, 0.4, 1.5, 1.0, block_bytes=22 * 400, share=WorkShare(rank, size, combine))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:

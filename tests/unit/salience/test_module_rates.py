@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from salient_ds.methods.base import Part
-from salient_ds.salience.module_rates import MOMENTS, AdamSettings, ModuleRates
+from salient_ds.heterolora.module_rates import MOMENTS, ModuleRates
+from salient_ds.ranks import AdamSettings, Part
 
 SIZES = (7, 5, 6)
 ADAM: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}

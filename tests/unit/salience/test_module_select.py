@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from salient_ds.salience.module_select import Candidates, Share, budgets, select_modules_on, top_k, top_within
+from salient_ds.heterolora.module_select import Candidates, Share, budgets, select_modules_on, top_k, top_within
 
 
 def seeded(seed: int = 0) -> torch.Generator:

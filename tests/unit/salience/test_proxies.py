@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from salient_ds.adapters.shortcut import Shortcut
-from salient_ds.adapters.switched import SwitchedLinear
-from salient_ds.salience.proxies import (
+from salient_ds.heterolora.proxies import (
     PROXIES,
     MetricLimit,
     alpha_test,
@@ -25,6 +23,8 @@ from salient_ds.salience.proxies import (
     snip,
     synflow,
 )
+from salient_ds.heterolora.shortcut import Shortcut
+from salient_ds.heterolora.switched import SwitchedLinear
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

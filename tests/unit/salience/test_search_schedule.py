@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from salient_ds.method_config import HeteroLoRAConfig
-from salient_ds.salience.module_select import Candidates, Share, budgets
-from salient_ds.salience.search_schedule import (
+from salient_ds.heterolora.module_select import Candidates, Share, budgets
+from salient_ds.heterolora.options import HeteroLoRAConfig
+from salient_ds.heterolora.schedule import (
     SearchSpace,
     constant_steps,
     largest_total,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from salient_ds.methods.base import Part
+from salient_ds.ranks import Part
 from salient_ds.salience import sensitivity
 from salient_ds.salience.sensitivity import init, row_means, row_scores, update
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from salient_ds.zero.absolute import AbsoluteParameters, gradients
+from salient_ds.heterolora.absolute import AbsoluteParameters, gradients
 from tests.unit.adapters import shortcut_models as models
 
 

@@ -11,11 +11,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from salient_ds.check.preflight import preflight
 from salient_ds.cli import app
-from salient_ds.config import ConfigError, RunConfig, load_config, parse_config
-from salient_ds.preflight import preflight
+from salient_ds.config.run import RunConfig, load_config, parse_config
+from salient_ds.heterolora.results import FILES, chosen_config, on_frequency, peft_pattern
 from salient_ds.search import SearchOptions, search_config
-from salient_ds.search_results import FILES, chosen_config, on_frequency, peft_pattern
+from salient_ds.strict import ConfigError
 from tests.support.spawn import spawn
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,7 +98,7 @@ def search(rank: int, world: int, path: Path, folder: Path, options: SearchOptio
 
 
 def train(rank: int, world: int, path: Path) -> list[str]:
-    from salient_ds.training import Training
+    from salient_ds.run.training import Training
 
     training = Training(load_config(path), torch.device("cpu"))
     training.run("never", overwrite=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from salient_ds.config import RunConfig, parse_config
+from salient_ds.config.run import RunConfig, parse_config
 
 
 def make_run(**train: Any) -> RunConfig:

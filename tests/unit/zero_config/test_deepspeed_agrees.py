@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from salient_ds.zero.config import load_ds_config, resolve_ds_config, summary
+from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
 from salient_ds.zero.ds_keys import REMOVED_TOP_LEVEL, REMOVED_ZERO, SECTIONS, TOP_LEVEL
 from tests.unit.zero_config.runs import make_run
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from salient_ds.zero.config import DsProblems, resolve_ds_config
+from salient_ds.zero.ds_json import DsProblems, resolve_ds_config
 from salient_ds.zero.ds_keys import REMOVED_TOP_LEVEL, REMOVED_ZERO
 from salient_ds.zero.ds_refusals import REFUSALS
 from tests.unit.zero_config.runs import make_run

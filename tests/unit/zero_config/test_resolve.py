@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from salient_ds.zero.config import DsProblems, load_ds_config, resolve_ds_config, summary
+from salient_ds.zero.ds_json import DsProblems, load_ds_config, resolve_ds_config, summary
 from tests.unit.zero_config.runs import make_run
 
 

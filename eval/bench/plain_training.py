@@ -1,0 +1,153 @@
+"""Training in plain PyTorch, for benchmarks and for the tests that compare the engine with it.
+
+One process, fp32, no DeepSpeed and no shards: the method sees whole factors, and decisions act on whole factors as the
+method's :class:`~salient_ds.ranks.MaskPolicy` says. The order of decisions is the engine's own
+(:mod:`salient_ds.engine.decisions`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.engine.decisions import Decisions
+from salient_ds.methods.base import Method, ScoringMethod
+from salient_ds.ranks import AdamSettings, Event, Part, RankDecision, initial_decision
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class WholeView:
+    """All factors of all adapters as one view: nothing is sharded."""
+
+    key = "whole"
+
+    def __init__(self, adapted: AdaptedModel, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._parameters: dict[Part, torch.nn.Parameter] = {}
+        for module, adapter in enumerate(adapted.adapters.values()):
+            for factor, address in adapter.factors().items():
+                part = Part(factor, module, 0, address.parameter.numel(), address.shape, address.rank_axis)
+                self._parameters[part] = address.parameter
+        self.parts = tuple(self._parameters)
+        self._rows_N = torch.arange(adapted.layout.total)
+
+    def value(self, part: Part) -> Tensor:
+        return self._parameters[part].detach().view(-1)
+
+    def grad(self, part: Part) -> Tensor:
+        grad = self._parameters[part].grad
+        assert grad is not None
+        return grad.view(-1)
+
+    def sigma(self) -> tuple[Tensor, Tensor]:
+        return self._rows_N, torch.cat([self.value(part) for part in self.parts if part.factor == "E"])
+
+    def moments(self, part: Part) -> dict[str, Tensor]:
+        state = self._optimizer.state.get(self._parameters[part], {})
+        return {name: state[name].view(-1) for name in MOMENTS if name in state}
+
+    def settings(self, part: Part) -> AdamSettings:
+        mine = self._parameters[part]
+        (group,) = [g for g in self._optimizer.param_groups if any(p is mine for p in g["params"])]
+        return AdamSettings(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], decoupled=True)
+
+
+class PlainTraining:
+    """A model between two steps. The caller runs forward, backward and optimizer, and calls the rest in this order::
+
+    training.before_backward(step)   loss.backward()
+    training.before_optimizer(step)  optimizer.step()
+    training.after_optimizer(step, norms)
+    """
+
+    def __init__(self, adapted: AdaptedModel, method: Method, optimizer: torch.optim.Optimizer) -> None:
+        self.adapted, self.method, self.optimizer = adapted, method, optimizer
+        layout, policy = adapted.layout, method.policy
+        initial = initial_decision(policy, layout)
+        if not bool(initial.mask_N.all()):
+            adapted.set_mask(initial.mask_N, policy.gate_forward, initial.hold)
+        self.decisions = Decisions(policy, self, initial, initial)
+        self.taken: list[RankDecision] = []
+        """Every decision so far."""
+        self.view = WholeView(adapted, optimizer)
+        method.attach(layout, [self.view])
+        self._events = {event.step: event for event in method.events}
+        self._scoring = method if isinstance(method, ScoringMethod) else None
+        if self._scoring is not None:
+            self._scoring.choose_reduction(1)
+
+    def before_backward(self, step: int) -> None:
+        """Score the backward passes of ``step``, if the method asks for it."""
+        scores = self.adapted.scores
+        if scores is not None and self._scoring is not None and self._scoring.scored_at(step) and not scores.armed:
+            scores.arm(1.0, torch.device("cpu"), None)
+
+    def before_optimizer(self, step: int) -> None:
+        """Let the method look at final gradients and old values."""
+        if self.method.needs_before:
+            self.method.before(self.view, step)
+
+    @torch.no_grad()
+    def after_optimizer(self, step: int, norms_M2: Tensor | None) -> None:
+        """Everything that follows the optimizer's step, the event of ``step`` included."""
+        self.decisions.before_observation()
+        held = self.decisions.held
+        if held.hold and not bool(held.mask_N.all()):
+            self._fill(~held.mask_N, ("E",), 0.0, moments=False)
+        self.method.observe(self.view, step)
+        self.decisions.settle()
+        scores = self.adapted.scores
+        if scores is not None and scores.armed and self._scoring is not None:
+            scores.disarm()
+            self._scoring.take_scores(scores.score_M, step)
+        self.method.end_step(step, norms_M2)
+        event = self._events.get(step)
+        if event is not None:
+            self._allocate(event)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """A decision that still waits for its step takes effect."""
+        self.decisions.settle()
+
+    def ranks(self) -> dict[str, int]:
+        """Live rank of every adapted matrix."""
+        return dict(zip(self.adapted.adapters, self.decisions.latest.ranks(self.adapted.layout), strict=True))
+
+    def _allocate(self, event: Event) -> None:
+        decision = self.method.allocate(self.method.contribution(), event, self.decisions.latest)
+        if decision is not self.decisions.latest:
+            self.decisions.take(decision)
+            self.taken.append(decision)
+
+    def hold(self, decision: RankDecision) -> None:
+        """Nothing to prepare: :meth:`after_optimizer` looks at what is held."""
+
+    @torch.no_grad()
+    def apply(self, decision: RankDecision) -> None:
+        """Masks, values and moments follow the decision as the method's policy says."""
+        policy = self.method.policy
+        self.adapted.set_mask(decision.mask_N, policy.gate_forward, decision.hold)
+        self._fill(~decision.mask_N, None if policy.zero_vectors else ("E",), 0.0, policy.zero_moments)
+
+    @torch.no_grad()
+    def start_rows(self, new_N: Tensor, sigma: float) -> None:
+        """E of new rows begins with ``sigma``, their moments with zero."""
+        self._fill(new_N, ("E",), sigma, moments=True)
+
+    def _fill(self, rows_N: Tensor, factors: tuple[str, ...] | None, value: float, moments: bool) -> None:
+        """Set rows of the given factors (None: all that have rows) to ``value``, and their moments to zero if asked."""
+        chosen = rows_N.split(list(self.adapted.layout.ranks))
+        for adapter, rows_R in zip(self.adapted.adapters.values(), chosen, strict=True):
+            if not bool(rows_R.any()):
+                continue
+            for name, address in adapter.factors().items():
+                if address.rank_axis is None or (factors is not None and name not in factors):
+                    continue
+                address.parameter.data.transpose(0, address.rank_axis)[rows_R] = value
+                state = self.optimizer.state[address.parameter] if moments else {}
+                for moment in MOMENTS:
+                    if moment in state:
+                        state[moment].transpose(0, address.rank_axis)[rows_R] = 0

@@ -1,0 +1,166 @@
+"""How an adapter is built around a frozen layer, as values that a method's options name. Importing this loads no torch.
+
+A form knows the arithmetic of its adapter (scaling, number of parameters, factors in the orthogonality penalty) and how
+to wrap a layer. A new form is a class like these; nothing else lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from salient_ds.adapters.module_score import ModuleScores
+    from salient_ds.adapters.orthogonality import OrthogonalityPenalty
+    from salient_ds.adapters.ranked_linear import RankedLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapping:
+    """What every form needs to wrap one layer."""
+
+    rank: int
+    """Rows that the adapter may have."""
+    alpha: float
+    """Numerator of the scaling."""
+    dropout: float
+    init_std: float
+    generator: torch.Generator | None
+    penalty: OrthogonalityPenalty | None
+    """None for forms whose ``penalty_terms`` is 0."""
+    scores: ModuleScores | None
+    """Only for methods that score whole matrices."""
+    dtype: torch.dtype | None
+    device: torch.device | None
+
+
+class AdapterForm(Protocol):
+    """One way to build an adapter."""
+
+    penalty_terms: ClassVar[int]
+    """Factors of one adapter that the orthogonality penalty covers; 0: there is no penalty."""
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        """The multiplier of a fresh adapter's update."""
+        ...
+
+    def parameters(self, in_features: int, out_features: int, rank: float) -> float:
+        """Trainable elements of one adapter; fractional if ``rank``, a mean, is."""
+        ...
+
+    def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
+        """An adapter around ``base``."""
+        ...
+
+
+class HasForm(Protocol):
+    """What injection asks of a method's options."""
+
+    @property
+    def scoring_bytes(self) -> int:
+        """Memory for scoring whole matrices in backward passes; 0: they are not scored."""
+        ...
+
+    def adapter_form(self, num_matrices: int, rank: int, in_flight: bool) -> AdapterForm:
+        """The form of the adapters around ``num_matrices`` layers; ``in_flight``: rows are added while training."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainForm:
+    """B A with B = 0 at the start (LoRA, Hu et al. 2022)."""
+
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA) instead of alpha / r."""
+    penalty_terms: ClassVar[int] = 0
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+    def parameters(self, in_features: int, out_features: int, rank: float) -> float:
+        return rank * (in_features + out_features)
+
+    def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
+        from salient_ds.adapters.ranked_linear import PlainLinear
+
+        w = wrapping
+        scaling = self.scaling(w.alpha, w.rank)
+        return PlainLinear(
+            base, w.rank, scaling, dropout=w.dropout, generator=w.generator, dtype=w.dtype, device=w.device
+        )
+
+
+@dataclass(frozen=True)
+class SVDForm:
+    """B diag(E) A with E = 0 at the start (AdaLoRA, SalientLoRA)."""
+
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA) instead of alpha / r."""
+    penalty_terms: ClassVar[int] = 2
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+    def parameters(self, in_features: int, out_features: int, rank: float) -> float:
+        return rank * (in_features + out_features + 1)
+
+    def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
+        from salient_ds.adapters.ranked_linear import SVDLinear
+
+        w = wrapping
+        return SVDLinear(base, w.rank, self.scaling(w.alpha, w.rank), **_trained_as_svd(w))
+
+
+@dataclass(frozen=True)
+class TwoScaleForm(SVDForm):
+    """bb aa diag(E) B A with a narrow inner width (LoRA^2)."""
+
+    inner_width: int = 8
+    penalty_terms: ClassVar[int] = 5
+
+    def parameters(self, in_features: int, out_features: int, rank: float) -> float:
+        """k (in + out) + 2 k r + r."""
+        return self.inner_width * (in_features + out_features + 2 * rank) + rank
+
+    def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
+        from salient_ds.adapters.two_scale import TwoScaleLinear
+
+        w = wrapping
+        return TwoScaleLinear(base, w.rank, self.inner_width, self.scaling(w.alpha, w.rank), **_trained_as_svd(w))
+
+
+@dataclass(frozen=True)
+class GrowingForm(SVDForm):
+    """B diag(E) A of which a growing number of rows is active (IncreLoRA)."""
+
+    start_rank: int = 1
+    reserve: int = 0
+    """Rows of a matrix that train ahead of time while growth goes on."""
+    room: int | None = None
+    """Rows that are there at first; None: all that there may be."""
+
+    def scaling(self, alpha: float, rank: int) -> float:
+        return alpha / self.start_rank
+
+    def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
+        from salient_ds.adapters.growing import GrowingLinear
+
+        w = wrapping
+        return GrowingLinear(
+            base, w.rank, self.start_rank, self.reserve, w.alpha, scores=w.scores, room=self.room, **_trained_as_svd(w)
+        )
+
+
+def _trained_as_svd(w: Wrapping) -> dict[str, Any]:
+    return {
+        "dropout": w.dropout,
+        "init_std": w.init_std,
+        "generator": w.generator,
+        "penalty": w.penalty,
+        "dtype": w.dtype,
+        "device": w.device,
+    }

@@ -1,0 +1,54 @@
+"""Section ``adapter`` of a run file. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from salient_ds.strict import Strict
+
+LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class OrthogonalityConfig(Strict):
+    coefficient: float = Field(0.1, ge=0)
+    """Weight of the orthogonality penalty in the objective. 0 switches it off; a method that needs the penalty's value
+    still measures it."""
+    form: Literal["mean_norm", "squared"] = "mean_norm"
+    """mean_norm: the mean of ||A A^T - I||_F over all factors (released code). squared: the sum of the squared norms
+    (papers)."""
+
+
+class ShortcutConfig(Strict):
+    """LoRA-adapted shortcut connections beside the adapted layers (HeteroLoRA)."""
+
+    modules: list[str] = ["residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"]
+    """Kinds of shortcuts, or single ones by path such as "model.layers.3.residual_1". residual_1 and residual_2 lie
+    around attention and FFN. shortcut_sa lies around both. shortcut_ffn starts at the FFN input of the layer before."""
+    rank: int | None = Field(None, gt=0)
+    """Rank of every shortcut (default: adapter.rank)."""
+    alpha: float = Field(4.0, gt=0)
+    """Numerator of the shortcuts' scaling alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of a shortcut."""
+    norm_after_shortcut: Literal["none", "reuse"] = "none"
+    """none: fresh or disabled shortcuts do not change the output. reuse: the layer's norms run again after a shortcut
+    (released code)."""
+
+
+class AdapterConfig(Strict):
+    target_modules: str | list[str] = LLAMA_MODULES
+    """The layers to adapt: names (the ends of module paths), one regular expression as "re:...", or "all-linear"."""
+    rank: int = Field(gt=0)
+    """Initial rank r of every adapted matrix. With IncreLoRA: the largest rank that a matrix may grow to."""
+    alpha: float = Field(32.0, gt=0)
+    """Numerator of the scaling: the update is (alpha / r) B diag(E) A. r stays the initial rank, also after rows were
+    pruned. With IncreLoRA r is the current rank."""
+    shortcuts: ShortcutConfig | None = None
+    """Trainable shortcut connections (methods heterolora and lora). Default: none."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the normal distribution that A and B start from (0.02 in AdaLoRA and SalientLoRA)."""
+    orthogonality: OrthogonalityConfig = OrthogonalityConfig()  # type: ignore[call-arg]

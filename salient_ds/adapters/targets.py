@@ -1,0 +1,129 @@
+"""Which modules get an adapter: pure name matching, shared by injection and the checks before a run. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from salient_ds.strict import did_you_mean
+
+ALL_LINEAR = "all-linear"
+REGEX_PREFIX = "re:"
+SHORTCUT_KINDS = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
+LAST_KIND = SHORTCUT_KINDS[-1]
+"""It comes from the layer before, which the first one does not have."""
+_SHOWN = 12
+
+
+def select_modules(names: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
+    """Those of ``names`` that ``target_modules`` means, in the order of ``names``.
+
+    Args:
+        names: paths of all linear layers, e.g. "model.layers.0.self_attn.q_proj".
+        target_modules: a list of names (each matches a path that equals it or ends with "." + name), one such
+            name, "re:PATTERN" (must match the whole path), or "all-linear" (all of ``names``).
+
+    Raises:
+        ValueError: nothing matches, or one of the listed names matches nothing (a typing error there would
+            silently leave a kind of layer unadapted), or the pattern is not a regular expression.
+    """
+    if isinstance(target_modules, str):
+        if target_modules == ALL_LINEAR:
+            chosen = list(names)
+        elif target_modules.startswith(REGEX_PREFIX):
+            chosen = _matching_pattern(names, target_modules.removeprefix(REGEX_PREFIX))
+        else:
+            chosen = _matching_names(names, [target_modules])
+    else:
+        chosen = _matching_names(names, target_modules)
+    if not chosen:
+        raise ValueError(
+            f"adapter.target_modules={_shown(target_modules)} matches no linear layer of the model; {_available(names)}"
+        )
+    return chosen
+
+
+def is_shortcut(name: str) -> bool:
+    """Whether a module path is that of a shortcut (by its last part)."""
+    return name.rpartition(".")[2] in SHORTCUT_KINDS
+
+
+def match_targets(
+    linear_shapes: Mapping[str, tuple[int, int]], target_modules: str | Sequence[str]
+) -> list[tuple[str, tuple[int, int]]]:
+    """(module path, (out, in)) of every targeted layer, in features; raises like :func:`select_modules`."""
+    return [(name, linear_shapes[name]) for name in select_modules(list(linear_shapes), target_modules)]
+
+
+def _matching_pattern(names: Sequence[str], pattern: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"adapter.target_modules: {pattern!r} is not a regular expression: {error}") from error
+    return [name for name in names if compiled.fullmatch(name)]
+
+
+def _matching_names(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    unmatched = [item for item in wanted if not any(_is_suffix(name, item) for name in names)]
+    if unmatched:
+        hints = [_nearest(names, item) for item in unmatched]
+        raise ValueError(
+            f"adapter.target_modules: {', '.join(map(repr, unmatched))} matches no linear layer of the model"
+            f"{''.join(hints)}; {_available(names)}"
+        )
+    return [name for name in names if any(_is_suffix(name, item) for item in wanted)]
+
+
+def _is_suffix(name: str, item: str) -> bool:
+    return name == item or name.endswith(f".{item}")
+
+
+def _leaves(names: Sequence[str]) -> list[str]:
+    """Distinct last parts of module paths in model order ("q_proj", "k_proj", ...)."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _nearest(names: Sequence[str], item: str) -> str:
+    return did_you_mean(item.rpartition(".")[2], _leaves(names), before=", ")
+
+
+def _available(names: Sequence[str]) -> str:
+    leaves = _leaves(names)
+    if not leaves:
+        return "it has no linear layer at all"
+    more = f", ... ({len(leaves)} in all)" if len(leaves) > _SHOWN else ""
+    return f"linear layers there are called {', '.join(leaves[:_SHOWN])}{more} (first path: {names[0]})"
+
+
+def _shown(target_modules: str | Sequence[str]) -> str:
+    return repr(target_modules if isinstance(target_modules, str) else list(target_modules))
+
+
+def shortcut_candidates(linear_names: Sequence[str]) -> list[str]:
+    """Paths of all shortcut connections that a model with these linear layers can have, layer by layer.
+
+    Raises:
+        ValueError: the model has no numbered layers.
+    """
+    found = (re.match(r"(.*?\.)?(\d+)\.", name) for name in linear_names)
+    layers = list(dict.fromkeys(match.group(0) for match in found if match))
+    if not layers:
+        raise ValueError("adapter.shortcuts: the model has no numbered layers that shortcuts could join")
+    return [f"{layer}{kind}" for layer in layers for kind in SHORTCUT_KINDS if (layer, kind) != (layers[0], LAST_KIND)]
+
+
+def select_shortcuts(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Those of ``names`` that ``adapter.shortcuts.modules`` (kinds or paths) means, in the order of ``names``.
+
+    Raises:
+        ValueError: one of ``wanted`` matches nothing.
+    """
+    for item in wanted:
+        if not any(_is_suffix(name, item) for name in names):
+            hint = did_you_mean(item, [*SHORTCUT_KINDS, *names], before=", ")
+            first = f"; the first layer has no {LAST_KIND}" if item.endswith(LAST_KIND) else ""
+            raise ValueError(
+                f"adapter.shortcuts.modules: {item!r} is no shortcut of this model{hint} (kinds: "
+                f"{', '.join(SHORTCUT_KINDS)}; first path: {names[0]}{first})"
+            )
+    return [name for name in names if any(_is_suffix(name, item) for item in wanted)]

@@ -1,0 +1,241 @@
+"""Estimated memory of one process, before anything is started. No torch.
+
+What is counted, in bytes (c = bytes per element in training precision, W = processes, P = base parameters,
+n = trainable parameters at the initial rank, N = singular values, T = longest window, tokens = micro batch x length):
+
+    base        c P, divided by W at stage 3 (where only the base is sharded, what is outside its layers stays whole)
+    adapters    c n, divided by W at stage 3 with speed.zero3=partitioned
+    optimizer   12 n / W: fp32 master and two moments (stage 0: not divided, and 8 n if fp32 weights need no master)
+    gradients   while the optimizer steps: c n (divided by W from stage 2 on) and their fp32 copy 4 n / W
+    buffers     reduction buckets; at stage 3 also gathered parameters: two layers where only the base is sharded,
+                otherwise what may stay live plus the prefetch bucket, at most everything; nothing on a single process
+    statistics  what the method's options say, divided by W; the memory of an event, and of scoring whole matrices, is
+                needed on every process
+    activations per token and layer (h hidden, a = heads x head dimension, k = key/value width, f intermediate,
+                r rank; sdpa attention): two fp32 copies of the input in the norms and their outputs 8 h + 2 c h;
+                q, attention output and its contiguous copy 3 c a; k, v 2 c k; gate, its activation, up and their
+                product 4 c f; two rank-sized tensors per adapter 2 c r; with dropout (c + 1) x in per adapter; with
+                eager attention 4 + 2 c bytes per head and position. Times all layers, plus the vocabulary term.
+                With activation checkpointing: c h per layer, plus one layer or the vocabulary term.
+    vocabulary  logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary per token (12 in fp32);
+                with speed.liger the gradient of hidden states and a chunk of logits: at most 3 c h
+
+IncreLoRA's n is that of adapter.rank; where room is made in flight (speed.growth), of the rows that there may be at the
+most: all growth in the widest matrices, reserve and headroom in every one. Whenever room is made, masters and moments
+are whole on every process for a moment, 12 n, beside the copies c n that they replace.
+
+Not all of it is alive at once. The peak is what stays (base, adapters, optimizer, statistics) plus the largest of: the
+end of the forward pass (activations, buffers, gradients of earlier micro-batches), the optimizer's step (gradients),
+and an allocation event. Offload moves base and adapters (parameters) or optimizer state and fp32 gradients to the host.
+Left out: the CUDA context (about 0.5 GiB), fragmentation, and what other libraries keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from salient_ds.check.model_shapes import Architecture
+from salient_ds.config.run import RunConfig
+from salient_ds.config.speed import row_multiple
+from salient_ds.methods.options import MethodConfig
+from salient_ds.ranks import RankLayout
+from salient_ds.zero.ds_json import DsSummary
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one process computes, independent of how ZeRO shards it."""
+
+    base_parameters: int
+    adapted: tuple[tuple[int, int], ...]
+    """(out, in) features of every adapted layer."""
+    rank: int
+    trainable: int
+    """n, trainable parameters (elements) at the initial rank."""
+    statistics: int
+    """Bytes of the method's statistics on all processes together."""
+    event: int
+    """Bytes that an allocation event needs on each process."""
+    element_bytes: int
+    """2 for bf16 and fp16, 4 for fp32."""
+    tokens: int
+    """Tokens per forward pass: micro batch x maximum length."""
+    max_length: int
+    accumulation: int
+    checkpointing: bool
+    eager_attention: bool
+    dropout: bool
+    architecture: Architecture | None
+    scoring: int = 0
+    """Bytes that scoring whole matrices needs during the backward pass on each process."""
+    sharded_base: bool = False
+    """Stage 3 divides the frozen base only."""
+    fused_loss: bool = False
+    """Logits exist in chunks only (speed.liger)."""
+    in_flight: Workload | None = None
+    """The same with the rows that there may be at the most if room is made in flight, where adapters are packed."""
+
+    def at(self, stage: int) -> Workload:
+        """What counts at a ZeRO stage."""
+        packed = stage < 3 or self.sharded_base
+        return self.in_flight if packed and self.in_flight is not None else self
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one process; ``peak`` is below their sum because not everything is alive at once."""
+
+    stage: int
+    base: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    buffers: int
+    statistics: int
+    activations: int | None
+    """None when config.json is of a family whose layers are not known."""
+    peak: int
+    host: int
+    """Bytes on the host for offloaded state (0 without offload)."""
+
+
+def workload(
+    run: RunConfig,
+    base_parameters: int,
+    layout: RankLayout,
+    architecture: Architecture | None,
+    world_size: int,
+) -> Workload:
+    """Read a workload off a run configuration. ``layout``: all adapted modules at their initial ranks."""
+    train, method = run.train, run.method
+    work = Workload(
+        base_parameters=base_parameters,
+        adapted=tuple(zip(layout.out_features, layout.in_features, strict=True)),
+        rank=run.adapter.rank,
+        trainable=method.adapter_parameters(layout),
+        statistics=method.statistics_bytes(layout),
+        event=method.event_bytes(layout),
+        element_bytes=4 if train.precision == "fp32" else 2,
+        tokens=train.micro_batch_size * run.data.max_length,
+        max_length=run.data.max_length,
+        accumulation=max(1, train.global_batch_size // (train.micro_batch_size * world_size)),
+        checkpointing=train.activation_checkpointing == "all",
+        eager_attention=run.model.attn_implementation == "eager",
+        dropout=run.adapter.dropout > 0,
+        architecture=architecture,
+        scoring=method.scoring_bytes,
+        sharded_base=run.speed_plan(3).sharded_base,
+        fused_loss=run.speed.liger != "none",
+    )
+    if run.speed_plan(2).grows_in_flight:
+        return replace(work, in_flight=_in_flight(work, method, layout, row_multiple(run.speed, on_gpu=True)))
+    return work
+
+
+def _in_flight(work: Workload, method: MethodConfig, layout: RankLayout, multiple: int) -> Workload:
+    rooms = method.largest_rooms(layout, multiple)
+    largest = replace(layout, ranks=tuple(rooms))
+    elements = method.adapter_parameters(largest)
+    return replace(
+        work,
+        rank=ceil(sum(rooms) / len(rooms)),
+        trainable=elements,
+        statistics=method.statistics_bytes(largest),
+        event=(12 + work.element_bytes) * elements,
+    )
+
+
+def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
+    """Apply the formulas on top of this file to one ZeRO configuration."""
+    work = work.at(ds.stage)
+    c, n, stage = work.element_bytes, work.trainable, ds.stage
+    shards = world_size if stage >= 1 else 1
+    parameter_shards = world_size if stage == 3 else 1
+    sharded = stage == 3 and work.sharded_base
+    outside = _base_split(work)[0] if sharded else 0
+    inside = work.base_parameters - outside
+    base = c * (outside + (0 if ds.offload_param else inside // parameter_shards))
+    adapters = c * n if sharded else 0 if ds.offload_param else c * n // parameter_shards
+    state = (8 if stage == 0 and c == 4 else 12) * n // shards
+    low_precision_grads = c * n // (world_size if stage >= 2 else 1)
+    fp32_grads = 0 if stage == 0 and c == 4 else 4 * n // shards
+    host = (state + fp32_grads if ds.offload_optimizer else 0) + (
+        c * (inside + (0 if sharded else n)) // parameter_shards if ds.offload_param else 0
+    )
+    optimizer = 0 if ds.offload_optimizer else state
+    gradients = low_precision_grads + (0 if ds.offload_optimizer else fp32_grads)
+    buffers = _buffers(work, ds, world_size)
+    statistics = work.statistics // shards
+    activations = _activations(work)
+
+    stays = base + adapters + optimizer + statistics
+    forward = buffers + (activations or 0) + (low_precision_grads if work.accumulation > 1 else 0) + work.scoring
+    peak = stays + max(forward, gradients, work.event)
+    return MemoryEstimate(stage, base, adapters, optimizer, gradients, buffers, statistics, activations, peak, host)
+
+
+def estimate_stages(work: Workload, ds: DsSummary, world_size: int) -> dict[str, MemoryEstimate]:
+    """Estimates by the names of the files in ds_configs/, all with the bucket sizes of ``ds``."""
+    variants = {
+        "zero0": (0, False, False),
+        "zero1": (1, False, False),
+        "zero2": (2, False, False),
+        "zero2_offload": (2, True, False),
+        "zero3": (3, False, False),
+        "zero3_offload": (3, True, True),
+    }
+    table = {}
+    for name, (stage, optimizer, parameters) in variants.items():
+        variant = replace(ds, stage=stage, offload_optimizer=optimizer, offload_param=parameters)
+        table[name] = estimate(work, variant, world_size)
+    return table
+
+
+def _buffers(work: Workload, ds: DsSummary, world_size: int) -> int:
+    if ds.stage == 0:
+        return 0
+    sharded = ds.stage == 3 and work.sharded_base
+    buckets = (2 if ds.overlap_comm and ds.stage < 3 and world_size > 1 else 1) if ds.contiguous_gradients else 0
+    size = buckets * ds.reduce_bucket_size
+    if sharded and (world_size > 1 or ds.offload_param):
+        size += 2 * _base_split(work)[1]
+    elif ds.stage == 3 and (world_size > 1 or ds.offload_param):
+        everything = work.base_parameters + work.trainable
+        layer = max((out * inner for out, inner in work.adapted), default=0)
+        size += min(everything, max(ds.max_live_parameters, layer) + ds.prefetch_bucket_size)
+    return work.element_bytes * size
+
+
+def _base_split(work: Workload) -> tuple[int, int]:
+    """Parameters outside the layers, and in one layer; unknown models count as if all were in layers."""
+    arch = work.architecture
+    if arch is None:
+        return 0, max((out * inner for out, inner in work.adapted), default=0)
+    attention = 2 * arch.hidden_size * (arch.heads * arch.head_dim + arch.kv_width)
+    layer = attention + 3 * arch.hidden_size * arch.intermediate_size
+    return max(0, work.base_parameters - arch.layers * layer), layer
+
+
+def _activations(work: Workload) -> int | None:
+    """Bytes at the end of the forward pass, where they are most."""
+    arch = work.architecture
+    if arch is None:
+        return None
+    c, hidden = work.element_bytes, arch.hidden_size
+    attention = arch.heads * arch.head_dim
+    layer = 8 * hidden + c * (2 * hidden + 3 * attention + 2 * arch.kv_width + 4 * arch.intermediate_size)
+    if work.eager_attention:
+        layer += (4 + 2 * c) * arch.heads * work.max_length
+    in_adapters = 2 * c * work.rank * len(work.adapted)
+    if work.dropout:
+        in_adapters += (c + 1) * sum(inner for _, inner in work.adapted)
+    layers = arch.layers * layer + in_adapters
+    vocabulary = (12 if c == 4 else c + 12) * arch.vocab_size
+    if work.fused_loss:  # gradient of the hidden states, and a chunk of logits as large as they are, rounded up to 2^k
+        vocabulary = c * (hidden + min(2 * hidden, arch.vocab_size))
+    if work.checkpointing:
+        return work.tokens * (c * hidden * arch.layers + max(layers // arch.layers, vocabulary))
+    return work.tokens * (layers + vocabulary)

@@ -1,0 +1,274 @@
+"""Everything about a run that can be known before processes start: one report with every problem. No torch.
+
+``salient-ds check`` prints the report; training calls it with ``quick=True`` on every process and stops on a problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from salient_ds.adapters.targets import match_targets, select_shortcuts, shortcut_candidates
+from salient_ds.check.memory import estimate, estimate_stages, workload
+from salient_ds.check.model_files import ModelFiles, inspect_model
+from salient_ds.check.model_shapes import architecture
+from salient_ds.check.place import check_directory, check_disk
+from salient_ds.check.report import Report
+from salient_ds.check.tokenizer_files import inspect_tokenizer
+from salient_ds.config.run import RunConfig
+from salient_ds.config.speed import speed_notes, speed_problems
+from salient_ds.models.kernels import kernel_problems
+from salient_ds.ranks import RankLayout
+from salient_ds.steps import steps_or_fraction, steps_per_epoch, total_steps
+from salient_ds.strict import ConfigError
+from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
+
+
+def preflight(run: RunConfig, world_size: int = 1, quick: bool = False, run_source: str = "run.yaml") -> Report:
+    """Check a run without starting anything.
+
+    Args:
+        world_size: number of processes.
+        quick: skip what training checks again anyway: every data row (only counted), the run directory and the disk.
+        run_source: name of the run file in messages.
+
+    Returns:
+        A report. Facts: processes, rows, total_steps, total_steps_exact, base_parameters, hidden_size, modules,
+        initial_total and target_total (sums of ranks), events, trainable_start, trainable_end, zero, ds_config
+        (resolved), memory (bytes per process by ZeRO stage), this_run (the one the ZeRO JSON asks for),
+        checkpoint_bytes, free_bytes.
+    """
+    checks = _Checks(run, world_size, quick, run_source)
+    for check in (
+        checks.template,
+        checks.data,
+        checks.model,
+        checks.targets,
+        checks.steps,
+        checks.events,
+        checks.zero,
+        checks.memory,
+    ):
+        checks.guarded(check)
+    if not quick:
+        checks.guarded(lambda: check_directory(run, checks.report))
+        checks.guarded(lambda: check_disk(run, checks.report))
+    return checks.report
+
+
+class _Checks:
+    """The single checks, in order; later ones use what earlier ones found and skip themselves without it."""
+
+    def __init__(self, run: RunConfig, world_size: int, quick: bool, run_source: str) -> None:
+        self.run, self.world_size, self.quick, self.run_source = run, world_size, quick, run_source
+        self.report = Report(facts={"processes": world_size})
+        self.facts = self.report.facts
+        self.files: ModelFiles | None = None
+        self.layout: RankLayout | None = None
+        """The adapted layers, then the shortcuts, at their initial ranks; None until they are known."""
+
+    def guarded(self, check: Callable[[], None]) -> None:
+        """Turn the errors that users can mend into problems, so that the next check still runs."""
+        try:
+            check()
+        except ConfigError as error:
+            self.report.problems.extend(error.problems)
+        except ValueError as error:  # DataError is one
+            if str(error) not in self.report.problems:  # several checks may ask for what cannot be had
+                self.report.problems.append(str(error))
+        except OSError as error:
+            self.report.problems.append(f"cannot read {error.filename or 'a file'}: {error.strerror or error}")
+
+    def template(self) -> None:
+        from salient_ds.data.templates import get_template
+
+        get_template(self.run.data.template)
+
+    def data(self) -> None:
+        self.guarded(lambda: self._rows("train", self.run.data.train))
+        if self.run.data.eval is not None:
+            self.guarded(lambda: self._rows("eval", str(self.run.data.eval)))
+        elif not self.run.data.eval_size and self.run.train.eval_every:
+            self.report.problems.append(
+                f"train.eval_every={self.run.train.eval_every}, but there is no held-out data: set data.eval or "
+                "data.eval_size, or eval_every to 0"
+            )
+        size, rows = self.run.data.eval_size, self.facts.get("rows")
+        if self.run.data.eval is None and size and rows is not None:
+            held_out = int(size) if size >= 1 else round(size * rows)
+            if not 0 < held_out < rows:
+                self.report.problems.append(
+                    f"data.eval_size={size:g} holds out {held_out} of {rows} rows: at least one has to be on either "
+                    f"side, give 1 to {rows - 1} rows or a fraction"
+                )
+                return
+            self.facts["held_out_rows"] = held_out
+            self.facts["rows"] = rows - held_out
+
+    def _rows(self, name: str, path: str) -> None:
+        from salient_ds.data.formats import check_file, count_rows, is_local
+
+        if not is_local(path):
+            self.report.notes.append(
+                f"data.{name}={path!r} is loaded by name when training starts: nothing about it was checked"
+            )
+            return
+        rows = count_rows(path) if self.quick else check_file(path, self.run.data.format).rows
+        self.facts["rows" if name == "train" else "eval_rows"] = rows
+
+    def model(self) -> None:
+        self.files = files = inspect_model(self.run.model)
+        self.report.problems.extend(files.problems)
+        self.report.notes.extend(files.notes)
+        self.report.problems.extend(kernel_problems(self.run.speed, files.config.get("model_type")))
+        inspect_tokenizer(self.run, files, self.report.problems)
+        if files.parameters() is not None:
+            self.facts["base_parameters"] = files.parameters()
+        if isinstance(files.config.get("hidden_size"), int):
+            self.facts["hidden_size"] = files.config["hidden_size"]
+        longest = files.config.get("max_position_embeddings")
+        if isinstance(longest, int) and self.run.data.max_length > longest:
+            self.report.notes.append(
+                f"data.max_length={self.run.data.max_length} is above the {longest} positions the model was made for"
+            )
+
+    def targets(self) -> None:
+        assert self.files is not None
+        shapes = self.files.linear_shapes()
+        if not shapes:
+            if not self.files.problems:
+                self.report.notes.append(
+                    "the layers of this model are not known before it is built: targets, events, memory unchecked"
+                )
+            return
+        rank, wanted = self.run.adapter.rank, self.run.adapter.target_modules
+        linears = match_targets(shapes, wanted) if wanted or not self.run.adapter.shortcuts else []
+        modules = [(name, shape, rank) for name, shape in linears] + self._shortcuts(list(shapes))
+        self.layout = RankLayout(
+            modules=tuple(name for name, _, _ in modules),
+            ranks=tuple(rank for _, _, rank in modules),
+            in_features=tuple(wide for _, (_, wide), _ in modules),
+            out_features=tuple(tall for _, (tall, _), _ in modules),
+        )
+        self.facts["modules"] = len(linears)
+        narrow = [(name, shape) for name, shape in linears if rank > min(shape)]
+        if narrow:
+            name, (tall, wide) = narrow[0]
+            self.report.notes.append(
+                f"adapter.rank={rank} is above the smaller side of {len(narrow)} of {len(linears)} matrices "
+                f"({name} is {tall} x {wide}): the surplus adds nothing there"
+            )
+
+    def _shortcuts(self, linear_names: list[str]) -> list[tuple[str, tuple[int, int], int]]:
+        chosen, width = self.run.adapter.shortcuts, self.facts.get("hidden_size")
+        if chosen is None or width is None:
+            return []
+        found = select_shortcuts(shortcut_candidates(linear_names), chosen.modules)
+        self.facts["shortcuts"] = len(found)
+        return [(name, (width, width), chosen.rank or self.run.adapter.rank) for name in found]
+
+    def steps(self) -> None:
+        train, rows = self.run.train, self.facts.get("rows")
+        if train.max_steps is not None:
+            self.facts.update(total_steps=train.max_steps, total_steps_exact=True)
+        elif rows is not None:
+            assert train.epochs is not None
+            total = total_steps(rows, train.global_batch_size, train.epochs)
+            self.facts.update(total_steps=total, total_steps_exact=not self.run.data.packing)
+            if self.run.data.packing:
+                self.report.notes.append(
+                    f"{total} steps is an upper bound: with data.packing the number of sequences is known later"
+                )
+        else:
+            return
+        total = self.facts["total_steps"]
+        warmup = steps_or_fraction(train.lr_warmup, total)
+        if warmup >= total:
+            self.report.problems.append(
+                f"train.lr_warmup={train.lr_warmup:g} is not below the {total} steps of the run: "
+                "lower it, or train longer"
+            )
+
+    def events(self) -> None:
+        method, layout = self.run.method, self.layout
+        if layout is None or not layout.modules:
+            return
+        start = method.adapter_parameters(layout)
+        self.facts.update(initial_total=method.initial_total(layout), trainable_start=start)
+        batch_notes: list[str] = []
+        self.guarded(lambda: self._batch_facts(batch_notes))
+        steps = self.facts.get("total_steps")
+        if steps is None:
+            return
+        rows, batch = self.facts.get("rows"), self.run.train.global_batch_size
+        epoch = None if rows is None else steps_per_epoch(rows, batch)
+        target = method.final_total(layout, steps)
+        end = method.adapter_parameters(layout, [target / len(layout.ranks)] * len(layout.ranks))
+        self.facts.update(target_total=target, trainable_end=end)
+        if method.counts_epochs and epoch is None:
+            self.report.notes.append("the events follow from the length of an epoch, known when data is loaded")
+            return
+        events = method.events(layout, steps, epoch)
+        self.facts["events"] = [asdict(event) for event in events]
+        self.report.notes += batch_notes + method.event_notes(events, target)
+
+    def _batch_facts(self, notes: list[str]) -> None:
+        """What follows from the number of micro-batches of a step on one process."""
+        per_pass = self.run.train.micro_batch_size * self.world_size
+        facts, found = self.run.method.batch_facts(max(1, self.run.train.global_batch_size // per_pass))
+        self.facts.update(facts)
+        notes += found
+
+    def zero(self) -> None:
+        raw = load_ds_config(self.run.deepspeed)
+        self.facts["ds_config"] = resolve_ds_config(
+            raw,
+            self.run,
+            self.world_size,
+            self.facts.get("total_steps"),
+            hidden_size=self.facts.get("hidden_size"),
+            run_source=self.run_source,
+        )
+        zero = summary(self.facts["ds_config"])
+        self.facts["zero"] = asdict(zero)
+        shortcuts, plan = self.run.adapter.shortcuts is not None, self.run.speed_plan(zero.stage)
+        speed, method = self.run.speed, self.run.method
+        self.report.problems.extend(speed_problems(speed, method, zero.stage, shortcuts))
+        events = bool(self.facts.get("events"))
+        self.report.notes.extend(speed_notes(speed, method, zero.stage, shortcuts, events))
+        self._room(plan.grows_in_flight)
+        if plan.sharded_base:
+            self.report.notes.append(
+                "ZeRO-3 partitions the frozen base's layers only (speed.zero3): embeddings, output head and adapters "
+                "are replicated in training precision, the adapters' masters and moments partitioned; stage3_* keys "
+                "are not read"
+            )
+
+    def _room(self, in_flight: bool) -> None:
+        """Say which rows exist of matrices that grow."""
+        method, rank, layout = self.run.method, self.run.adapter.rank, self.layout
+        if not method.grows or layout is None or not layout.modules:
+            return
+        note = f"all adapter.rank={rank} rows per matrix exist from the start: the largest rank you expect is enough"
+        if in_flight:
+            count = len(layout.modules)
+            room = method.first_room(count, rank)
+            self.facts["trainable_start"] = method.adapter_parameters(layout, [room] * count)
+            note = (
+                f"matrices begin with room for {room} of adapter.rank={rank} rows and get more when they need it "
+                "(speed.growth); memory is an upper bound: growth in the widest ones, and the moment when room is made"
+            )
+        self.report.notes.append(note)
+
+    def memory(self) -> None:
+        layout = self.layout
+        if layout is None or not layout.modules or not {"ds_config", "base_parameters"} <= self.facts.keys():
+            return
+        assert self.files is not None
+        base, shape = self.facts["base_parameters"], architecture(self.files.config)
+        work = workload(self.run, base, layout, shape, self.world_size)
+        ds = summary(self.facts["ds_config"])
+        self.facts["memory"] = {name: asdict(row) for name, row in estimate_stages(work, ds, self.world_size).items()}
+        self.facts["this_run"] = asdict(estimate(work, ds, self.world_size))
+        # fp32 masters and both moments, of everything that is trained
+        self.facts["checkpoint_bytes"] = 12 * work.at(ds.stage).trainable

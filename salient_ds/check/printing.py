@@ -1,0 +1,173 @@
+"""``salient-ds check``: print the pre-flight report of a run, for people or as JSON. No torch, no GPU, no network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from salient_ds.check.memory import GIB
+from salient_ds.check.preflight import preflight
+from salient_ds.check.report import Report
+from salient_ds.config.run import RunConfig, load_config
+from salient_ds.config.speed import SpeedConfig
+from salient_ds.strict import ConfigError
+
+_FIRST, _LAST = 3, 2
+"""Events shown from the start and the end of a long schedule."""
+_COLUMNS = {
+    "base": "base",
+    "adapters": "adapt",
+    "optimizer": "optim",
+    "gradients": "grads",
+    "buffers": "bufs",
+    "statistics": "stats",
+    "activations": "activ",
+    "peak": "peak",
+    "host": "host",
+}
+
+
+def run_check(path: str, overrides: list[str] | None = None, gpus: int = 1, as_json: bool = False) -> int:
+    """Check the run file and print what was found; 0 if the run can start, 1 with every problem otherwise."""
+    run: RunConfig | None = None
+    try:
+        run = load_config(path, overrides)
+        report = preflight(run, world_size=gpus, run_source=path)
+    except ConfigError as error:
+        report = Report(problems=error.problems)
+    if as_json:
+        print(json.dumps({"problems": report.problems, "notes": report.notes, "facts": report.facts}, indent=2))
+    else:
+        _print_report(path, run, report)
+    return 1 if report.problems else 0
+
+
+def _print_report(path: str, run: RunConfig | None, report: Report) -> None:
+    # no markup: "[train]" in the name of a data set is no style
+    plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
+    out = Console(**plain)
+    if run is not None:
+        _print_summary(out, path, run, report.facts)
+    if report.facts.get("events"):
+        out.print(_event_table(report.facts["events"]))
+    if "memory" in report.facts:
+        out.print(_memory_table(report.facts))
+    for note in report.notes:
+        out.print(f"note: {note}", style="yellow")
+    errors = Console(file=sys.stderr, **plain)
+    for problem in report.problems:
+        errors.print(f"error: {problem}", style="red")
+    if report.problems:
+        count = len(report.problems)
+        errors.print(f"{path}: {count} problem{'s' if count > 1 else ''}", style="bold red")
+    else:
+        out.print(f"{path}: ready to start", style="bold green")
+
+
+def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    train = run.train
+    table.add_row("run", f"{path} -> {run.output_dir}")
+    parameters = facts.get("base_parameters")
+    size = f" ({_count(parameters)} parameters)" if parameters else ""
+    table.add_row("model", f"{run.model.path}{size}, {train.precision}")
+    table.add_row("data", f"{run.data.train}{_rows(facts)}, template {run.data.template}")
+    zero = facts.get("zero")
+    if zero:
+        parts = [f"stage {zero['stage']}"]
+        parts += [name.replace("_", " ") for name in ("offload_optimizer", "offload_param") if zero[name]]
+        table.add_row("ZeRO", f"{run.deepspeed}: {', '.join(parts)}")
+    if "total_steps" in facts:
+        exact = "" if facts["total_steps_exact"] else "at most "
+        table.add_row("steps", f"{exact}{facts['total_steps']} of {train.global_batch_size} examples")
+    processes = facts.get("processes", 1)
+    per_step = facts.get("ds_config", {}).get("gradient_accumulation_steps")
+    if per_step:
+        table.add_row("batch", f"{train.micro_batch_size} x {per_step} accumulated x {processes} processes")
+    if "modules" in facts:
+        table.add_row("adapters", f"{run.method.name} on {facts['modules']} matrices, rank {run.adapter.rank}")
+    if run.speed != SpeedConfig():
+        chosen = run.speed.model_dump(exclude_defaults=True)
+        table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items()))
+    if "trainable_end" in facts:
+        table.add_row("sum of ranks", f"{facts['initial_total']} -> {facts['target_total']}")
+        start, end = _count(facts["trainable_start"]), _count(facts["trainable_end"])
+        spread = "" if start == end else " (if spread evenly)"
+        table.add_row("trainable", f"{start} parameters -> {end}{spread}")
+    if "checkpoint_bytes" in facts:
+        free = f", {_size(facts['free_bytes'])} free" if "free_bytes" in facts else ""
+        table.add_row("checkpoint", f"{_size(facts['checkpoint_bytes'])} each{free}")
+    out.print(table)
+
+
+def _event_table(events: list[dict[str, int]]) -> Table:
+    table = Table(title=f"allocation events ({len(events)})", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("event", "after step", "budget (sum of ranks)", "window (steps)"):
+        table.add_column(name, justify="right")
+    shown = list(enumerate(events, 1))
+    if len(shown) > _FIRST + _LAST:
+        shown = [*shown[:_FIRST], (0, {}), *shown[-_LAST:]]
+    for number, event in shown:
+        if not event:
+            table.add_row("...", "...", "...", "...")
+            continue
+        last = event["window_start"] + event["window"] - 1
+        window = f"{event['window_start']}..{last} ({event['window']})"
+        table.add_row(str(number), str(event["step"]), str(event["total_rank"]), window)
+    return table
+
+
+def _memory_table(facts: dict[str, Any]) -> Table:
+    own = facts["this_run"]
+    rows = dict(facts["memory"])
+    if own not in rows.values():
+        rows["this run"] = own
+    unit, name = (GIB, "GiB") if max(row["peak"] for row in rows.values()) >= GIB else (2**20, "MiB")
+    title = f"estimated memory per process at the initial rank, {facts['processes']} in all ({name})"
+    caption = "* this run; the peak is below the sum, because not everything is alive at once"
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("ZeRO", no_wrap=True)
+    for header in _COLUMNS.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    for label, row in rows.items():
+        cells = ["?" if row[column] is None else _short(row[column] / unit) for column in _COLUMNS]
+        table.add_row(label + (" *" if row == own else ""), *cells, style="bold" if row == own else None)
+    return table
+
+
+def _rows(facts: dict[str, Any]) -> str:
+    if "rows" not in facts:
+        return ""
+    held_out = facts.get("eval_rows", facts.get("held_out_rows"))
+    return f" ({facts['rows']} rows" + (f", {held_out} held out)" if held_out else ")")
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return str(number)
+
+
+def _short(value: float) -> str:
+    """One decimal, "-" for nothing."""
+    if value == 0:
+        return "-"
+    return "<0.1" if value < 0.05 else f"{value:.1f}"
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"

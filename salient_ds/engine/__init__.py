@@ -1,0 +1,1 @@
+"""The engine that decides ranks while DeepSpeed trains."""

@@ -1,0 +1,112 @@
+"""Optimizer, learning-rate schedule and DeepSpeed engine of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.config.run import TrainConfig
+from salient_ds.salience.learning_rate import RatePlan
+from salient_ds.steps import steps_or_fraction
+from salient_ds.zero.collectives import world
+from salient_ds.zero.ds_json import summary
+from salient_ds.zero.folded_clipping import fold, folds
+
+
+def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: singular values by themselves (no decay), everything else.
+
+    Singular values share a group so that they lie side by side in the optimizer's flat buffer: one slice shows or masks
+    them all.
+    """
+    sigmas = {
+        id(address.parameter)
+        for adapter in adapted.adapters.values()
+        for factor, address in adapter.factors().items()
+        if factor == "E"
+    }
+    trainable = [p for p in adapted.trained.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trainable if id(p) not in sigmas],
+            "weight_decay": train.weight_decay,
+            "name": "factors",
+        },
+        {"params": [p for p in trainable if id(p) in sigmas], "weight_decay": 0.0, "name": "singular_values"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_factory(train: TrainConfig, fused: bool) -> Callable[[Any], torch.optim.Optimizer]:
+    """AdamW for ZeRO JSON files without an ``optimizer`` section."""
+
+    def build(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=fused or None)
+
+    return build
+
+
+def scheduler_factory(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    """The learning-rate schedule over applied steps."""
+    from transformers.optimization import get_scheduler
+
+    warmup = steps_or_fraction(train.lr_warmup, total_steps)
+    name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
+
+    def build(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        schedule: LRScheduler = get_scheduler(name, optimizer, warmup, total_steps)
+        return schedule
+
+    return build
+
+
+def rate_plan(train: TrainConfig, total_steps: int) -> RatePlan:
+    """The same schedule as numbers, for methods that let rows join late."""
+    warmup = steps_or_fraction(train.lr_warmup, total_steps)
+    return RatePlan(train.lr_schedule, warmup, total_steps, train.betas, train.weight_decay)
+
+
+def build_engine(
+    adapted: AdaptedModel,
+    train: TrainConfig,
+    ds_config: dict[str, Any],
+    total_steps: int,
+    device: torch.device,
+    fold_clipping: bool = False,
+) -> Any:
+    """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left).
+
+    For a base that :class:`salient_ds.zero.sharded_base.ShardedBase` partitions, give its ``adapter_config``.
+
+    Args:
+        fold_clipping: clip inside the optimizer's kernel where possible (:mod:`salient_ds.zero.folded_clipping`).
+    """
+    import deepspeed
+
+    fused = uses_fused_optimizer(ds_config, device)
+    own = None if "optimizer" in ds_config else optimizer_factory(train, fused)
+    bound = float(ds_config["gradient_clipping"]) if fold_clipping and folds(ds_config, train.precision, fused) else 0
+    if bound:
+        ds_config = ds_config | {"gradient_clipping": 0.0}
+    if world()[1] == 1:  # nothing to overlap; DeepSpeed would wait for the device at every bucket
+        zero = ds_config.get("zero_optimization", {})
+        ds_config = ds_config | {"zero_optimization": zero | {"overlap_comm": False}}
+    engine = deepspeed.initialize(
+        model=adapted.trained,
+        model_parameters=parameter_groups(adapted, train),
+        optimizer=own,
+        lr_scheduler=scheduler_factory(train, total_steps),
+        config=ds_config,
+    )[0]
+    if bound:
+        fold(engine, bound)
+    return engine
+
+
+def uses_fused_optimizer(ds_config: dict[str, Any], device: torch.device) -> bool:
+    """Whether AdamW takes its fused kernel."""
+    return device.type == "cuda" and not summary(ds_config).offload_optimizer

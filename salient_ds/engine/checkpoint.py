@@ -1,0 +1,224 @@
+"""Checkpoints of the trainable state that any ZeRO stage and process count can read.
+
+Every process writes the elements it owns (fp32 masters, Adam moments, statistics), named by parameter and first
+element; a reader asks for any range and gets it from whichever files hold it. DeepSpeed's own format is not used: it is
+tied to stage and process count, and its universal form loses the step count of several parameter groups at stage 3.
+
+A checkpoint is *whole* once its directory carries the final name: it is written as ``step-N.partial``, checked on all
+processes, listed in ``manifest.json`` and renamed. A failed or killed save leaves the earlier ones untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from salient_ds.engine.optimizer_state import describe, restore
+from salient_ds.engine.shard_files import (
+    FORMAT,
+    CheckpointError,
+    ShardReader,
+    find_checkpoints,
+    part_name,
+    shard_key,
+)
+from salient_ds.engine.state import AllocationState
+from salient_ds.ranks import RankDecision
+from salient_ds.zero.collectives import all_succeeded, world
+
+
+def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int) -> Path:
+    """Write one checkpoint; called by all processes after a step.
+
+    Args:
+        folder: the run's ``checkpoints`` directory, on a file system that all processes share.
+        identity: what a resuming run must have in common (method, model, layout).
+        extra: small state of the training loop, equal on all processes.
+        keep: how many whole checkpoints to keep.
+
+    Raises:
+        CheckpointError: on all processes, if any of them could not write (disk full); older checkpoints survive.
+    """
+    rank, size = world()
+    final = folder / f"step-{state.step:08d}"
+    partial = folder / f"step-{state.step:08d}.partial"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    failure: OSError | None = None
+    if all_succeeded(_try_mkdir(partial), state.device):
+        try:
+            _write_shard(state, partial, rank, size)
+            if rank == 0:
+                torch.save(_shared_state(state, extra), partial / "shared.pt")
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            failure = error if isinstance(error, OSError) else OSError(str(error))
+        except Exception as error:  # safetensors has its own error type for I/O
+            failure = OSError(str(error))
+    else:
+        failure = OSError(f"cannot create {partial}")
+    written = all_succeeded(failure is None, state.device)
+    if written and rank == 0:
+        failure = _seal(partial, final, identity, state, size)
+    if not all_succeeded(failure is None, state.device):
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        all_succeeded(True, state.device)  # removed before anybody looks or tries again
+        whole = find_checkpoints(folder)
+        last = f"the last whole one is {whole[-1]}" if whole else "there is no earlier one"
+        raise CheckpointError(
+            f"checkpoint of step {state.step} was not written ({failure or 'another process failed'}); {last}. "
+            f"Free space under {folder} and continue with --resume auto"
+        )
+    if rank == 0:
+        for old in find_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _try_mkdir(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return True
+    except OSError:
+        return False
+
+
+def _seal(partial: Path, final: Path, identity: dict[str, Any], state: AllocationState, size: int) -> OSError | None:
+    try:
+        files = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "processes": size,
+            "identity": identity,
+            "parameters": {n: list(shape) for n, shape in state.shards.shapes.items()},
+            "adapters": _describe_adapters(state),
+            "files": files,
+        }
+        with open(partial / "manifest.json", "w") as out:
+            json.dump(manifest, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        return None
+    except OSError as error:
+        return error
+
+
+def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:
+    """What an export needs to know without the model: path, scaling, form and parameter names of every adapter."""
+    return [
+        {
+            "name": name,
+            "form": type(adapter).__name__,
+            "rank": adapter.rank,
+            "scaling": adapter.scaling,
+            "factors": {factor: f"{name}.lora_{factor}" for factor in adapter.factors()},
+            "shapes": {f: list(a.shape) for f, a in adapter.factors().items()},
+        }
+        for name, adapter in state.adapted.adapters.items()
+    ]
+
+
+def _write_shard(state: AllocationState, path: Path, rank: int, size: int) -> None:
+    tensors: dict[str, Tensor] = {}
+    shards = state.shards
+    if rank == 0 or not shards.replicated:
+        for fragment in shards.layout.fragments:
+            tensors[shard_key("master", fragment.name, fragment.lo)] = shards.master(fragment)
+            for moment, value in shards.moments(fragment).items():
+                tensors[shard_key(moment, fragment.name, fragment.lo)] = value
+        for statistic, part, value in state.method.local_state():
+            tensors[shard_key(statistic, part_name(part), part.lo)] = value
+    name = path / f"shard-{rank:05d}-of-{size:05d}.safetensors"
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, name)
+    torch.save(_process_state(state), path / f"process-{rank:05d}.pt")
+    for written in (name, path / f"process-{rank:05d}.pt"):
+        with open(written, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _process_state(state: AllocationState) -> dict[str, Any]:
+    found: dict[str, Any] = {"cpu_rng": torch.get_rng_state()}
+    if state.device.type == "cuda":
+        found["cuda_rng"] = torch.cuda.get_rng_state(state.device)
+    return found
+
+
+def _shared_state(state: AllocationState, extra: dict[str, Any]) -> dict[str, Any]:
+    decisions = state.decisions
+    return {
+        "step": state.step,
+        "kept": state.kept_N,
+        "latest": _pack(decisions.latest),
+        "held": _pack(decisions.held),
+        "pending": [_pack(d) for d in decisions.pending],
+        "method": state.method.shared_state(),
+        **describe(state.engine),
+        "extra": extra,
+    }
+
+
+def _pack(decision: RankDecision) -> dict[str, Any]:
+    return {k: getattr(decision, k) for k in ("step", "budget", "mask_N", "threshold", "hold")}
+
+
+def load(state: AllocationState, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Restore everything that :func:`save` wrote and return its ``extra``.
+
+    Raises:
+        CheckpointError: damaged, or from another method, model or adapter shape (every difference is named).
+    """
+    reader = ShardReader(path)
+    _check_identity(reader.manifest, identity, state, path)
+    shared = reader.shared()
+    restore(state.engine, state.shards, shared, reader.read)
+    state.step = shared["step"]
+    decisions = state.decisions
+    decisions.latest, held = RankDecision(**shared["latest"]), RankDecision(**shared["held"])
+    decisions.pending = [RankDecision(**d) for d in shared["pending"]]
+    if held.digest() != decisions.held.digest():
+        decisions.apply(held)
+    state.method.load_state(shared["method"], reader.read_part)
+    rank, size = world()
+    if size == reader.manifest["processes"]:
+        process = reader.process(rank)
+        torch.set_rng_state(process["cpu_rng"])
+        if "cuda_rng" in process and state.device.type == "cuda":
+            torch.cuda.set_rng_state(process["cuda_rng"], state.device)
+    extra: dict[str, Any] = shared["extra"]
+    return extra
+
+
+def kept_rows(path: Path) -> Tensor:
+    """Rows of the initial layout (bool) that a checkpoint still holds; all of them if it was made before compaction.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    kept: Tensor = ShardReader(path).shared()["kept"]
+    return kept
+
+
+def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], state: AllocationState, path: Path) -> None:
+    saved = manifest["identity"]
+    wrong = [f"{k}: {saved.get(k)!r} there, {v!r} here" for k, v in identity.items() if saved.get(k) != v]
+    shapes = {n: list(shape) for n, shape in state.shards.shapes.items()}
+    if not wrong and shapes != manifest["parameters"]:
+        names = shapes.keys() | manifest["parameters"].keys()
+        changed = sorted(n for n in names if shapes.get(n) != manifest["parameters"].get(n))
+        wrong.append(f"trainable parameters differ, for example {changed[:3]}")
+    if wrong:
+        raise CheckpointError(
+            f"{path} belongs to another run ({'; '.join(wrong)}): resume with the configuration it was made with, or "
+            "choose another output_dir"
+        )

@@ -1,0 +1,203 @@
+"""A DeepSpeed engine that decides ranks while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.engine.compact import Resizer
+from salient_ds.engine.decisions import Decisions
+from salient_ds.engine.loss_check import LossCheck
+from salient_ds.engine.reports import EventReport, MicroBatch, NonFiniteLoss, StepReport
+from salient_ds.engine.shards import ShardMap
+from salient_ds.engine.state import AllocationState
+from salient_ds.methods.base import Method, ScoringMethod, SharingMethod
+from salient_ds.ranks import Event, RankLayout
+from salient_ds.zero.collectives import average, share_of_work, world
+from salient_ds.zero.layouts import loss_scale
+
+
+class BeforeStep(Protocol):
+    """Events that come before a step instead of after one (HeteroLoRA's probes)."""
+
+    def take_due(self) -> None:
+        """Decide an event that is due before the next step, if there is one."""
+        ...
+
+    def reported(self) -> EventReport | None:
+        """What was decided since the last applied step, once."""
+        ...
+
+
+class AllocatingEngine:
+    """Wraps a DeepSpeed engine and a :class:`Method`: one call trains a step and decides the event that is due."""
+
+    def __init__(self, state: AllocationState, *, resizer: Resizer | None = None, before: BeforeStep | None = None):
+        """
+        Args:
+            resizer: drops pruned rows and makes room for new ones; None: rows stay as they are, masked.
+            before: events before a step, of methods that have them.
+        """
+        self.state = state
+        self.resizer = resizer
+        self.before = before
+        method = state.method
+        if isinstance(method, ScoringMethod):
+            method.choose_reduction(state.engine.gradient_accumulation_steps())
+        if isinstance(method, SharingMethod) and world()[1] > 1:
+            method.share = share_of_work()
+        self._events = {event.step: event for event in method.events}
+
+    @property
+    def step(self) -> int:
+        """Applied optimizer steps so far."""
+        return self.state.step
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine of the moment; another one after rows were dropped or added."""
+        return self.state.engine
+
+    @property
+    def adapted(self) -> AdaptedModel:
+        return self.state.adapted
+
+    @property
+    def method(self) -> Method:
+        return self.state.method
+
+    @property
+    def device(self) -> torch.device:
+        return self.state.device
+
+    @property
+    def shards(self) -> ShardMap:
+        return self.state.shards
+
+    @property
+    def decisions(self) -> Decisions:
+        return self.state.decisions
+
+    @property
+    def initial_layout(self) -> RankLayout:
+        """The layout of all rows that there may be."""
+        return self.state.initial_layout
+
+    @property
+    def kept_N(self) -> Tensor:
+        """Which rows of the initial layout there are now (bool, CPU)."""
+        return self.state.kept_N
+
+    # The order of one step, as a table of contents.
+    def train_step(self, micro_batches: Iterable[MicroBatch], global_targets: int) -> StepReport:
+        """One optimizer step over ``micro_batches`` of this process.
+
+        Args:
+            micro_batches: exactly ``gradient_accumulation_steps`` of them.
+            global_targets: targets in the whole global batch: every target weighs the same on any number of processes.
+
+        Raises:
+            NonFiniteLoss: on all processes, before parameters changed.
+        """
+        batches = list(micro_batches)
+        assert len(batches) == self.engine.gradient_accumulation_steps(), "one micro-batch per accumulation step"
+        if self.before is not None:
+            self.before.take_due()
+        loss = self._forward_backward(batches, global_targets)
+        self.engine.step()
+        skipped = not self.engine.was_step_applied()
+        report = StepReport(loss, skipped, self.engine.get_global_grad_norm())
+        penalty = self._end_penalty()
+        scores = self._end_scores()
+        if not skipped:
+            self.state.step += 1
+            self.decisions.settle()
+            if scores is not None and isinstance(self.method, ScoringMethod):
+                average(scores)
+                self.method.take_scores(scores, self.step)
+            self.method.end_step(self.step, None if penalty is None else penalty.norms_M2)
+            event = self._events.get(self.step)
+            if event is not None:
+                report.event = self._allocate(event)
+            elif self.before is not None:
+                report.event = self.before.reported()
+            report.compaction = None if self.resizer is None else self.resizer.after_step(self.state)
+        if penalty is not None:
+            report.penalty_value = penalty.value()
+        return report
+
+    def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> float:
+        scale = world()[1] * len(batches) / max(global_targets, 1)
+        check = LossCheck(self.device, global_targets)
+        if not self.adapted.model.training:
+            self.engine.train()  # visits every module: milliseconds of the host's time
+        self._arm_scores()
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            if last:
+                self._arm_penalty()
+            loss = self.engine(**batch.inputs).loss
+            # a micro-batch without any target has a mean of 0/0: it contributes nothing but keeps the graph whole
+            weighted = loss * (batch.num_targets * scale) if batch.num_targets else loss.nan_to_num() * 0.0
+            check.add(loss, batch.num_targets)
+            if last:
+                check.start()
+            self.engine.backward(weighted)
+            if not last:
+                self.engine.step()
+        verdict = check.finish()
+        if verdict.broken:
+            self._end_penalty()
+            self._end_scores()
+            raise NonFiniteLoss(self.step + 1, self._gather_indices(batches if verdict.broken_here else []))
+        return verdict.loss
+
+    def _gather_indices(self, batches: list[MicroBatch]) -> list[int]:
+        mine = [i for batch in batches for i in batch.indices]
+        everyone: list[Any] = [mine]
+        if world()[1] > 1:
+            everyone = [None] * world()[1]
+            torch.distributed.all_gather_object(everyone, mine)
+        return sorted(i for part in everyone for i in part)
+
+    def _arm_penalty(self) -> None:
+        penalty = self.adapted.penalty
+        if penalty is not None and (penalty.coefficient > 0 or self.method.needs_penalty):
+            penalty.arm(loss_scale(self.engine), self.device)
+
+    def _end_penalty(self) -> Any:
+        penalty = self.adapted.penalty
+        if penalty is None or not penalty.armed:
+            return None
+        penalty.disarm()
+        return penalty
+
+    def _arm_scores(self) -> None:
+        """Score all micro-batches of this step, if the method asks for it."""
+        scores, method = self.adapted.scores, self.method
+        if scores is not None and isinstance(method, ScoringMethod) and method.scored_at(self.step + 1):
+            several = method.exact_scores and world()[1] > 1
+            scores.arm(loss_scale(self.engine), self.device, average if several else None)
+
+    def _end_scores(self) -> Tensor | None:
+        """Scores of this process (M,) float64, summed over its micro-batches; None for a step without."""
+        scores = self.adapted.scores
+        if scores is None or not scores.armed:
+            return None
+        scores.disarm()
+        return scores.score_M
+
+    def _allocate(self, event: Event) -> EventReport | None:
+        """Make room for the rows that the event will give, decide, apply; None if there was nothing to decide."""
+        growth = None if self.resizer is None else self.resizer.before_event(self.state, event)
+        report = self.state.allocate(event)
+        return None if report is None else replace(report, growth=growth)
+
+    def finish(self) -> None:
+        """After the last step: a decision that still waits for its next step takes effect now."""
+        self.decisions.settle()

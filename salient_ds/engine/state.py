@@ -1,0 +1,171 @@
+"""What a run trains and what is decided about it: rows, shards, decisions, on whichever optimizer they live now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.engine.decisions import Decisions
+from salient_ds.engine.reports import EventReport
+from salient_ds.engine.shards import LocalView, ShardMap
+from salient_ds.methods.base import Method
+from salient_ds.ranks import Event, RankDecision, RankLayout, initial_decision
+from salient_ds.zero.collectives import all_equal, packed_sum, world
+
+
+class AllocationState:
+    """Rows, decisions and local shards of a run; compaction, growth, probes and checkpoints work on it.
+
+    Observation and masking happen in the step post hook of the *basic* torch optimizer: it sees the new fp32 master and
+    the averaged, unscaled, clipped gradient as local slices, before the low-precision copy and the all-gather, and it
+    does not fire for skipped steps. So a value zeroed there is zero in master, copy and on every process for free.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        adapted: AdaptedModel,
+        method: Method,
+        device: torch.device,
+        *,
+        initial_layout: RankLayout | None = None,
+        kept_N: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            engine: from ``deepspeed.initialize`` over ``adapted.model``.
+            initial_layout, kept_N: the layout of all rows that there may be, if ``adapted`` has only some of them,
+                and which (bool, CPU).
+        """
+        self.initial_layout = initial_layout or adapted.layout
+        self.adapted = adapted
+        self.method = method
+        self.device = device
+        self.step = 0
+        """Applied optimizer steps so far (DeepSpeed's global_steps also counts skipped ones)."""
+        initial = initial_decision(method.policy, adapted.layout)
+        if not bool(initial.mask_N.all()):
+            adapted.set_mask(initial.mask_N, method.policy.gate_forward, initial.hold)
+        self.adopt(engine, initial, initial.mask_N.new_ones(adapted.layout.total) if kept_N is None else kept_N)
+
+    def adopt(self, engine: Any, decision: RankDecision, kept_N: Tensor) -> None:
+        """Go on with ``engine``: the first one, or one with other rows.
+
+        Args:
+            decision: what is in force for the rows there are now.
+            kept_N: which rows of the initial layout they are (bool, CPU).
+        """
+        self.engine = engine
+        self.shards = ShardMap(engine, self.adapted)
+        self.kept_N = kept_N
+        self.decisions = Decisions(self.method.policy, self, decision, decision)
+        self._zeroed: dict[int, list[Tensor]] = {}
+        self.hold(decision)
+        self.method.attach(self.adapted.layout, list(self.shards.views.values()))
+        if self.method.needs_before:
+            engine.basic_optimizer.register_step_pre_hook(self._before_optimizer)
+        engine.basic_optimizer.register_step_post_hook(self._after_optimizer)
+
+    def forget(self) -> None:
+        """Let go of the engine and of every view of its buffers; :meth:`adopt` comes next."""
+        self.method.attach(self.adapted.layout, [])
+        self._zeroed.clear()
+        del self.engine, self.shards
+
+    def in_initial_rows(self, mask_n: Tensor) -> Tensor:
+        """A mask over the rows there are now as one over those of the initial layout (bool, CPU)."""
+        mask_N = self.kept_N.clone()
+        mask_N[self.kept_N] = mask_n
+        return mask_N
+
+    @torch.no_grad()
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for _, view in self._stepped_views(optimizer):
+            self.method.before(view, self.step + 1)
+
+    @torch.no_grad()
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.decisions.before_observation()
+        for index, view in self._stepped_views(optimizer):
+            for piece, drop in zip(view.sigma_slices(), self._zeroed.get(index, []), strict=False):
+                piece.masked_fill_(drop, 0)
+            self.method.observe(view, self.step + 1)
+
+    def _stepped_views(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, LocalView]]:
+        """Views whose buffer the optimizer steps right now (with sub-groups it steps one buffer at a time)."""
+        stepped = {id(t) for group in optimizer.param_groups for t in group["params"]}
+        for index, view in self.shards.views.items():
+            if id(self.shards.layout.buffers[index]) in stepped:
+                yield index, view
+
+    def allocate(self, event: Event) -> EventReport | None:
+        """Gather statistics, decide and apply; None if the method had reached its target before.
+
+        Collective: all processes, at the same step.
+
+        Raises:
+            RuntimeError: on all processes, if they do not decide the same.
+        """
+        began = time.perf_counter()
+        contribute = not self.shards.replicated or world()[0] == 0
+        statistics = packed_sum(self.method.contribution(), contribute, self.device)
+        gathered = time.perf_counter()
+        decision = self.method.allocate(statistics, event, self.decisions.latest)
+        if not all_equal(decision.digest(), self.device):
+            raise RuntimeError(
+                f"processes disagree on the allocation of step {event.step} (digest {decision.digest()[:12]} here): "
+                "their statistics or hardware differ; nothing was applied, resume from the last checkpoint"
+            )
+        if decision is self.decisions.latest:
+            return None
+        solved = time.perf_counter()
+        changed = self.decisions.take(decision)
+        return EventReport(
+            decision,
+            event,
+            gather=gathered - began,
+            solve=solved - gathered,
+            apply=time.perf_counter() - solved,
+            changed=changed,
+            ranks=tuple(decision.ranks(self.adapted.layout)),
+            kept_N=self.in_initial_rows(decision.mask_N),
+        )
+
+    def hold(self, decision: RankDecision) -> None:
+        """From now on, zero the singular values that ``decision`` drops after every step (if it holds them)."""
+        dropped_N = ~decision.mask_N if decision.hold else torch.zeros_like(decision.mask_N)
+        self._zeroed = {index: _by_run(view, dropped_N) for index, view in self.shards.views.items()}
+
+    @torch.no_grad()
+    def apply(self, decision: RankDecision) -> None:
+        """Bring masks, masters, copies and moments in line with ``decision``; purely local."""
+        policy = self.method.policy
+        self.adapted.set_mask(decision.mask_N, policy.gate_forward, decision.hold)
+        if not decision.hold and decision.step < self.step:
+            return  # taken up again from a checkpoint: what has grown back since the event stays
+        ranks = list(self.adapted.layout.ranks)
+        prunes = [not bool(mask_R.all()) for mask_R in decision.mask_N.split(ranks)]
+        drops = (~decision.mask_N).to(self.device).split(ranks)  # one copy to the device for all matrices
+        for owned in self.shards.owned.values():
+            if prunes[owned.module] and (owned.factor == "E" or policy.zero_vectors):
+                self.shards.zero_rows(owned, drops[owned.module], policy.zero_moments)
+
+    @torch.no_grad()
+    def start_rows(self, new_N: Tensor, sigma: float) -> None:
+        """Give E of the rows ``new_N`` its first value in masters and copies, and moments of zero."""
+        news = new_N.split(list(self.adapted.layout.ranks))
+        for owned in self.shards.owned.values():
+            if owned.factor == "E" and bool(news[owned.module].any()):
+                self.shards.write_rows(owned, news[owned.module], sigma, zero_moments=True)
+
+
+def _by_run(view: LocalView, dropped_N: Tensor) -> list[Tensor]:
+    dropped_n = dropped_N[view.rows_n.cpu()].to(view.rows_n.device)
+    if not bool(dropped_n.any()):
+        return []
+    return list(dropped_n.split([s.numel() for s in view.sigma_slices()]))

@@ -1,0 +1,178 @@
+"""AdaLoRA (Zhang et al., ICLR 2023): ranks by the smoothed sensitivity of triplets, under a shrinking budget.
+
+Shape legend: N = singular values, R = ranks of one matrix, n = elements of one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salient_ds.methods.adalora.options import SensitivityConfig
+from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
+from salient_ds.salience import sensitivity
+from salient_ds.salience.select import reference_threshold, score_at_cut, select_exact, select_threshold
+from salient_ds.salience.sensitivity import Smoothed
+
+
+class AdaLoRA:
+    """Smooths |weight * gradient| of A, E and B at every step and zeroes the singular values with the lowest scores.
+
+    The score of triplet i is s(E_i) + mean_j s(A_ij) + mean_j s(B_ji) with s = Ibar Ubar (Eq. 7 to 11): means, so that
+    long and short vectors count alike. A zeroed singular value keeps its vectors, is trained on, and may be kept
+    again by a later event; the last event is for good.
+
+    Every process smooths the elements it owns. An event sums N float64 numbers over the processes, other steps
+    communicate nothing; the state takes twice the memory of the observed fp32 masters until the last event.
+
+    Where paper and released code disagree, :class:`SensitivityOptions` decides. Differs from both: if the target is
+    the initial total there is no event and no statistic (LoRA in SVD form), where the released code fails.
+
+    Raises:
+        ValueError: the schedule has no event or contradicts itself (see :mod:`salient_ds.salience.cubic_budget`).
+    """
+
+    name = "adalora"
+    factors: tuple[str, ...] = ("A", "E", "B")
+    policy = MaskPolicy(gate_forward=False, zero_vectors=False, zero_moments=False)
+    needs_penalty = False
+
+    def __init__(self, config: SensitivityConfig, layout: RankLayout, total_steps: int) -> None:
+        self.config = config
+        self.layout = layout
+        self.options = config.options()
+        self.events: Sequence[Event] = config.events(layout, total_steps)
+        self.needs_before = self.options.moment == "paper"
+        self._views: list[StepView] = []
+        self._state: dict[str, Smoothed] = {}
+        self._step = 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the statistics take on this process."""
+        return sum(state.nbytes for state in self._state.values())
+
+    def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
+        """Remember the views of this process; nothing has been observed yet."""
+        assert layout == self.layout
+        self._views = list(views)
+
+    def resized(self, layout: RankLayout) -> None:
+        """Go on with the rows that the last event kept; no statistic is needed any more."""
+        self.layout = layout
+        self._state.clear()
+
+    def before(self, view: StepView, step: int) -> None:
+        """Paper: sensitivity of the weights that the gradient was taken at."""
+        if self.options.moment == "paper":
+            self._take_in(view, step)
+
+    def observe(self, view: StepView, step: int) -> None:
+        """Released code: sensitivity of the weights after the step, times the step's gradient."""
+        if self.options.moment == "reference":
+            self._take_in(view, step)
+
+    def end_step(self, step: int, penalty_M2: Tensor | None) -> None:
+        """Count the step; the statistics are freed once no event needs them."""
+        self._step = step
+        if not self.events or step > self.events[-1].step:
+            self._state.clear()
+
+    def contribution(self) -> dict[str, Tensor]:
+        """``score``: this process' share of all scores (N,) float64; the sum over processes is exact to rounding."""
+        score_N = torch.zeros(self.layout.total, dtype=torch.float64)
+        for view in self._views:
+            assert view.key in self._state, f"view {view.key} was not observed"
+            for part, share_R in sensitivity.row_scores(self._state[view.key], self._observed(view)):
+                first = self.layout.offsets[part.module]
+                score_N = score_N.to(share_R.device)
+                score_N[first : first + len(share_R)] += share_R
+        return {"score": score_N}
+
+    def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
+        """Keep the ``event.total_rank`` highest scores among all values, also those that the last event zeroed.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        # Rounded, so that two scores that are equal but for the order of summation are equal on any sharding.
+        score_N = statistics["score"].float()
+        self._check_finite(score_N, event)
+        everyone_N = torch.ones_like(score_N, dtype=torch.bool)
+        if self.options.ties == "exact":
+            mask_N = select_exact(score_N, event.total_rank, everyone_N)
+            threshold = score_at_cut(score_N, mask_N, everyone_N)
+        else:
+            mask_N = select_threshold(score_N, event.total_rank)
+            threshold = reference_threshold(score_N, event.total_rank)
+        hold = event == self.events[-1]
+        return RankDecision(event.step, event.total_rank, mask_N.cpu(), threshold, hold)
+
+    def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:
+        """("sensitivity" or "uncertainty", part, values (n,)) of all that is observed, until the last event."""
+        for view in self._views if self._pending(self._step) else []:
+            state = self._state.get(view.key)
+            if state is not None:
+                for index, part in enumerate(self._observed(view)):
+                    yield "sensitivity", part, state.sensitivity[index]
+                    yield "uncertainty", part, state.uncertainty[index]
+
+    def shared_state(self) -> dict[str, Any]:
+        """Last step seen, and whether it left statistics to go on from."""
+        return {"step": self._step, "saved": self._step > 0 and self._pending(self._step)}
+
+    def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
+        """Go on smoothing, whoever owned the elements before.
+
+        Raises:
+            ValueError: the state was saved under a schedule whose last event had taken place.
+        """
+        step = int(shared["step"])
+        needed = step > 0 and self._pending(step)
+        if needed and not shared["saved"]:
+            raise ValueError(
+                f"the checkpoint of step {step} was saved after the last allocation of its schedule and holds no "
+                f"statistics, but this run's schedule has events up to step {self.events[-1].step}: resume with the "
+                "warm-ups, target and number of steps it was saved with"
+            )
+        self._step = step
+        self._state = {view.key: self._read(view, read) for view in self._views} if needed else {}
+
+    def _read(self, view: StepView, read: ReadShard) -> Smoothed:
+        parts = self._observed(view)
+        devices = [view.value(part).device for part in parts]
+        sensitivity_, uncertainty_ = (
+            [read(name, part).to(device, copy=True) for part, device in zip(parts, devices, strict=True)]
+            for name in ("sensitivity", "uncertainty")
+        )
+        return Smoothed(sensitivity_, uncertainty_)
+
+    def _take_in(self, view: StepView, step: int) -> None:
+        if not self.events or step > self.events[-1].window:
+            return  # the scores are frozen in the final phase
+        parts = self._observed(view)
+        values = [view.value(part) for part in parts]
+        state = self._state.get(view.key) or sensitivity.init(values)
+        grads = [view.grad(part) for part in parts]
+        self._state[view.key] = sensitivity.update(state, values, grads, self.config.beta1, self.config.beta2)
+
+    def _observed(self, view: StepView) -> list[Part]:
+        return [part for part in view.parts if part.factor in self.factors]
+
+    def _pending(self, step: int) -> bool:
+        """Whether an event comes after ``step``."""
+        return bool(self.events) and step < self.events[-1].step
+
+    def _check_finite(self, score_N: Tensor, event: Event) -> None:
+        finite_N = score_N.isfinite()
+        if bool(finite_N.all()):
+            return
+        bad = sorted(set(self.layout.module_of_row_N[~finite_N.cpu()].tolist()))
+        names = ", ".join(self.layout.modules[k] for k in bad[:3]) + (" ..." if len(bad) > 3 else "")
+        raise ValueError(
+            f"sensitivity scores of {len(bad)} matrices ({names}) were not finite at step {event.step}: training has "
+            "diverged, lower train.lr or resume from an earlier checkpoint"
+        )

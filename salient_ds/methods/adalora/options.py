@@ -1,0 +1,101 @@
+"""Options of AdaLoRA, and what LoRA^2's have in common with them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from salient_ds.methods.options import TargetConfig
+from salient_ds.ranks import Event, RankLayout
+from salient_ds.salience.budget import AllocationPlan
+from salient_ds.salience.cubic_budget import cubic_schedule
+from salient_ds.steps import steps_or_fraction
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """Every point where the AdaLoRA paper (Zhang et al., ICLR 2023) and its released code disagree about decisions.
+
+    LoRA^2's code is a copy of AdaLoRA's in these. (A third point, the form of the penalty, is
+    ``adapter.orthogonality.form``.)
+    """
+
+    moment: Literal["paper", "reference"]
+    """Weight in |weight * gradient|: where the gradient was taken (paper), or after the step (code)."""
+    ties: Literal["exact", "threshold"]
+    """exact: budget met exactly, the lower row wins a tie; threshold: all values at the cut go (code)."""
+
+
+SENSITIVITY_PRESETS: dict[str, SensitivityOptions] = {
+    "standard": SensitivityOptions(moment="reference", ties="exact"),
+    "paper": SensitivityOptions(moment="paper", ties="exact"),
+    "reference": SensitivityOptions(moment="reference", ties="threshold"),
+}
+
+
+class SensitivityConfig(TargetConfig):
+    """What AdaLoRA and LoRA^2 have in common: the smoothed sensitivity and the cubic budget."""
+
+    preset: Literal["standard", "paper", "reference"] = "standard"
+    """Starting point of `moment` and `ties`: standard is the released code with budgets met exactly."""
+    target_rank: float | None = Field(None, gt=0)
+    """Mean rank per matrix at the end of allocation; equal to adapter.rank it prunes nothing (LoRA in SVD form)."""
+    initial_warmup: float = Field(0, ge=0)
+    """Steps before the budget starts to fall (t_i; a fraction of all steps if below 1)."""
+    final_warmup: float = Field(0, ge=0)
+    """Steps at the end with fixed ranks (t_f; a fraction of all steps if below 1)."""
+    interval: int = Field(10, ge=1)
+    """Steps between allocations (Delta_T; the AdaLoRA paper uses 1, 10 or 100 by task)."""
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed sensitivity."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed deviation from it (uncertainty)."""
+    moment: Literal["paper", "reference"] | None = None
+    ties: Literal["exact", "threshold"] | None = None
+
+    packable: ClassVar[bool] = True
+    compactable: ClassVar[Literal["never", "last", "every"]] = "last"
+
+    def options(self) -> SensitivityOptions:
+        """The preset's options, overridden by those that are set explicitly."""
+        preset = SENSITIVITY_PRESETS[self.preset]
+        return SensitivityOptions(self.moment or preset.moment, self.ties or preset.ties)
+
+    def plan(self, layout: RankLayout, total_steps: int) -> AllocationPlan:
+        """The numbers behind the events: totals and warm-ups.
+
+        Raises:
+            ValueError: see :class:`AllocationPlan` and :func:`steps_or_fraction`.
+        """
+        return AllocationPlan(
+            total_steps=total_steps,
+            initial_total=layout.total,
+            target_total=self.wanted_total(len(layout.ranks)),
+            initial_warmup=steps_or_fraction(self.initial_warmup, total_steps),
+            final_warmup=steps_or_fraction(self.final_warmup, total_steps),
+        )
+
+    def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
+        """One event every ``interval`` steps of the allocation phase, and the final one."""
+        return cubic_schedule(self.plan(layout, total_steps), self.interval)
+
+    def final_total(self, layout: RankLayout, total_steps: int) -> int:
+        """The target."""
+        return self.plan(layout, total_steps).target_total
+
+    def scored_elements(self, layout: RankLayout) -> int:
+        """Elements whose sensitivity is smoothed."""
+        return self.adapter_parameters(layout)
+
+    def statistics_bytes(self, layout: RankLayout) -> int:
+        """Two moving averages per scored element, and with ``moment: paper`` the weights before the step."""
+        return (12 if self.options().moment == "paper" else 8) * self.scored_elements(layout)
+
+
+class AdaLoRAConfig(SensitivityConfig):
+    name: Literal["adalora"] = "adalora"
+
+    implementation: ClassVar[str] = "salient_ds.methods.adalora.method:AdaLoRA"
+    compilable: ClassVar[bool] = True

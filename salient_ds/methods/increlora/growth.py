@@ -1,0 +1,203 @@
+"""IncreLoRA's growth: when ranks are added, how many, and to which matrices. No torch.
+
+Numbers: M = adapted matrices, h = matrices that grow at an event, a = rows that one of them gains.  Steps are applied
+optimizer steps, counted from 1; the released code's step s, counted from 0, is our step s + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from salient_ds.ranks import Event
+
+DEFAULT_ADD = {2: 1, 4: 2, 6: 3, 8: 4}
+"""Rows gained at once by mean target rank, as in the released code."""
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """The numbers that growth is made from, checked against each other.
+
+    Raises:
+        ValueError: a target that growth cannot reach from the start, or more matrices per event than there are.
+    """
+
+    total_steps: int
+    ranks: tuple[int, ...]
+    """The most that every matrix may grow to."""
+    start_rank: int
+    target_total: int
+    """Sum of ranks at which growth ends."""
+    initial_warmup: int
+    interval: int
+    top_h: int
+    add: int
+    exact: bool
+    """Whether growth stops at exactly the target."""
+
+    def __post_init__(self) -> None:
+        if self.start_rank > min(self.ranks):
+            raise ValueError(
+                f"method.start_rank={self.start_rank} is above adapter.rank={min(self.ranks)}, the most a matrix may "
+                "grow to: lower the former or raise the latter"
+            )
+        if not self.initial_total <= self.target_total <= sum(self.ranks):
+            raise ValueError(
+                f"target total rank {self.target_total} lies outside {self.initial_total}..{sum(self.ranks)}, the sums "
+                f"of ranks at the start (method.start_rank={self.start_rank}) and with every matrix at adapter.rank: "
+                "ranks only grow, change the target, method.start_rank or adapter.rank"
+            )
+        if self.top_h > len(self.ranks):
+            raise ValueError(f"method.top_h={self.top_h} is above the {len(self.ranks)} adapted matrices: lower it")
+
+    @property
+    def initial_total(self) -> int:
+        """Sum of ranks before the first event."""
+        return self.start_rank * len(self.ranks)
+
+    def due_steps(self) -> range:
+        """Steps after which ranks may grow: in the released code every s > initial_warmup with s % interval == 0."""
+        first = (self.initial_warmup // self.interval + 1) * self.interval
+        return range(first + 1, self.total_steps + 1, self.interval)
+
+    def total_after(self, total: int) -> int:
+        """Sum of ranks after one more event (threshold: without ties, which make more matrices grow)."""
+        if self.exact:
+            return min(self.target_total, total + self.top_h * self.add)
+        return total + min(self.top_h, self.target_total - total) * self.add
+
+
+def headroom(active: int, add: int, left: int) -> int:
+    """Rows that a matrix of ``active`` rows is given beyond those and its reserve, when all get new room anyway.
+
+    What it gains at once, or half of what it has: one that grows often then needs new room only every so often. No
+    more than are ``left`` until the target.
+    """
+    return min(left, max(add, active // 2))
+
+
+def more_room(plan: GrowthPlan, active_M: Sequence[int], reserve: int, room_M: Sequence[int]) -> tuple[int, ...] | None:
+    """Rows that every matrix is to have before it grows to ``active_M`` rows and ``reserve`` more; None: it has them.
+
+    If one matrix has too few, all get new headroom: they are made anew together.
+    """
+    least_M = [min(most, active + reserve) for most, active in zip(plan.ranks, active_M, strict=True)]
+    if all(least <= room for least, room in zip(least_M, room_M, strict=True)):
+        return None
+    left = max(0, plan.target_total - sum(active_M))
+    wanted_M = [active + reserve + headroom(active, plan.add, left) for active in active_M]
+    return tuple(max(room, min(most, wanted)) for room, most, wanted in zip(room_M, plan.ranks, wanted_M, strict=True))
+
+
+def largest_rooms(
+    *, widths_M: Sequence[int], most: int, start: int, add: int, reserve: int, target: int, multiple: int = 1
+) -> list[int]:
+    """Rows of every matrix if growth goes to where it costs most memory; never more elements than that (but for ties).
+
+    Args:
+        widths_M: elements that one row of every matrix has.
+        most: the most rows that a matrix may have.
+        start, add, reserve: rows at the start, rows gained at once, rows that train ahead of time.
+        target: sum of ranks at which growth ends.
+        multiple: what rooms are multiples of.
+    """
+    count = len(widths_M)
+    left = max(0, target - start * count)
+
+    def room(active: int) -> int:
+        return min(most, active + reserve + headroom(active, add, most) + multiple - 1)  # however rounding falls
+
+    full = next((active for active in range(start, most) if room(active) == most), most)
+    rooms = [0] * count
+    for k in sorted(range(count), key=lambda k: -widths_M[k]):
+        gain = min(left, full - start)
+        left -= gain
+        rooms[k] = room(start + gain)
+    return rooms
+
+
+def default_add(mean_target: float) -> int:
+    """Rows gained at once for a mean target rank.
+
+    Raises:
+        ValueError: there is no default for it.
+    """
+    if mean_target not in DEFAULT_ADD:
+        known = ", ".join(f"{rank}: {add}" for rank, add in DEFAULT_ADD.items())
+        raise ValueError(
+            f"method.add has no default for a mean target rank of {mean_target:g} (there is one for {known}): set it"
+        )
+    return DEFAULT_ADD[int(mean_target)]
+
+
+def growth_events(plan: GrowthPlan) -> list[Event]:
+    """All events of a run; what training and ``salient-ds check`` both use.
+
+    With ``ties: exact`` every event's total is exact. With ``ties: threshold`` the list is an upper one: ties make
+    ranks grow faster, and events after the target are then without effect.
+
+    Returns:
+        No event if the target is the initial total: the method then is LoRA in SVD form.
+
+    Raises:
+        ValueError: the events that fit into the run do not reach the target; ``ties: threshold`` and so little room
+            that a single matrix may want to grow beyond it.
+    """
+    events: list[Event] = []
+    total = plan.initial_total
+    for step in plan.due_steps():
+        if total >= plan.target_total:
+            break
+        total = plan.total_after(total)
+        events.append(Event(step, total, 1, step))
+    if total < plan.target_total:
+        raise ValueError(
+            f"{len(events)} growth events (after initial_warmup={plan.initial_warmup}, every {plan.interval} of "
+            f"{plan.total_steps} steps, {plan.top_h} matrices by {plan.add}) only reach a sum of ranks of {total}, "
+            f"below the target {plan.target_total}: lower method.interval or the warm-up, raise method.top_h or "
+            "method.add, or train longer"
+        )
+    needed = plan.start_rank + len(events) * plan.add
+    if not plan.exact and needed > min(plan.ranks):
+        raise ValueError(
+            f"adapter.rank={min(plan.ranks)} is too little for method.ties=threshold: a matrix may grow at all "
+            f"{len(events)} events to rank {needed}, raise it to that or set method.ties=exact"
+        )
+    return events
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Outcome of one event."""
+
+    rows: tuple[int, ...]
+    """Rows that every matrix gains (M numbers)."""
+    threshold: float
+    """Lowest score of a matrix that grows."""
+
+
+def grow_exact(score_M: Sequence[float], room_M: Sequence[int], rows: int, add: int) -> Growth:
+    """Give ``rows`` rows away: ``add`` to each matrix from the highest score down (ties: the earlier one first).
+
+    A matrix takes no more than it has room for, the rest goes on to the next one; should all have taken their share
+    and rows be left, they go round again.
+    """
+    assert rows <= sum(room_M)
+    order = sorted(range(len(score_M)), key=lambda k: (-score_M[k], k))
+    gained = [0] * len(score_M)
+    threshold, left = float("nan"), rows
+    while left:
+        for k in order:
+            share = min(add, room_M[k] - gained[k], left)
+            if share:
+                gained[k] += share
+                left -= share
+                threshold = score_M[k]
+    return Growth(tuple(gained), min((score_M[k] for k in order if gained[k]), default=threshold))
+
+
+def grow_threshold(score_M: Sequence[float], count: int, add: int) -> Growth:
+    """The released code's rule: every matrix whose score is at least the ``count``-th largest gains ``add`` rows."""
+    threshold = sorted(score_M, reverse=True)[count - 1]
+    return Growth(tuple(add if score >= threshold else 0 for score in score_M), threshold)

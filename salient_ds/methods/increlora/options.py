@@ -1,0 +1,181 @@
+"""Options of IncreLoRA. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from salient_ds.adapters.forms import AdapterForm, GrowingForm, SVDForm
+from salient_ds.methods.increlora import growth
+from salient_ds.methods.increlora.growth import GrowthPlan, default_add, growth_events, headroom
+from salient_ds.methods.options import TargetConfig
+from salient_ds.ranks import Event, RankLayout
+from salient_ds.steps import steps_or_fraction
+
+if TYPE_CHECKING:
+    from salient_ds.methods.base import Method
+    from salient_ds.salience.learning_rate import RatePlan
+
+
+class IncreLoRAConfig(TargetConfig):
+    name: Literal["increlora"] = "increlora"
+    target_rank: float | None = Field(None, gt=0)
+    """Mean rank per matrix at which growth ends; a single matrix grows to adapter.rank at the most."""
+    target_total: int | None = Field(None, gt=0)
+    """Instead of target_rank: the total number of singular values at which growth ends."""
+    start_rank: int = Field(1, ge=1)
+    """Rank of every matrix at the start (1 in all released scripts)."""
+    initial_warmup: float = Field(0, ge=0)
+    """Steps before ranks may grow (a fraction of all steps if below 1); the scripts use one interval."""
+    interval: int = Field(100, ge=1)
+    """Steps between events (100 to 1000 in the scripts, by task)."""
+    top_h: int = Field(ge=1)
+    """Matrices that grow at an event (2 to 22 in the scripts, by task and target)."""
+    add: int | None = Field(None, ge=1)
+    """Rows that a matrix gains at once; by default 1, 2, 3 or 4 for a target_rank of 2, 4, 6 or 8."""
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed score."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Decay of the smoothed deviation from it (uncertainty)."""
+    ties: Literal["exact", "threshold"] = "exact"
+    """exact: growth stops at the target, the earlier matrix wins a tie; threshold: all at the threshold grow (code)."""
+    advance_learning: bool = True
+    """Rows train with a singular value of 1e-5 before they count (the next `add` rows of every matrix)."""
+    lr_restart: bool = True
+    """Rows that join get their own warm-up and decay; false: they follow the learning rate of all others."""
+    score_reduction: Literal["auto", "mean", "exact"] = "auto"
+    """exact: score of the averaged gradient, at the cost of 4 bytes of traffic per adapted weight and scored step, and
+    only without gradient accumulation; mean: scores of single processes and micro-batches, averaged; auto: exact where
+    a step has one micro-batch on a process, else mean."""
+    score_every: int = Field(1, ge=1)
+    """Steps between two scores; each costs as much as the adapted layers' forward pass (exact: and its traffic)."""
+    block_bytes: int = Field(64 * 2**20, gt=0)
+    """Memory for the blocks of a matrix' gradient and update while it is scored."""
+
+    implementation: ClassVar[str] = "salient_ds.methods.increlora.method:IncreLoRA"
+    packable: ClassVar[bool] = True
+    compactable: ClassVar[Literal["never", "last", "every"]] = "last"
+    grows: ClassVar[bool] = True
+
+    @property
+    def scoring_bytes(self) -> int:
+        """Blocks of a matrix' gradient and update."""
+        return self.block_bytes
+
+    def build(
+        self,
+        layout: RankLayout,
+        total_steps: int,
+        rates: RatePlan | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> Method:
+        """Rows that join late need to know the learning-rate schedule."""
+        method: Method = self._implementation()(self, layout, total_steps, rates)
+        return method
+
+    def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:
+        """Rows that are active, in reserve, or wait.
+
+        Raises:
+            ValueError: no default for ``method.add``.
+        """
+        return GrowingForm(
+            start_rank=self.start_rank,
+            reserve=self.reserve_rows(num_matrices),
+            room=self.first_room(num_matrices, rank) if in_flight else None,
+        )
+
+    def adapter_parameters(self, layout: RankLayout, ranks: Sequence[float] | None = None) -> int:
+        """As SVD adapters: the reserve does not change the count."""
+        sides = zip(layout.in_features, layout.out_features, ranks or layout.ranks, strict=True)
+        return round(sum(SVDForm().parameters(wide, tall, rank) for wide, tall, rank in sides))
+
+    def rows_added(self, num_matrices: int) -> int:
+        """Rows that a matrix gains at once.
+
+        Raises:
+            ValueError: no default for ``method.add``.
+        """
+        return self.add or default_add(self.wanted_total(num_matrices) / num_matrices)
+
+    def reserve_rows(self, num_matrices: int) -> int:
+        """Rows of a matrix that train ahead of time while growth goes on: as many as it gains at once."""
+        return self.rows_added(num_matrices) if self.advance_learning else 0
+
+    def plan(self, layout: RankLayout, total_steps: int) -> GrowthPlan:
+        """The numbers behind the events.
+
+        Raises:
+            ValueError: see :class:`GrowthPlan` and :func:`steps_or_fraction`; no default for ``method.add``.
+        """
+        return GrowthPlan(
+            total_steps=total_steps,
+            ranks=layout.ranks,
+            start_rank=self.start_rank,
+            target_total=self.wanted_total(len(layout.ranks)),
+            initial_warmup=steps_or_fraction(self.initial_warmup, total_steps),
+            interval=self.interval,
+            top_h=self.top_h,
+            add=self.rows_added(len(layout.ranks)),
+            exact=self.ties == "exact",
+        )
+
+    def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
+        """One event every ``interval`` steps until the target is reached."""
+        return growth_events(self.plan(layout, total_steps))
+
+    def initial_total(self, layout: RankLayout) -> int:
+        """``start_rank`` rows of every matrix."""
+        return self.start_rank * len(layout.ranks)
+
+    def final_total(self, layout: RankLayout, total_steps: int) -> int:
+        """The target."""
+        return self.plan(layout, total_steps).target_total
+
+    def first_room(self, num_matrices: int, rank: int) -> int:
+        """The rows at the start, the reserve, and headroom for the first events."""
+        start, add = self.start_rank, self.rows_added(num_matrices)
+        left = max(0, self.wanted_total(num_matrices) - start * num_matrices)
+        return min(rank, start + self.reserve_rows(num_matrices) + headroom(start, add, left))
+
+    def largest_rooms(self, layout: RankLayout, multiple: int) -> list[int]:
+        """All growth in the widest matrices, reserve and headroom in every one."""
+        count = len(layout.ranks)
+        return growth.largest_rooms(
+            widths_M=[wide + tall + 1 for wide, tall in zip(layout.in_features, layout.out_features, strict=True)],
+            most=max(layout.ranks),
+            start=self.start_rank,
+            add=self.rows_added(count),
+            reserve=self.reserve_rows(count),
+            target=self.wanted_total(count),
+            multiple=multiple,
+        )
+
+    def statistics_bytes(self, layout: RankLayout) -> int:
+        """A copy of the rows that joined late, at most all of them."""
+        return 4 * self.adapter_parameters(layout) if self.lr_restart else 0
+
+    def exact_scores(self, accumulation: int) -> bool:
+        """Whether scores are those of the averaged gradient instead of averaged scores.
+
+        ``auto`` is exact where a step has one micro-batch on a process (``accumulation`` 1).
+
+        Raises:
+            ValueError: exact with gradient accumulation: the gradient is in several pieces, none of which is kept.
+        """
+        if self.score_reduction == "exact" and accumulation > 1:
+            raise ValueError(
+                "method.score_reduction=exact needs the gradient of a whole step at once, but a step has "
+                f"{accumulation} micro-batches on a process: set method.score_reduction=mean, or raise "
+                "train.micro_batch_size (or the number of processes) until train.global_batch_size = "
+                "micro_batch_size x processes"
+            )
+        return self.score_reduction == "exact" or (self.score_reduction == "auto" and accumulation == 1)
+
+    def batch_facts(self, accumulation: int) -> tuple[dict[str, Any], list[str]]:
+        """How the scores of a step's micro-batches are combined."""
+        exact = self.exact_scores(accumulation)
+        kind = "exact, of the averaged gradient" if exact else "mean, over micro-batches"
+        return {"exact_scores": exact}, [f"method.score_reduction={self.score_reduction}: scores are {kind}"]

@@ -1,0 +1,1 @@
+"""Base models: loading, attention, kernels of other libraries."""

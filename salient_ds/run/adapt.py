@@ -1,0 +1,25 @@
+"""Adapters of a run from its configuration: the same model for training and searching."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from salient_ds.adapters.inject import AdaptedModel, inject
+from salient_ds.config.run import RunConfig
+from salient_ds.heterolora.injection import add_shortcuts
+
+
+def adapt(
+    model: nn.Module,
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    in_flight: bool = False,
+) -> AdaptedModel:
+    """Freeze ``model`` and add the run's adapters to it; ``in_flight`` and errors as inject's and add_shortcuts'."""
+    adapter, seed = config.adapter, config.train.seed
+    adapted = inject(model, adapter, config.method, seed, dtype, device, in_flight=in_flight)
+    if adapter.shortcuts is not None:
+        add_shortcuts(adapted, adapter, seed, dtype, device)
+    return adapted

@@ -1,0 +1,151 @@
+"""From a loaded base model to an engine that allocates ranks: the order in which the parts must be put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from salient_ds.adapters.bank import layer_of
+from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.config.run import RunConfig
+from salient_ds.config.speed import compiles, row_multiple
+from salient_ds.engine.build import build_engine, rate_plan
+from salient_ds.engine.compact import Resizer
+from salient_ds.engine.engine import AllocatingEngine
+from salient_ds.engine.resize import all_rows, first_rows, set_rows
+from salient_ds.engine.state import AllocationState
+from salient_ds.heterolora.probe import ProbeData
+from salient_ds.heterolora.probe_events import ProbeEvents
+from salient_ds.heterolora.probing import ProbingMethod
+from salient_ds.methods.base import GrowingMethod, Method, ResizableMethod, ScoringMethod
+from salient_ds.methods.options import MethodConfig
+from salient_ds.models.attention import leave_out_masks
+from salient_ds.models.kernels import apply_kernels
+from salient_ds.models.loading import DTYPES
+from salient_ds.run.adapt import adapt
+from salient_ds.zero.ds_json import summary
+from salient_ds.zero.sharded_base import ShardedBase, adapter_config
+
+MakeEngine = Callable[[AdaptedModel, dict[str, Any], bool], Any]
+"""An engine over the adapted model, given DeepSpeed settings and whether clipping may be folded into the optimizer."""
+
+
+def assemble(
+    model: nn.Module,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    total_steps: int,
+    device: torch.device,
+    kept_N: Tensor | None = None,
+    steps_per_epoch: int | None = None,
+    probe_data: ProbeData | None = None,
+    make_engine: MakeEngine | None = None,
+) -> AllocatingEngine:
+    """Adapters, method and DeepSpeed engine(s) around ``model``.
+
+    Args:
+        model: from :func:`salient_ds.models.loading.load_model` with the same ``ds_config``.
+        ds_config: resolved DeepSpeed settings.
+        kept_N: rows that the checkpoint to be continued has (bool, CPU); None: those that a run begins with.
+        steps_per_epoch: for methods whose events are given in epochs.
+        probe_data: the batches of events that come before a step, for methods that probe.
+        make_engine: instead of :func:`salient_ds.engine.build.build_engine` (benchmarks).
+
+    Raises:
+        ValueError: the checkpoint lacks rows and this run's adapters are not packed, or the kernels of
+            ``speed.liger`` cannot be had.
+    """
+    plan = config.speed_plan(summary(ds_config).stage)
+    apply_kernels(model, config.speed, device)
+    leave_out_masks(model, device)
+    if plan.sharded_base:
+        ShardedBase(model, ds_config, device)  # before there are adapters, which it must not partition
+        ds_config = adapter_config(ds_config)
+    dtype = DTYPES[config.train.precision]
+    adapted = adapt(model, config, dtype, device, plan.grows_in_flight)
+    if plan.packed:
+        adapted.pack()
+    for adapter in adapted.adapters.values():
+        adapter.fused = config.train.activation_checkpointing != "selective"
+    if compiles(config.speed, config.method, plan.packed, device.type == "cuda"):
+        compile_layers(adapted, may_fail=config.speed.compile_layers == "auto")
+    layout = all_rows(adapted)
+    rates = rate_plan(config.train, total_steps)
+    method = config.method.build(layout, total_steps, rates, steps_per_epoch)
+    check_capabilities(config.method, method)
+    here_N = first_rows(layout, adapted.layout.ranks)
+    if kept_N is None or len(kept_N) != len(here_N):  # another model's: refused when the checkpoint is read
+        kept_N = here_N
+    if not torch.equal(kept_N, here_N):
+        if not plan.packed:
+            raise ValueError(
+                f"the checkpoint holds {int(kept_N.sum())} of {len(kept_N)} rows (it was compacted, or still grows in "
+                f"flight), which needs packed adapters; speed.packing={config.speed.packing} and "
+                f"speed.zero3={config.speed.zero3} rule them out: set both to auto"
+            )
+        set_rows(adapted, layout, kept_N)
+    if adapted.layout != layout:
+        assert isinstance(method, ResizableMethod)
+        method.resized(adapted.layout)
+
+    folding = not method.needs_before  # a method that looks at gradients before the step wants them clipped
+
+    def build() -> Any:
+        if make_engine is not None:
+            return make_engine(adapted, ds_config, folding)
+        return build_engine(adapted, config.train, ds_config, total_steps, device, folding)
+
+    when = compaction(config, method, plan.packed)
+    multiple = row_multiple(config.speed, device.type == "cuda")
+    resizes = plan.packed and isinstance(method, ResizableMethod)
+    resizer = Resizer(build, when, multiple) if resizes else None
+    state = AllocationState(build(), adapted, method, device, initial_layout=layout, kept_N=kept_N)
+    before = None
+    if isinstance(method, ProbingMethod):
+        assert probe_data is not None, "a method that probes needs batches"
+        before = ProbeEvents(state, probe_data)
+    return AllocatingEngine(state, resizer=resizer, before=before)
+
+
+def check_capabilities(options: MethodConfig, method: Method) -> None:
+    """Raise TypeError, for authors of methods, where options promise what the method's class cannot do."""
+    resizes = options.compactable != "never" or options.grows
+    for promised, protocol, name in (
+        (resizes, ResizableMethod, "compactable or grows"),
+        (options.grows, GrowingMethod, "grows"),
+        (options.scoring_bytes > 0, ScoringMethod, "scoring_bytes"),
+    ):
+        if promised and not isinstance(method, protocol):
+            raise TypeError(
+                f"the options of method {options.name!r} declare {name}, but {type(method).__name__} is no "
+                f"{protocol.__name__}: write the functions that it names, or take the declaration back"
+            )
+
+
+def compaction(config: RunConfig, method: Method, packed: bool) -> Literal["none", "last", "every"]:
+    """When this run drops pruned rows."""
+    wanted = config.speed.compaction
+    possible = packed and config.method.compactable != "never"
+    if wanted == "auto":
+        # Otherwise pruned rows still act through the penalty, and dropping them would change the training.
+        return "last" if possible and method.policy.gate_forward else "none"
+    return wanted if possible else "none"
+
+
+def compile_layers(adapted: AdaptedModel, may_fail: bool) -> None:
+    """torch.compile the forward of every adapted layer. Hooks stay outside, and all layers share one compilation.
+
+    After a compaction ranks differ from layer to layer: they become symbols, and as every symbol is taken for itself
+    (no duck shapes), one more compilation serves all layers but those with a rank of 0 or 1.
+    """
+    from torch.fx.experimental import _config as shapes
+
+    shapes.use_duck_shape = False
+    if may_fail:
+        torch._dynamo.config.suppress_errors = True
+    for path in sorted({layer_of(name) for name in adapted.adapters} - {""}):
+        layer = adapted.model.get_submodule(path)
+        layer.forward = torch.compile(layer.forward)

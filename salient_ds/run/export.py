@@ -1,0 +1,111 @@
+"""Export what a run trained: from its newest (or a given) checkpoint, without DeepSpeed or a process group."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from salient_ds.adapters.growing import GrowingLinear
+from salient_ds.adapters.targets import is_shortcut
+from salient_ds.adapters.two_scale import two_scale_pair
+from salient_ds.engine.shard_files import CheckpointError, ShardReader, find_checkpoints
+from salient_ds.export.api import export_adapter
+from salient_ds.export.fold import AdapterFactors
+from salient_ds.export.meta import ExportMeta, Form
+from salient_ds.export.peft_format import PadTo
+from salient_ds.heterolora.export import refuse_shortcuts, shortcuts_act, write_shortcuts
+from salient_ds.heterolora.shortcut import Shortcut
+from salient_ds.heterolora.switched import SwitchedLinear
+from salient_ds.models.loading import PEFT_TASK_TYPES
+
+MASKED_FORMS = (GrowingLinear.__name__, SwitchedLinear.__name__, Shortcut.__name__)
+"""Adapters whose masked rows have no effect, whether or not they may come back."""
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The last whole checkpoint of a run directory, or ``run`` itself if it is a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (run / "manifest.json").is_file():
+        return run
+    found = find_checkpoints(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run} holds no whole checkpoint: train it first, or continue it with --resume auto")
+    return found[-1]
+
+
+def read_factors(checkpoint: Path) -> list[AdapterFactors]:
+    """All adapters of a checkpoint as fp32 CPU tensors, with the mask that is in force.
+
+    Between the events of a method that lets dropped rows grow back (AdaLoRA, LoRA^2) all rows are in force. While
+    IncreLoRA still grows, its reserve rows, with singular values of 1e-5, are left out.
+    """
+    reader = ShardReader(checkpoint)
+    adapters = reader.manifest["adapters"]
+    shared = reader.shared()
+    latest = shared["latest"]
+    masks = latest["mask_N"].split([item["rank"] for item in adapters])
+    return [
+        _factors(reader, item, mask if latest["hold"] or item["form"] in MASKED_FORMS else mask | True)
+        for item, mask in zip(adapters, masks, strict=True)
+    ]
+
+
+def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> AdapterFactors:
+    def read(factor: str) -> torch.Tensor:
+        shape = item["shapes"][factor]
+        return reader.read("master", item["factors"][factor], 0, int(torch.tensor(shape).prod())).view(shape).float()
+
+    sigma = read("E") if "E" in item["factors"] else None
+    A, B = read("A"), read("B")
+    if "aa" in item["factors"]:
+        A, B = two_scale_pair(A, B, read("aa"), read("bb"))
+    return AdapterFactors(item["name"], A, sigma, B, mask, item["scaling"])
+
+
+def export_run(
+    run: Path,
+    form: Form | None,
+    target: Path,
+    overwrite: bool = False,
+    checkpoint: Path | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    pad_to: PadTo = None,
+) -> Path:
+    """Write the run's adapter (or merged model) to ``target``.
+
+    Args:
+        run: run directory with run.yaml and run.json beside its checkpoints.
+        form: None chooses "peft", or "shortcuts" for an adapter that no other form can hold.
+        base: base model, if it is not where training found it.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+        ValueError: not exportable as asked, with the remedy.
+    """
+    chosen = checkpoint or newest_checkpoint(run)
+    folder = run if (run / "run.yaml").is_file() else chosen.parent.parent
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    facts = json.loads((folder / "run.json").read_text())
+    meta = ExportMeta(
+        method=config["method"]["name"],
+        task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
+        source_run=str(chosen),
+        template=facts["template"],
+    )
+    factors, place = read_factors(chosen), base or config["model"]["path"]
+    norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
+    if form is None:
+        form = "shortcuts" if shortcuts_act(factors, norm) else "peft"
+    if form == "shortcuts":
+        return write_shortcuts(target, factors, meta, place, norm, dtype or torch.float32, overwrite)
+    refuse_shortcuts(factors, form, norm)
+    factors = [item for item in factors if not is_shortcut(item.name)]  # all of them off
+    return export_adapter(factors, meta, target, form, place, dtype, overwrite, pad_to=pad_to)

@@ -1,0 +1,106 @@
+"""From files to micro-batches: the part of a run that knows data, tokenizer and template together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from salient_ds.config.run import RunConfig
+from salient_ds.data.collate import Collator, pad_token_id
+from salient_ds.data.dataset import InstructionDataset, build_dataset, split_eval
+from salient_ds.data.formats import read_rows
+from salient_ds.data.record import TemplateRecord, template_record
+from salient_ds.data.sampler import StepSampler
+from salient_ds.data.templates import get_template
+from salient_ds.engine.reports import MicroBatch
+from salient_ds.heterolora.probe import ProbeData
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads besides the model."""
+
+    train: InstructionDataset
+    held_out: InstructionDataset | None
+    collator: Collator
+    record: TemplateRecord
+    notes: list[str]
+    """What was truncated or dropped, for the log."""
+
+    def total_steps(self, run: RunConfig) -> int:
+        """Optimizer steps of the run: max_steps, or epochs over all rows (the last batch wraps around)."""
+        if run.train.max_steps is not None:
+            return run.train.max_steps
+        assert run.train.epochs is not None
+        sampler = StepSampler(len(self.train), run.train.global_batch_size, run.train.seed)
+        return max(1, sampler.total_steps(run.train.epochs))
+
+
+def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
+    """Read, render and tokenise the run's data; deterministic, the same on every process."""
+    template = get_template(run.data.template)
+    rows = read_rows(run.data.train, run.data.format, run.data.empty_answers)
+    dataset, report = build_dataset(rows, template, tokenizer, run.data.max_length, run.data.packing)
+    notes = [f"train: {report.summary()}"]
+    held_out = None
+    if run.data.eval is not None:
+        rows = read_rows(run.data.eval, run.data.format, run.data.empty_answers)
+        held_out, report = build_dataset(rows, template, tokenizer, run.data.max_length, False)
+        notes.append(f"eval: {report.summary()}")
+    elif run.data.eval_size:
+        dataset, held_out = split_eval(dataset, run.data.eval_size, run.train.seed)
+    collator = Collator(pad_token_id(tokenizer), attn_implementation=run.model.attn_implementation)
+    return Inputs(dataset, held_out, collator, template_record(template, tokenizer), notes)
+
+
+def micro_batches(
+    inputs: Inputs, sampler: StepSampler, batch: int, rank: int, world_size: int, size: int, device: torch.device
+) -> tuple[list[MicroBatch], int]:
+    """This process' part of global batch number ``batch``, and the number of targets in all of it."""
+    everyone = sampler.indices(batch)
+    parts = [
+        _to_micro(inputs.train, inputs.collator, indices, device)
+        for indices in sampler.shard(batch, rank, world_size, size)
+    ]
+    return parts, int(inputs.train.num_targets[everyone].sum())
+
+
+def evaluation_batches(
+    inputs: Inputs, rank: int, world_size: int, size: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """The held-out rows of this process; every process yields the same number of batches, fillers count no target."""
+    assert inputs.held_out is not None
+    total = len(inputs.held_out)
+    rounds = math.ceil(total / (size * world_size))
+    for index in range(rounds):
+        first = (index * world_size + rank) * size
+        rows = np.arange(first, min(first + size, total))
+        if len(rows):
+            yield _to_micro(inputs.held_out, inputs.collator, rows, device)
+        else:
+            filler = _to_micro(inputs.held_out, inputs.collator, np.array([0]), device)
+            yield MicroBatch(filler.inputs, 0, ())
+
+
+def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) -> ProbeData:
+    """The first ``batches`` batches of the training data in its own order, fewer if there is no more of it."""
+    rows = len(inputs.train)
+    count = max(1, min(batches, rows // size))
+
+    def batch(j: int) -> MicroBatch:
+        return _to_micro(inputs.train, inputs.collator, np.arange(j * size, min((j + 1) * size, rows)), device)
+
+    return ProbeData(count, batch)
+
+
+def _to_micro(dataset: InstructionDataset, collator: Collator, rows: np.ndarray, device: torch.device) -> MicroBatch:
+    batch = collator([dataset[int(i)] for i in rows])
+    if device.type == "cuda":  # from memory that is not pinned, a copy waits until the device has done all before it
+        batch = {k: v.pin_memory() for k, v in batch.items()}
+    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    return MicroBatch(inputs, int(dataset.num_targets[rows].sum()), tuple(int(i) for i in rows))

@@ -1,0 +1,262 @@
+"""One training run, from files to adapter: :meth:`Training.run` reads as the order of events."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from salient_ds.config.run import RunConfig
+from salient_ds.data.sampler import StepSampler
+from salient_ds.engine.checkpoint import kept_rows, load, save
+from salient_ds.engine.reports import NonFiniteLoss, StepReport
+from salient_ds.engine.shard_files import find_checkpoints
+from salient_ds.methods.base import ReportingMethod, ScoringMethod
+from salient_ds.models.kernels import loss_only
+from salient_ds.models.loading import hidden_size, load_model, load_tokenizer, model_identity
+from salient_ds.monitor.directory import RunDirectory, RunDirectoryError, claim, shared_by_all
+from salient_ds.monitor.progress import Progress
+from salient_ds.monitor.run_log import RunLog
+from salient_ds.ranks import RankLayout
+from salient_ds.run.assemble import assemble
+from salient_ds.run.export import export_run
+from salient_ds.run.inputs import evaluation_batches, load_inputs, micro_batches, probe_data
+from salient_ds.zero.collectives import all_succeeded, sum_numbers, world
+from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config
+from salient_ds.zero.sharded_base import effective_config
+
+
+@dataclass
+class Counters:
+    """State of the loop that a checkpoint carries besides the engine's."""
+
+    batches: int = 0
+    """Global batches consumed, skipped steps included."""
+    tokens: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Training:
+    """One run on this process."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.rank, self.world_size = world()
+        self.is_main = self.rank == 0
+        self.counters = Counters()
+        self.resume_from: Path | None = None
+
+    def run(self, resume: str, overwrite: bool) -> None:
+        """Train to the end, or raise with the reason; the run directory then holds all there is."""
+        self.open_directory(resume, overwrite)
+        self.load_data()
+        self.build()
+        self.restore()
+        self.loop()
+        self.finish()
+
+    def open_directory(self, resume: str, overwrite: bool) -> None:
+        """Claim the run directory on the main process; all agree on where to continue."""
+        path = Path(self.config.output_dir)
+        problem, start, token = None, None, secrets.token_hex(8)
+        if self.is_main:
+            try:
+                self.directory = claim(path, resume, overwrite)
+                start = self._start_from(self.directory, resume)
+            except (RunDirectoryError, OSError) as error:
+                problem = str(error)
+        problem, start, token = self._broadcast([problem, start, token])
+        if problem is not None:
+            raise RunDirectoryError(problem)
+        if not self.is_main:
+            self.directory = RunDirectory(path)
+        if self.is_main:
+            shared_by_all(path, True, token)
+        all_succeeded(True, self.device)  # written before anyone looks
+        # the main process must not write again: another one may be reading
+        if not all_succeeded(self.is_main or shared_by_all(path, False, token), self.device):
+            raise RunDirectoryError(
+                f"output_dir {path} is not on a file system that all nodes share: choose one that is"
+            )
+        self.resume_from = Path(start) if start is not None else None
+
+    @staticmethod
+    def _start_from(directory: RunDirectory, resume: str) -> str | None:
+        if resume == "never":
+            return None
+        if resume != "auto":
+            return resume
+        found = find_checkpoints(directory.checkpoints)
+        return str(found[-1]) if found else None
+
+    def _broadcast(self, values: list[Any]) -> list[Any]:
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values
+
+    def load_data(self) -> None:
+        """Tokenizer, data and the number of steps they make."""
+        self.tokenizer = load_tokenizer(self.config.model)
+        self.inputs = load_inputs(self.config, self.tokenizer)
+        self.total_steps = self.inputs.total_steps(self.config)
+        train = self.config.train
+        self.sampler = StepSampler(len(self.inputs.train), train.global_batch_size, train.seed)
+        for note in self.inputs.notes:
+            self.say(note)
+
+    def build(self) -> None:
+        """Base model, adapters, method, engine: in this order, because ZeRO-3 partitions the base while it loads."""
+        config = self.config
+        ds_config = resolve_ds_config(
+            load_ds_config(config.deepspeed),
+            config,
+            self.world_size,
+            self.total_steps,
+            hidden_size=hidden_size(config.model),
+        )
+        ds_config = effective_config(ds_config, config, self.world_size)
+        torch.manual_seed(config.train.seed)
+        model = load_model(config.model, config.train, ds_config)
+        kept_N = kept_rows(self.resume_from) if self.resume_from is not None else None
+        probes = config.method.probe_batches_of(config.train.micro_batch_size)
+        self.engine = assemble(
+            model,
+            config,
+            ds_config,
+            self.total_steps,
+            self.device,
+            kept_N=kept_N,
+            steps_per_epoch=self.sampler.steps_per_epoch,
+            probe_data=probe_data(self.inputs, *probes, self.device) if probes is not None else None,
+        )
+        method, layout = self.engine.method, self.engine.initial_layout
+        if isinstance(method, ScoringMethod):
+            self.say(f"scores of matrices: {'exact, of the averaged gradient' if method.exact_scores else 'mean'}")
+        self.identity = self._identity(model_identity(model), layout)
+        torch.manual_seed(config.train.seed + 1000 * (self.rank + 1))  # dropout differs between processes
+        self._record(ds_config, layout)
+
+    def _record(self, ds_config: dict[str, Any], layout: RankLayout) -> None:
+        """Write what the run really uses into its directory."""
+        if self.is_main:
+            facts = {"processes": self.world_size, "total_steps": self.total_steps, "identity": self.identity,
+                     "modules": layout.modules, "template": self.inputs.record.to_dict()}  # fmt: skip
+            self.directory.write_resolved(self.config.model_dump(mode="json", by_alias=True), ds_config, facts)
+
+    def _identity(self, model: dict[str, Any], layout: RankLayout) -> dict[str, Any]:
+        """What a checkpoint must have in common with this run to be continued by it."""
+        modules = hashlib.sha256(json.dumps([layout.modules, layout.ranks]).encode()).hexdigest()[:16]
+        return {
+            "method": self.config.method.model_dump(mode="json", by_alias=True),
+            "model": model,
+            "adapter": self.config.adapter.model_dump(mode="json"),
+            "modules": modules,
+            "total_steps": self.total_steps,
+            "data": self.inputs.train.fingerprint(),
+            "global_batch_size": self.config.train.global_batch_size,
+            "seed": self.config.train.seed,
+        }
+
+    def restore(self) -> None:
+        """Continue from the chosen checkpoint, and forget what the logs say about later steps."""
+        if self.resume_from is not None:
+            self.counters = Counters(**load(self.engine.state, self.resume_from, self.identity)["counters"])
+            self.say(f"continuing from {self.resume_from} after step {self.engine.step}")
+        self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
+        self.log.rewind(self.engine.step)
+
+    def loop(self) -> None:
+        """Steps until the last one; saves and evaluates on the way."""
+        train, engine, log = self.config.train, self.engine, self.log
+        size, device = train.micro_batch_size, self.device
+        total = engine.decisions.latest.total
+        with Progress(self.total_steps, engine.step, main=self.is_main, every=train.log_every, total_rank=total) as bar:
+            while engine.step < self.total_steps:
+                began = time.perf_counter()
+                batches, targets = micro_batches(
+                    self.inputs, self.sampler, self.counters.batches, self.rank, self.world_size, size, device
+                )
+                report = self._step(batches, targets)
+                if report.skipped:
+                    continue
+                tokens = self.world_size * sum(b.inputs["input_ids"].numel() for b in batches)
+                self.counters.tokens += tokens
+                bar.update(engine.step, report.loss, tokens, engine.decisions.latest.total)
+                last = engine.step == self.total_steps
+                log.step(report, tokens, self.counters.tokens, time.perf_counter() - began, last)
+                if train.eval_every and engine.step % train.eval_every == 0 and not last:
+                    bar.message(self.evaluate())
+                if train.save_every and engine.step % train.save_every == 0 and not last:
+                    self.save()
+        self.log.summary(bar)
+
+    def _step(self, batches: list[Any], targets: int) -> StepReport:
+        try:
+            report = self.engine.train_step(batches, targets)
+        except NonFiniteLoss as error:
+            found = find_checkpoints(self.directory.checkpoints)
+            last = f"the last whole checkpoint is {found[-1]}" if found else "no checkpoint was saved yet"
+            raise ValueError(
+                f"{error}; {last}. Lower train.lr, look at those rows, or resume from it with other settings"
+            ) from error
+        self.counters.batches += 1
+        self.counters.skipped_in_a_row = self.counters.skipped_in_a_row + 1 if report.skipped else 0
+        if self.counters.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise ValueError(
+                f"{self.counters.skipped_in_a_row} steps in a row were skipped because of non-finite gradients (bound: "
+                f"train.max_skipped_steps) after step {self.engine.step}: lower train.lr, use bf16, or look at the data"
+            )
+        return report
+
+    def evaluate(self) -> str:
+        """Mean held-out loss per target over all processes, logged and as a line of text."""
+        if self.inputs.held_out is None:
+            return f"step {self.engine.step}: no held-out data (data.eval, data.eval_size)"
+        engine = self.engine.engine
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        engine.eval()
+        with torch.no_grad():
+            size = self.config.train.micro_batch_size
+            for batch in evaluation_batches(self.inputs, self.rank, self.world_size, size, self.device):
+                loss = engine(**batch.inputs, **loss_only(self.config.speed)).loss
+                if batch.num_targets:
+                    total += loss.double() * batch.num_targets
+                    count += batch.num_targets
+        engine.train()
+        loss_sum, targets = sum_numbers([float(total), float(count)], self.device)
+        mean = loss_sum / max(targets, 1)
+        self.log.evaluation(mean)
+        return f"step {self.engine.step}: held-out loss {mean:.4f}"
+
+    def save(self) -> Path:
+        """A checkpoint of this moment."""
+        extra = {"counters": asdict(self.counters)}
+        keep = self.config.train.keep_checkpoints
+        return save(self.engine.state, self.directory.checkpoints, self.identity, extra, keep)
+
+    def finish(self) -> None:
+        """Last checkpoint, held-out loss, pictures, and the adapter in PEFT's format."""
+        self.engine.finish()
+        path = self.save()
+        self.say(self.evaluate())
+        if self.is_main:
+            export_run(self.directory.path, None, self.directory.adapter, overwrite=True, checkpoint=path)
+            self.log.pictures()
+            if isinstance(self.engine.method, ReportingMethod):
+                self.engine.method.write_results(self.directory.path, self.config)
+            self.say(f"adapter: {self.directory.adapter}")
+        all_succeeded(True, self.device)  # nobody leaves while the main process still writes
+
+    def say(self, text: str) -> None:
+        """A line for the user, once."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,123 @@
+"""Bodies of the verbs that start a run or look at one: train, export, show."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from salient_ds.check.preflight import preflight
+from salient_ds.config.run import load_config
+from salient_ds.strict import ConfigError
+
+if TYPE_CHECKING:
+    from salient_ds.search import SearchOptions
+
+
+def print_problems(problems: list[str]) -> None:
+    """One line each on stderr."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+
+
+def launch(run: str, overrides: list[str], launcher: list[str], resume: str, overwrite: bool, processes: int) -> int:
+    """Check the run here, then become the ``deepspeed`` launcher; returns (1) only if the check fails.
+
+    Args:
+        launcher: options handed to the launcher unchanged, such as --hostfile.
+        processes: number the check assumes and the launcher is asked for (0: let the launcher decide, check for 1).
+    """
+    try:
+        problems = preflight(load_config(run, overrides), max(processes, 1), run_source=run).problems
+    except ConfigError as error:
+        problems = error.problems
+    if problems:
+        print_problems(problems)
+        return 1
+    script = ["salient_ds.train", run, *overrides, "--resume", resume] + (["--overwrite"] if overwrite else [])
+    return _become_launcher(script, launcher, processes)
+
+
+def _become_launcher(script: list[str], launcher: list[str], processes: int) -> int:
+    count = ["--num_accelerators", str(processes)] if processes else []
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *launcher, "--module", *script]
+    os.execv(sys.executable, command)
+    return 0  # not reached: the process is the launcher now
+
+
+def search(run: str, overrides: list[str], options: SearchOptions, launcher: list[str], processes: int) -> int:
+    """Static search: here for one process, else as the ``deepspeed`` launcher (0: let it decide how many)."""
+    from salient_ds.search import run_search
+
+    if processes == 1:
+        return run_search(run, overrides, options)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(options).items()
+             if value is not None and not isinstance(value, bool)]  # fmt: skip
+    flags += ["--scale-free"] if options.scale_free else []
+    return _become_launcher(["salient_ds.search", run, *overrides, *flags], launcher, processes)
+
+
+def convert_toml(
+    lora: str, shortcuts: str | None, model_type: str, num_layers: int | None, norm: str, output: str | None
+) -> int:
+    """The released code's TOML files as an ``adapter`` section, printed or written; 1 with every problem."""
+    from salient_ds.heterolora.released_toml import convert, to_yaml
+
+    try:
+        extra = Path(shortcuts) if shortcuts else None
+        section = to_yaml(convert(Path(lora), extra, model_type, num_layers, norm))  # type: ignore[arg-type]
+    except (ValueError, OSError) as error:
+        print_problems(str(error).splitlines())
+        return 1
+    if output is None:
+        print(section, end="")
+    else:
+        Path(output).write_text(section, encoding="utf-8")
+    return 0
+
+
+def export(
+    run: str, form: str, target: str | None, overwrite: bool, base: str | None, dtype: str, pad_to: str | None
+) -> int:
+    """Write an adapter or a merged model; 1 with the reason if that is not possible."""
+    import torch
+
+    from salient_ds.engine.shard_files import CheckpointError
+    from salient_ds.run.export import export_run
+
+    folder = Path(target) if target else Path(run) / f"export-{form}"
+    pad: Any = int(pad_to) if pad_to and pad_to.isdigit() else pad_to
+    kind = None if form == "merged" else getattr(torch, dtype)
+    try:
+        written = export_run(Path(run), form, folder, overwrite, None, base, kind, pad)  # type: ignore[arg-type]
+    except (ValueError, OSError, CheckpointError) as error:
+        print_problems([str(error)])
+        return 1
+    print(written)
+    return 0
+
+
+def show(run: str) -> int:
+    """The rank every matrix kept, as a heat map in the terminal, and the events that led there."""
+    from rich.console import Console
+
+    from salient_ds.monitor.events import read_records
+    from salient_ds.monitor.heatmap import render_ranks
+
+    folder = Path(run)
+    try:
+        modules = json.loads((folder / "run.json").read_text())["modules"]
+        records = read_records(folder / "allocations.jsonl")
+    except (OSError, KeyError, ValueError) as error:
+        print_problems([f"{run} is not a run directory with allocation events: {error}"])
+        return 1
+    console = Console()
+    for record in records:
+        took = record.seconds_gather + record.seconds_solve + record.seconds_apply
+        console.print(f"step {record.step}: total rank {record.total_rank} (budget {record.budget}), {took:.3f} s")
+    if records:
+        console.print(render_ranks(dict(zip(modules, records[-1].ranks, strict=True))))
+    return 0
