@@ -6,6 +6,18 @@ from typing import Annotated
 
 import typer
 
+from salient_ds.run.search import (
+    BatchesOption,
+    BudgetOption,
+    ModeOption,
+    OutputOption,
+    ProxyOption,
+    RankOption,
+    ScaleFreeOption,
+    SearchOptions,
+    UnitOption,
+)  # fmt: skip
+
 app = typer.Typer(
     name="salient-ds",
     help="Fine-tune language models with adapters whose ranks are decided during training.",
@@ -55,21 +67,20 @@ def train(
 def search(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides.")] = None,
-    proxy: Annotated[str, typer.Option(help="grad_norm, snip, synflow, fisher, alpha_test or constant.")] = "grad_norm",
-    batches: Annotated[int, typer.Option(min=1, help="Probe batches.")] = 32,
-    budget: Annotated[float, typer.Option(help="Share of the modules (or parameters) that is kept.")] = 0.25,
-    unit: Annotated[str, typer.Option(help="Budget in modules or params.")] = "modules",
-    mode: Annotated[str, typer.Option(help="Shortcuts: combined, separated, or off (unranked).")] = "combined",
-    scale_free: Annotated[bool, typer.Option("--scale-free", help="Divide alpha / r out of the scores.")] = False,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the chosen modules (default: the run's).")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder (default: OUTPUT_DIR-search).")] = None,
+    proxy: ProxyOption = "grad_norm",
+    batches: BatchesOption = 32,
+    budget: BudgetOption = 0.25,
+    unit: UnitOption = "modules",
+    mode: ModeOption = "combined",
+    scale_free: ScaleFreeOption = False,
+    rank: RankOption = None,
+    output: OutputOption = None,
     gpus: Annotated[int, typer.Option(min=0, help="Processes on this node (0: all GPUs).")] = 0,
     hostfile: Annotated[str | None, typer.Option(help="Hosts and slots, one per line, for several nodes.")] = None,
     master_port: Annotated[int | None, typer.Option(help="Port of the rendezvous.")] = None,
 ) -> None:
     """Score all modules before training and write a configuration that trains the best of them (HeteroLoRA)."""
     from salient_ds.run.verbs import search as body
-    from salient_ds.search import SearchOptions
 
     launcher = ["--hostfile", hostfile] if hostfile else []
     launcher += ["--master_port", str(master_port)] if master_port else []
@@ -87,8 +98,8 @@ def convert_toml(
     output: Annotated[str | None, typer.Option("--output", "-o", help="YAML file (default: print it).")] = None,
 ) -> None:
     """Turn TOML settings of the released HeteroLoRA code into an adapter section for a run file."""
+    from salient_ds.run.exits import print_problems
     from salient_ds.run.verbs import convert_toml as body
-    from salient_ds.run.verbs import print_problems
 
     if norm not in ("none", "reuse"):
         print_problems([f"--norm {norm!r} is unknown: choose none or reuse"])
@@ -109,8 +120,8 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace the target.")] = False,
 ) -> None:
     """Write the trained adapter for PEFT or vLLM, or a merged model."""
+    from salient_ds.run.exits import print_problems
     from salient_ds.run.verbs import export as body
-    from salient_ds.run.verbs import print_problems
 
     for name, value, allowed in (
         ("form", form, ("peft", "padded", "merged", "shortcuts")),

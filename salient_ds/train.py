@@ -6,17 +6,14 @@ Imports no torch until the configuration is known to be sound: a mistake is repo
 from __future__ import annotations
 
 import os
-import sys
-import time
 from typing import Annotated
 
 import typer
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, load_config
+from salient_ds.run.process import launched, refused
 from salient_ds.strict import ConfigError
-
-USAGE_ERROR, RUN_ERROR = 2, 1
 
 
 def main(
@@ -34,36 +31,15 @@ def main(
         problems = preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), quick=True).problems
     except ConfigError as error:
         problems = error.problems
-    if problems:
-        if int(os.environ.get("RANK", "0")) == 0:
-            for problem in problems:
-                print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR)
-    raise SystemExit(run_training(config, resume, overwrite))
+    status = refused(problems)
+    raise SystemExit(status or run_training(config, resume, overwrite))
 
 
 def run_training(config: RunConfig, resume: str = "never", overwrite: bool = False) -> int:
-    """Train in this process and return the exit status; errors that a user can mend are printed without a traceback."""
-    from salient_ds.engine.reports import NonFiniteLoss
-    from salient_ds.engine.shard_files import CheckpointError
-    from salient_ds.monitor.directory import RunDirectoryError
+    """Train in this process and return the exit status."""
     from salient_ds.run.training import Training
-    from salient_ds.zero.collectives import world
-    from salient_ds.zero.environment import start, stop
 
-    device = start(config.train.timeout_minutes)
-    try:
-        Training(config, device).run(resume, overwrite)
-    except (RunDirectoryError, CheckpointError, NonFiniteLoss, ValueError) as error:
-        if os.environ.get("SALIENT_TRACEBACK"):
-            raise
-        rank = world()[0]
-        if rank:  # usually the main process has the same error: it speaks first, and the launcher stops the others
-            time.sleep(3)
-        print(f"error: {error}" if rank == 0 else f"error on process {rank}: {error}", file=sys.stderr, flush=True)
-        os._exit(RUN_ERROR)  # without waiting for processes that did not fail
-    stop()
-    return 0
+    return launched(lambda device: Training(config, device).run(resume, overwrite), config.train.timeout_minutes)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ method's :class:`~salient_ds.ranks.MaskPolicy` says. The order of decisions is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.engine.decisions import Decisions
-from salient_ds.methods.base import Method, ScoringMethod
+from salient_ds.heterolora.probing import ProbeScores, ProbingMethod
+from salient_ds.methods.duties import Method, ScoringMethod
 from salient_ds.ranks import AdamSettings, Event, Part, RankDecision, initial_decision
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,8 +60,9 @@ class WholeView:
 class PlainTraining:
     """A model between two steps. The caller runs forward, backward and optimizer, and calls the rest in this order::
 
-    training.before_backward(step)   loss.backward()
-    training.before_optimizer(step)  optimizer.step()
+    training.before_forward(step, probe)  (for methods whose events come before a step)
+    training.before_backward(step)        forward, loss.backward()
+    training.before_optimizer(step)       optimizer.step()
     training.after_optimizer(step, norms)
     """
 
@@ -77,6 +81,19 @@ class PlainTraining:
         self._scoring = method if isinstance(method, ScoringMethod) else None
         if self._scoring is not None:
             self._scoring.choose_reduction(1)
+
+    def before_forward(self, step: int, probe: Callable[[str], ProbeScores]) -> None:
+        """Take the event that comes before ``step``, if the method has one there; ``probe`` scores by a proxy."""
+        method = self.method
+        if not isinstance(method, ProbingMethod):
+            return
+        event = method.probe_due(step - 1)
+        if event is None:
+            return
+        proxy: str | None = method.proxy_of(event)
+        while proxy is not None:
+            proxy = method.take_probe(event, proxy, probe(proxy))
+        self._allocate(event)
 
     def before_backward(self, step: int) -> None:
         """Score the backward passes of ``step``, if the method asks for it."""

@@ -12,7 +12,7 @@ from torch import nn
 from salient_ds.adapters.inject import AdaptedModel, inject, layout_of, module_generator
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
-from salient_ds.methods.base import Method
+from salient_ds.methods.duties import Method
 from salient_ds.methods.lora.options import LoRAConfig
 
 from .planted_plan import Arm, ProblemSize, Training, method_config

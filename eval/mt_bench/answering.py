@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, Turn
 from salient_ds.data.templates import Template
@@ -15,8 +15,6 @@ from .questions import CATEGORIES, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .local_model import LocalAnswerer
 
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0, "stem": 0.1,
@@ -59,6 +57,14 @@ class Prompt:
     ids: tuple[int, ...]
     temperature: float
     seed: int
+
+
+class Answerer(Protocol):
+    """A model that continues prompts."""
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[TurnResult]:
+        """One answer per prompt, in order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def turn_seed(seed: int, question_id: int, turn: int, choice: int = 0) -> int:
 
 
 def answer_batch(
-    batch: Sequence[Question], prompter: Prompter, model: LocalAnswerer, temperatures: Mapping[str, float],
+    batch: Sequence[Question], prompter: Prompter, model: Answerer, temperatures: Mapping[str, float],
     seed_of: Callable[[int, int], int],
 ) -> dict[int, list[TurnResult]]:  # fmt: skip
     """Results of every turn by question; turn 2 goes on from the model's own answer to turn 1."""

@@ -29,7 +29,8 @@ from .cli_common import (
 from .client import Endpoint, JudgeClient
 from .cost import Budget, Price
 from .generate import generate, sample_prompter
-from .judge import Judging, Mode, Options, Summary
+from .judge import Judging, Summary
+from .matches import Mode, Options
 from .questions import QuestionSet
 from .store import Layout, check_model_name, load_answers, merge_judgments
 

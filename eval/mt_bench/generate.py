@@ -169,7 +169,7 @@ def _from_model(
 ) -> list[Row] | None:
     import torch
 
-    from .local_model import DTYPES, LocalAnswerer, load_model, local_device
+    from .local_model import DTYPES, LocalAnswerer, load_answering, local_device
 
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"--dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
@@ -177,7 +177,7 @@ def _from_model(
     job.settings.update(model=source.identity(), dtype=kind)
 
     def load() -> LocalAnswerer:
-        model = load_model(source, DTYPES[kind], local_device(), split)
+        model = load_answering(source, DTYPES[kind], local_device(), split)
         return LocalAnswerer(model, prompter.tokenizer, prompter.stops, max_new_tokens, together=split)
 
     return answer_locally(job, prompter, load, batch_size, together=split)

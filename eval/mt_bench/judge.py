@@ -8,68 +8,20 @@ no reply is recorded as such; a run can stop and go on at any call.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import combinations
-from typing import Literal
 
 from .cache import ReplyCache, request_key
 from .client import CallFailed, Endpoint, HopelessError, JudgeClient
 from .cost import Budget, Price, estimate_tokens
-from .judgment_rows import pair_row, single_row
+from .judgment_rows import RowContext, pair_row, single_row
+from .matches import Answers, Match, Options, matches
 from .parsers import read_rating, read_winner
-from .prompts import Kind, Messages, Template, values_for
-from .questions import Question, QuestionSet
-from .store import Answer, Row
+from .prompts import Messages, values_for
+from .questions import QuestionSet
+from .store import Row
 from .verdicts import Failed, Reply, Verdict
-
-Mode = Literal["single", "pair-baseline", "pair-all"]
-Answers = Mapping[str, Mapping[int, Answer]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to judge. ``truncated`` lets answers cut at the token limit be judged, as FastChat does."""
-
-    mode: Mode = "single"
-    baseline: str | None = None
-    repeats: int = 1
-    concurrency: int = 8
-    parser: str = "strict"
-    truncated: bool = False
-    ask_again: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("single", "pair-baseline", "pair-all"):
-            raise ValueError(f"mode {self.mode!r}: use single, pair-baseline or pair-all")
-        if (self.mode == "pair-baseline") != (self.baseline is not None):
-            raise ValueError(f"mode {self.mode} and baseline={self.baseline!r}: a baseline goes with pair-baseline")
-        for name, value in (("repeats", self.repeats), ("concurrency", self.concurrency)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.parser not in ("strict", "fastchat"):
-            raise ValueError(f"parser {self.parser!r}: use strict or fastchat")
-
-    @property
-    def kind(self) -> Kind:
-        return "single" if self.mode == "single" else "pair"
-
-
-@dataclass(frozen=True)
-class Match:
-    """One row of the judgment file: a question, a turn, one model or two, and the prompt used."""
-
-    question: Question
-    turn: int
-    models: tuple[str, ...]
-    template: Template
-    reference: tuple[str, ...] | None
-    repeat: int
-
-    def orders(self) -> list[tuple[str, ...]]:
-        """The games of the match: the models in the order shown to the judge."""
-        return [self.models] if len(self.models) == 1 else [self.models, self.models[::-1]]
 
 
 @dataclass
@@ -84,31 +36,6 @@ class Summary:
     completion_tokens: int = 0
     dollars: float | None = None
     stopped: str = ""
-
-
-def matches(questions: QuestionSet, models: list[str], options: Options) -> list[Match]:
-    """All matches in FastChat's order: turn 1 plain, turn 1 with reference, then turn 2; the repeats one by one."""
-    if options.mode == "single":
-        sides: list[tuple[str, ...]] = [(model,) for model in models]
-    elif options.mode == "pair-baseline":
-        assert options.baseline is not None
-        sides = [(model, options.baseline) for model in models if model != options.baseline]
-    else:
-        sides = list(combinations(models, 2))
-    if not sides:
-        raise ValueError(f"mode {options.mode} finds nothing to compare among {models}")
-    found = []
-    for repeat in range(options.repeats):
-        for turn in (1, 2):
-            for with_reference in (False, True):
-                template = questions.prompts.at(options.kind, turn, with_reference)
-                for question in questions.questions:
-                    if question.needs_reference != with_reference or len(question.turns) < turn:
-                        continue
-                    reference = questions.reference_for(question)
-                    turns = tuple(reference) if reference is not None else None
-                    found += [Match(question, turn, side, template, turns, repeat) for side in sides]
-    return found
 
 
 class Judging:
@@ -148,6 +75,18 @@ class Judging:
         texts = [self.answers[model][match.question.question_id].turns for model in order]
         values = values_for(match.turn, match.question.turns, texts, match.reference)
         return match.template.render(values, self.endpoint.merge_system)
+
+    def _context(self) -> RowContext:
+        """What every row says about where its numbers come from."""
+        return RowContext(
+            answers=self.answers,
+            questions=self.questions,
+            endpoint=self.endpoint,
+            parser=self.options.parser,
+            user_prompt=lambda match, order: (
+                "" if self.problem_of(match) else self.messages(match, order)[-1]["content"]
+            ),
+        )
 
     def games(self) -> Iterator[tuple[Match, tuple[str, ...], Messages, str]]:
         """Every call that the matches want, with its cache key; built one at a time."""
@@ -274,7 +213,7 @@ class Judging:
         """The rows of the judgment file, every match once, and their count by status in ``summary``."""
         for match in self.matches:
             games = [(order, *self.verdict(match, order)) for order in match.orders()]
-            row = (single_row if len(games) == 1 else pair_row)(self, match, games)
+            row = (single_row if len(games) == 1 else pair_row)(self._context(), match, games)
             summary.statuses[row["status"]] += 1
             if row["status"] != "graded":
                 summary.reasons[row["reason"]] += 1

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+from .client import Endpoint
+from .matches import Answers, Match
 from .parsers import strict_rating, strict_winner
+from .questions import QuestionSet
 from .store import Row
 from .verdicts import Reply, Verdict
-
-if TYPE_CHECKING:
-    from .judge import Judging, Match
 
 Game = tuple[tuple[str, ...], Verdict, Reply | None, float, str]
 
 
-def single_row(judging: Judging, match: Match, games: list[Game]) -> Row:
+@dataclass(frozen=True)
+class RowContext:
+    """What all rows of one run have in common."""
+
+    answers: Answers
+    questions: QuestionSet
+    endpoint: Endpoint
+    parser: str
+    user_prompt: Callable[[Match, tuple[str, ...]], str]
+    """The last message sent for one game; empty if the match is not judged."""
+
+
+def single_row(context: RowContext, match: Match, games: list[Game]) -> Row:
     """One graded answer. ``score`` is -1 when there is none, as FastChat writes it; ``status`` says why."""
     ((order, verdict, reply, tstamp, key),) = games
     strict = None
     if reply is not None and reply.text is not None:
-        rating = strict_rating(reply.text, judging.answers[order[0]][match.question.question_id].turns)
+        rating = strict_rating(reply.text, context.answers[order[0]][match.question.question_id].turns)
         strict = rating if isinstance(rating, float) else None
     return {
         "question_id": match.question.question_id,
         "model": order[0],
-        "judge": [judging.endpoint.model, match.template.name],
-        "user_prompt": _user_prompt(judging, match, order),
+        "judge": [context.endpoint.model, match.template.name],
+        "user_prompt": _user_prompt(context, match, order),
         "judgment": _text(reply),
         "score": verdict.value if verdict.value is not None else -1,
         "turn": match.turn,
@@ -34,13 +48,13 @@ def single_row(judging: Judging, match: Match, games: list[Game]) -> Row:
         "reason": verdict.reason,
         "score_strict": strict,
         "score_fastchat": verdict.fastchat,
-        **_shared(judging, match),
+        **_shared(context, match),
         "key": key,
         "meta": _meta(reply),
     }
 
 
-def pair_row(judging: Judging, match: Match, games: list[Game]) -> Row:
+def pair_row(context: RowContext, match: Match, games: list[Game]) -> Row:
     """One comparison in both orders. A game without a verdict is "error", as FastChat writes it."""
     first, second = games
     statuses = [game[1].status for game in games]
@@ -51,20 +65,20 @@ def pair_row(judging: Judging, match: Match, games: list[Game]) -> Row:
         "model_2": match.models[1],
         "g1_winner": winner_name(first[1].value, swapped=False),
         "g2_winner": winner_name(second[1].value, swapped=True),
-        "judge": [judging.endpoint.model, match.template.name],
-        "g1_user_prompt": _user_prompt(judging, match, first[0]),
+        "judge": [context.endpoint.model, match.template.name],
+        "g1_user_prompt": _user_prompt(context, match, first[0]),
         "g1_judgment": _text(first[2]),
-        "g2_user_prompt": _user_prompt(judging, match, second[0]),
+        "g2_user_prompt": _user_prompt(context, match, second[0]),
         "g2_judgment": _text(second[2]),
         "turn": match.turn,
         "tstamp": max(first[3], second[3]),
         "status": worst,
         "reason": next((game[1].reason for game in games if game[1].status == worst), ""),
-        "g1_strict": winner_name(_strict(judging, match, first), swapped=False),
-        "g2_strict": winner_name(_strict(judging, match, second), swapped=True),
+        "g1_strict": winner_name(_strict(context, match, first), swapped=False),
+        "g2_strict": winner_name(_strict(context, match, second), swapped=True),
         "g1_fastchat": winner_name(first[1].fastchat, swapped=False),
         "g2_fastchat": winner_name(second[1].fastchat, swapped=True),
-        **_shared(judging, match),
+        **_shared(context, match),
         "keys": [first[4], second[4]],
         "meta": [_meta(first[2]), _meta(second[2])],
     }
@@ -79,16 +93,16 @@ def winner_name(value: Any, swapped: bool) -> str:
     return "model_1" if (value == "A") != swapped else "model_2"
 
 
-def _strict(judging: Judging, match: Match, game: Game) -> Any:
+def _strict(context: RowContext, match: Match, game: Game) -> Any:
     order, reply = game[0], game[2]
     if reply is None or reply.text is None:
         return None
-    texts = [text for model in order for text in judging.answers[model][match.question.question_id].turns]
+    texts = [text for model in order for text in context.answers[model][match.question.question_id].turns]
     return strict_winner(reply.text, texts)[0]
 
 
-def _user_prompt(judging: Judging, match: Match, order: tuple[str, ...]) -> str:
-    return "" if judging.problem_of(match) else judging.messages(match, order)[-1]["content"]
+def _user_prompt(context: RowContext, match: Match, order: tuple[str, ...]) -> str:
+    return context.user_prompt(match, order)
 
 
 def _text(reply: Reply | None) -> str:
@@ -99,15 +113,15 @@ def _meta(reply: Reply | None) -> Row:
     return {name: value for name, value in reply.to_dict().items() if name != "text"} if reply else {}
 
 
-def _shared(judging: Judging, match: Match) -> Row:
+def _shared(context: RowContext, match: Match) -> Row:
     """Where a number comes from, in every row: a file may be cut up and must still say it."""
-    questions = judging.questions
+    questions = context.questions
     return {
         "category": match.question.category,
         "repeat": match.repeat,
-        "parser": judging.options.parser,
+        "parser": context.parser,
         "bench": questions.bench,
         "references": questions.reference_name,
         "sha256": {name: value[:16] for name, value in questions.sha256.items()},
-        "endpoint": {"base_url": judging.endpoint.base_url, **judging.endpoint.parameters()},
+        "endpoint": {"base_url": context.endpoint.base_url, **context.endpoint.parameters()},
     }

@@ -37,7 +37,7 @@ def local_device() -> torch.device:
     return device
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, split: bool = False) -> Any:
+def load_answering(source: ModelSource, dtype: torch.dtype, device: torch.device, split: bool = False) -> Any:
     """The model in ``dtype`` on ``device``, its adapter in fp32 beside the frozen weights.
 
     An adapter directory is loaded by PEFT; without PEFT, and for run directories, our own folded factors are used.

@@ -7,7 +7,6 @@ Our own small set is in the same format and is never called MT-Bench.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
+
+from salient_ds.strict import did_you_mean
 
 from .prompts import PromptSet, load_prompts
 
@@ -59,8 +60,9 @@ class Question(BaseModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in CATEGORIES:
-            near = difflib.get_close_matches(value, CATEGORIES, n=1)
-            raise ValueError(f"category {value!r} is none of {CATEGORIES}; nearest: {near}")
+            raise ValueError(
+                f"category {value!r} is none of {CATEGORIES}{did_you_mean(value, CATEGORIES, before='; ')}"
+            )
         return value
 
     @property

@@ -5,6 +5,8 @@ Shape legend: I = in features, O = out features, R = rows that there is room for
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ class GrowingLinear(SVDLinear):
     if it ends above the target.
     """
 
+    drops_masked: ClassVar[bool] = True
     reserve_mask_R: Tensor
 
     def __init__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ class RankedLinear(nn.Module, ABC):
     the checkpoint stores the decision itself.
     """
 
+    drops_masked: ClassVar[bool] = False
+    """Masked rows never act, also while they may come back: an export leaves them out."""
     rank_mask_R: Tensor
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
-from salient_ds.config.speed import SpeedConfig, SpeedPlan, speed_plan
+from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
 from salient_ds.strict import ConfigError, Strict, did_you_mean
@@ -129,7 +129,7 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
-        problems = self.method.problems(self.adapter, self.speed)
+        problems = self.method.problems(self.adapter) + replaced_weights_problems(self.speed, self.method)
         if self.adapter.shortcuts is not None and not self.method.takes_shortcuts:
             problems.append(
                 "adapter.shortcuts works with method.name=heterolora and lora (form plain), not with "

@@ -81,6 +81,25 @@ def row_multiple(speed: SpeedConfig, on_gpu: bool) -> int:
     return speed.compaction_multiple
 
 
+def replaced_weights_problems(speed: SpeedConfig, method: MethodConfig) -> list[str]:
+    """What does not see that a method replaces weights while the model runs."""
+    option = method.replaces_weights
+    if option is None:
+        return []
+    problems = []
+    if speed.compile_layers is True:
+        problems.append(
+            f"{option} replaces weights while the model runs, which compiled layers would not see: set "
+            "speed.compile_layers to false, or choose another proxy"
+        )
+    if speed.liger == "all":
+        problems.append(
+            f"{option} replaces weights while the model runs, which the norms of speed.liger=all would not see: use "
+            "liger: loss, or choose another proxy"
+        )
+    return problems
+
+
 def speed_problems(speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool = False) -> list[str]:
     """Contradictions among the choices, one sentence each with value and remedy."""
     problems = []

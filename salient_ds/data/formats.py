@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,6 +16,7 @@ from salient_ds.data.conversation import Conversation, DataError, Problem, Probl
 from salient_ds.data.json_files import count_lines, is_json_list, jsonl_rows, list_rows
 from salient_ds.data.remote import HubName, count_parquet, hub_rows, parquet_rows, parse_hub_name
 from salient_ds.data.rows import EMPTY_ANSWER, FORMATS, RowError, detect_format, parse_row
+from salient_ds.strict import nearest
 
 __all__ = [
     "Conversation",
@@ -116,8 +116,8 @@ class _Reading:
 
     def __init__(self, path: str | Path, fmt: str, empty_answers: EmptyAnswers) -> None:
         if fmt not in ("auto", *FORMATS):
-            near = get_close_matches(fmt, ("auto", *FORMATS), 1)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
+            near = nearest(fmt, ("auto", *FORMATS))
+            hint = f'; did you mean "{near}"?' if near else ""
             raise ValueError(f'unknown data format "{fmt}": known are auto, {", ".join(FORMATS)}{hint}')
         if empty_answers not in ("error", "skip"):
             raise ValueError(f'empty_answers="{empty_answers}": must be "error" or "skip"')
@@ -205,8 +205,8 @@ def _missing_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"file not found: there is no folder {folder}"
-    near = get_close_matches(path.name, [entry.name for entry in folder.iterdir()], 1)
-    return f"file not found{f'; did you mean {folder / near[0]}?' if near else ''}"
+    near = nearest(path.name, [entry.name for entry in folder.iterdir()])
+    return f"file not found{f'; did you mean {folder / near}?' if near else ''}"
 
 
 def _is_parquet(path: Path) -> bool:

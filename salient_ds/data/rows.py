@@ -8,10 +8,10 @@ sharegpt  {"conversations": [{"from": system|human|gpt, "value"}]}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from salient_ds.data.conversation import ASSISTANT, SYSTEM, USER, Conversation, Turn
+from salient_ds.strict import nearest
 
 FORMATS = ("alpaca", "messages", "sharegpt")
 EMPTY_ANSWER = "empty answer"
@@ -127,8 +127,8 @@ def _role_message(label: str, name: str, roles: dict[str, str]) -> str:
     known = f'{label} has the role "{name}", known are {", ".join(roles)}'
     if name in ("tool", "function", "ipython", "observation"):
         return f"{known}: tool turns are not supported, leave these conversations out"
-    near = get_close_matches(name.lower(), roles, 1)
-    return f'{known}; did you mean "{near[0]}"?' if near else known
+    near = nearest(name.lower(), roles)
+    return f'{known}; did you mean "{near}"?' if near else known
 
 
 def _name_of(role: str, roles: dict[str, str]) -> str:
@@ -173,8 +173,8 @@ def _missing(key: str, row: Mapping[str, Any]) -> str:
 
 def _nearest(key: str, row: Mapping[str, Any]) -> str:
     lower = {str(found).lower(): str(found) for found in row}
-    near = get_close_matches(key, lower, 1) or [name for name in _SYNONYMS.get(key, ()) if name in lower]
-    return f'rename "{lower[near[0]]}" to "{key}"?' if near else ""
+    near = nearest(key, lower) or next((name for name in _SYNONYMS.get(key, ()) if name in lower), None)
+    return f'rename "{lower[near]}" to "{key}"?' if near else ""
 
 
 def _keys(row: Mapping[str, Any]) -> str:

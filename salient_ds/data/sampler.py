@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from salient_ds import steps
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -45,13 +47,11 @@ class StepSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Steps until every example has been seen once; the last of them may reach into the next epoch."""
-        return self.total_steps(1)
+        return steps.steps_per_epoch(self.num_examples, self.global_batch_size)
 
     def total_steps(self, epochs: float) -> int:
-        """Steps until `epochs` passes are complete (rounded up)."""
-        if not epochs > 0:
-            raise ValueError(f"epochs={epochs}: must be above 0")
-        return int(np.ceil(round(epochs * self.num_examples, 6) / self.global_batch_size))
+        """Steps until `epochs` passes are complete; see :func:`salient_ds.steps.total_steps`."""
+        return steps.total_steps(self.num_examples, self.global_batch_size, epochs)
 
     def epoch(self, step: int) -> float:
         """Passes over the data completed before `step`."""
@@ -72,29 +72,29 @@ class StepSampler:
             missing -= len(part)
         return np.concatenate(parts)
 
-    def shard(self, step: int, dp_rank: int, dp_world: int, micro_batch_size: int) -> list[Indices]:
-        """The micro-batches that process `dp_rank` of `dp_world` goes through at `step`, each
+    def shard(self, step: int, global_rank: int, world_size: int, micro_batch_size: int) -> list[Indices]:
+        """The micro-batches that process `global_rank` of `world_size` goes through at `step`, each
         (micro_batch_size,).
 
         The global batch is cut into micro-batches and these are dealt out in turn, so that for one
         micro_batch_size not only the batch but every micro-batch is the same for any number of processes.
         Raises ValueError with the nearest valid batch sizes when it does not divide.
         """
-        if micro_batch_size < 1 or dp_world < 1 or not 0 <= dp_rank < dp_world:
+        if micro_batch_size < 1 or world_size < 1 or not 0 <= global_rank < world_size:
             raise ValueError(
-                f"micro_batch_size={micro_batch_size} and dp_world={dp_world} must be at least 1, and "
-                f"dp_rank={dp_rank} from 0 to dp_world - 1"
+                f"micro_batch_size={micro_batch_size} and world_size={world_size} must be at least 1, and "
+                f"global_rank={global_rank} from 0 to world_size - 1"
             )
-        together = micro_batch_size * dp_world
+        together = micro_batch_size * world_size
         if self.global_batch_size % together:
             below = self.global_batch_size // together * together
             valid = " or ".join(str(size) for size in (below, below + together) if size)
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not divisible by micro_batch_size="
-                f"{micro_batch_size} x {dp_world} processes = {together}: set it to {valid}, or change the "
+                f"{micro_batch_size} x {world_size} processes = {together}: set it to {valid}, or change the "
                 "micro-batch"
             )
-        return list(self.indices(step).reshape(-1, dp_world, micro_batch_size)[:, dp_rank])
+        return list(self.indices(step).reshape(-1, world_size, micro_batch_size)[:, global_rank])
 
     def _permutation(self, epoch: int) -> Indices:
         if self._last is None or self._last[0] != epoch:

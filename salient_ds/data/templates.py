@@ -16,13 +16,13 @@ template.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from fastchat import conversation as fastchat
 
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, Turn
 from salient_ds.data.segments import Segment, cut_segments
+from salient_ds.strict import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -251,10 +251,11 @@ def get_template(name: str) -> Template:
 
 
 def _suggestion(name: str) -> str:
-    near = get_close_matches(name, NAMES, 1, 0.5) or [
-        _PREFIX + match for match in get_close_matches(name, fastchat.conv_templates, 1, 0.5)
-    ]
-    return f'; did you mean "{near[0]}"?' if near else ""
+    near = nearest(name, NAMES, likeness=0.5)
+    if near is None:
+        theirs = nearest(name, fastchat.conv_templates, likeness=0.5)
+        near = None if theirs is None else _PREFIX + theirs
+    return f'; did you mean "{near}"?' if near else ""
 
 
 def _head(conversation: Conversation, turns: int) -> Conversation:

@@ -14,7 +14,8 @@ from salient_ds.salience.learning_rate import RatePlan
 from salient_ds.steps import steps_or_fraction
 from salient_ds.zero.collectives import world
 from salient_ds.zero.ds_json import summary
-from salient_ds.zero.folded_clipping import fold, folds
+from salient_ds.zero.environment import make_engine
+from salient_ds.zero.internals.clipping import can_fold_clipping, fold_clipping
 
 
 def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str, Any]]:
@@ -76,34 +77,29 @@ def build_engine(
     ds_config: dict[str, Any],
     total_steps: int,
     device: torch.device,
-    fold_clipping: bool = False,
+    folding: bool = False,
 ) -> Any:
     """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left).
 
     For a base that :class:`salient_ds.zero.sharded_base.ShardedBase` partitions, give its ``adapter_config``.
 
     Args:
-        fold_clipping: clip inside the optimizer's kernel where possible (:mod:`salient_ds.zero.folded_clipping`).
+        folding: clip inside the optimizer's kernel where possible (:mod:`salient_ds.zero.internals.clipping`).
     """
-    import deepspeed
-
     fused = uses_fused_optimizer(ds_config, device)
     own = None if "optimizer" in ds_config else optimizer_factory(train, fused)
-    bound = float(ds_config["gradient_clipping"]) if fold_clipping and folds(ds_config, train.precision, fused) else 0
+    folding = folding and can_fold_clipping(ds_config, train.precision, fused)
+    bound = float(ds_config["gradient_clipping"]) if folding else 0.0
     if bound:
         ds_config = ds_config | {"gradient_clipping": 0.0}
-    if world()[1] == 1:  # nothing to overlap; DeepSpeed would wait for the device at every bucket
+    if world().world_size == 1:  # nothing to overlap; DeepSpeed would wait for the device at every bucket
         zero = ds_config.get("zero_optimization", {})
         ds_config = ds_config | {"zero_optimization": zero | {"overlap_comm": False}}
-    engine = deepspeed.initialize(
-        model=adapted.trained,
-        model_parameters=parameter_groups(adapted, train),
-        optimizer=own,
-        lr_scheduler=scheduler_factory(train, total_steps),
-        config=ds_config,
-    )[0]
+    engine = make_engine(
+        adapted.trained, parameter_groups(adapted, train), own, scheduler_factory(train, total_steps), ds_config
+    )
     if bound:
-        fold(engine, bound)
+        fold_clipping(engine, bound)
     return engine
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from salient_ds.engine.optimizer_state import describe, restore
+from salient_ds.engine.restore import restore
 from salient_ds.engine.shard_files import (
     FORMAT,
     CheckpointError,
@@ -32,6 +32,7 @@ from salient_ds.engine.shard_files import (
 from salient_ds.engine.state import AllocationState
 from salient_ds.ranks import RankDecision
 from salient_ds.zero.collectives import all_succeeded, world
+from salient_ds.zero.internals.engine_state import describe
 
 
 def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int) -> Path:
@@ -46,16 +47,16 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
     Raises:
         CheckpointError: on all processes, if any of them could not write (disk full); older checkpoints survive.
     """
-    rank, size = world()
+    global_rank, world_size = world()
     final = folder / f"step-{state.step:08d}"
     partial = folder / f"step-{state.step:08d}.partial"
-    if rank == 0:
+    if global_rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     failure: OSError | None = None
     if all_succeeded(_try_mkdir(partial), state.device):
         try:
-            _write_shard(state, partial, rank, size)
-            if rank == 0:
+            _write_shard(state, partial, global_rank, world_size)
+            if global_rank == 0:
                 torch.save(_shared_state(state, extra), partial / "shared.pt")
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             failure = error if isinstance(error, OSError) else OSError(str(error))
@@ -64,10 +65,10 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
     else:
         failure = OSError(f"cannot create {partial}")
     written = all_succeeded(failure is None, state.device)
-    if written and rank == 0:
-        failure = _seal(partial, final, identity, state, size)
+    if written and global_rank == 0:
+        failure = _seal(partial, final, identity, state, world_size)
     if not all_succeeded(failure is None, state.device):
-        if rank == 0:
+        if global_rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         all_succeeded(True, state.device)  # removed before anybody looks or tries again
         whole = find_checkpoints(folder)
@@ -76,7 +77,7 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
             f"checkpoint of step {state.step} was not written ({failure or 'another process failed'}); {last}. "
             f"Free space under {folder} and continue with --resume auto"
         )
-    if rank == 0:
+    if global_rank == 0:
         for old in find_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -90,13 +91,15 @@ def _try_mkdir(path: Path) -> bool:
         return False
 
 
-def _seal(partial: Path, final: Path, identity: dict[str, Any], state: AllocationState, size: int) -> OSError | None:
+def _seal(
+    partial: Path, final: Path, identity: dict[str, Any], state: AllocationState, world_size: int
+) -> OSError | None:
     try:
         files = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
         manifest = {
             "format": FORMAT,
             "step": state.step,
-            "processes": size,
+            "processes": world_size,
             "identity": identity,
             "parameters": {n: list(shape) for n, shape in state.shards.shapes.items()},
             "adapters": _describe_adapters(state),
@@ -120,6 +123,7 @@ def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:
         {
             "name": name,
             "form": type(adapter).__name__,
+            "drops_masked": adapter.drops_masked,
             "rank": adapter.rank,
             "scaling": adapter.scaling,
             "factors": {factor: f"{name}.lora_{factor}" for factor in adapter.factors()},
@@ -129,20 +133,20 @@ def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:
     ]
 
 
-def _write_shard(state: AllocationState, path: Path, rank: int, size: int) -> None:
+def _write_shard(state: AllocationState, path: Path, global_rank: int, world_size: int) -> None:
     tensors: dict[str, Tensor] = {}
     shards = state.shards
-    if rank == 0 or not shards.replicated:
+    if global_rank == 0 or not shards.replicated:
         for fragment in shards.layout.fragments:
             tensors[shard_key("master", fragment.name, fragment.lo)] = shards.master(fragment)
             for moment, value in shards.moments(fragment).items():
                 tensors[shard_key(moment, fragment.name, fragment.lo)] = value
         for statistic, part, value in state.method.local_state():
             tensors[shard_key(statistic, part_name(part), part.lo)] = value
-    name = path / f"shard-{rank:05d}-of-{size:05d}.safetensors"
+    name = path / f"shard-{global_rank:05d}-of-{world_size:05d}.safetensors"
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, name)
-    torch.save(_process_state(state), path / f"process-{rank:05d}.pt")
-    for written in (name, path / f"process-{rank:05d}.pt"):
+    torch.save(_process_state(state), path / f"process-{global_rank:05d}.pt")
+    for written in (name, path / f"process-{global_rank:05d}.pt"):
         with open(written, "rb") as handle:
             os.fsync(handle.fileno())
 
@@ -189,9 +193,9 @@ def load(state: AllocationState, path: Path, identity: dict[str, Any]) -> dict[s
     if held.digest() != decisions.held.digest():
         decisions.apply(held)
     state.method.load_state(shared["method"], reader.read_part)
-    rank, size = world()
-    if size == reader.manifest["processes"]:
-        process = reader.process(rank)
+    global_rank, world_size = world()
+    if world_size == reader.manifest["processes"]:
+        process = reader.process(global_rank)
         torch.set_rng_state(process["cpu_rng"])
         if "cuda_rng" in process and state.device.type == "cuda":
             torch.cuda.set_rng_state(process["cuda_rng"], state.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from salient_ds.engine.resize import Rebuild, first_rows, resize
 from salient_ds.engine.state import AllocationState
-from salient_ds.methods.base import GrowingMethod
+from salient_ds.methods.duties import GrowingMethod
 from salient_ds.ranks import Event, RankDecision
 from salient_ds.zero.collectives import all_equal
 

@@ -16,10 +16,10 @@ from salient_ds.engine.loss_check import LossCheck
 from salient_ds.engine.reports import EventReport, MicroBatch, NonFiniteLoss, StepReport
 from salient_ds.engine.shards import ShardMap
 from salient_ds.engine.state import AllocationState
-from salient_ds.methods.base import Method, ScoringMethod, SharingMethod
+from salient_ds.methods.duties import Method, ScoringMethod, SharingMethod
 from salient_ds.ranks import Event, RankLayout
 from salient_ds.zero.collectives import average, share_of_work, world
-from salient_ds.zero.layouts import loss_scale
+from salient_ds.zero.internals.engine_state import loss_scale
 
 
 class BeforeStep(Protocol):
@@ -49,7 +49,7 @@ class AllocatingEngine:
         method = state.method
         if isinstance(method, ScoringMethod):
             method.choose_reduction(state.engine.gradient_accumulation_steps())
-        if isinstance(method, SharingMethod) and world()[1] > 1:
+        if isinstance(method, SharingMethod) and world().world_size > 1:
             method.share = share_of_work()
         self._events = {event.step: event for event in method.events}
 
@@ -132,7 +132,7 @@ class AllocatingEngine:
         return report
 
     def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> float:
-        scale = world()[1] * len(batches) / max(global_targets, 1)
+        scale = world().world_size * len(batches) / max(global_targets, 1)
         check = LossCheck(self.device, global_targets)
         if not self.adapted.model.training:
             self.engine.train()  # visits every module: milliseconds of the host's time
@@ -160,8 +160,8 @@ class AllocatingEngine:
     def _gather_indices(self, batches: list[MicroBatch]) -> list[int]:
         mine = [i for batch in batches for i in batch.indices]
         everyone: list[Any] = [mine]
-        if world()[1] > 1:
-            everyone = [None] * world()[1]
+        if world().world_size > 1:
+            everyone = [None] * world().world_size
             torch.distributed.all_gather_object(everyone, mine)
         return sorted(i for part in everyone for i in part)
 
@@ -181,7 +181,7 @@ class AllocatingEngine:
         """Score all micro-batches of this step, if the method asks for it."""
         scores, method = self.adapted.scores, self.method
         if scores is not None and isinstance(method, ScoringMethod) and method.scored_at(self.step + 1):
-            several = method.exact_scores and world()[1] > 1
+            several = method.exact_scores and world().world_size > 1
             scores.arm(loss_scale(self.engine), self.device, average if several else None)
 
     def _end_scores(self) -> Tensor | None:

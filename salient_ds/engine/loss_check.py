@@ -16,7 +16,7 @@ from salient_ds.zero.collectives import world
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepLoss:
     loss: float
     """Mean loss over the targets of the global batch."""
     broken: bool
@@ -47,7 +47,7 @@ class LossCheck:
         finite = self._total.isfinite()
         broken = (~finite).double()
         numbers = torch.stack([torch.where(finite, self._total, 0.0) / self._targets, broken])
-        if world()[1] > 1:
+        if world().world_size > 1:
             dist.all_reduce(numbers)
         numbers = torch.cat([numbers, broken.view(1)])
         if not numbers.is_cuda:
@@ -58,10 +58,10 @@ class LossCheck:
         self._arrived = torch.cuda.Event()
         self._arrived.record()
 
-    def finish(self) -> Verdict:
+    def finish(self) -> StepLoss:
         """Wait for the numbers."""
         assert self._host is not None, "start() comes first"
         if self._arrived is not None:
             self._arrived.synchronize()
         loss, broken, here = self._host.tolist()
-        return Verdict(loss, broken > 0, here > 0)
+        return StepLoss(loss, broken > 0, here > 0)

@@ -22,13 +22,13 @@ from torch import Tensor
 from salient_ds.adapters.growing import GrowingLinear
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.adapters.ranked_linear import FactorAddress
-from salient_ds.engine.optimizer_state import describe, restore
+from salient_ds.engine.restore import restore
 from salient_ds.engine.shards import Owned, ShardMap
 from salient_ds.engine.state import AllocationState
-from salient_ds.methods.base import ResizableMethod
+from salient_ds.methods.duties import ResizableMethod
 from salient_ds.ranks import RankLayout
 from salient_ds.zero.collectives import world
-from salient_ds.zero.layouts import retire
+from salient_ds.zero.internals.engine_state import describe, retire
 
 Rebuild = Callable[[], Any]
 """A new DeepSpeed engine over the adapted model."""
@@ -97,7 +97,7 @@ def collect(shards: ShardMap, stay_n: Tensor, device: torch.device) -> Collected
             for fragment in shards.by_name.get(name, []):
                 source = shards.master(fragment) if kind == "master" else shards.moments(fragment)[kind]
                 whole[fragment.lo : fragment.lo + fragment.numel] = source.to(device)
-            if world()[1] > 1 and not shards.replicated:
+            if world().world_size > 1 and not shards.replicated:
                 dist.all_reduce(whole)
             found[kind, name] = whole if owned is None else _survivors(whole, owned, masks[owned.module])
     return found
@@ -148,7 +148,7 @@ def _moment_names(shards: ShardMap) -> tuple[str, ...]:
     """The same on every process, also on one that owns no element."""
     mine = next((tuple(sorted(shards.moments(f))) for f in shards.layout.fragments), ())
     everyone: list[Any] = [mine]
-    if world()[1] > 1:
-        everyone = [None] * world()[1]
+    if world().world_size > 1:
+        everyone = [None] * world().world_size
         dist.all_gather_object(everyone, mine)
     return max(everyone, key=len)

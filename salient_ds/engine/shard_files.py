@@ -74,12 +74,9 @@ class ShardReader:
         loaded: dict[str, Any] = torch.load(self.path / "shared.pt", weights_only=True)
         return loaded
 
-    def process(self, rank: int) -> dict[str, Any]:
-        loaded: dict[str, Any] = torch.load(self.path / f"process-{rank:05d}.pt", weights_only=True)
+    def process(self, global_rank: int) -> dict[str, Any]:
+        loaded: dict[str, Any] = torch.load(self.path / f"process-{global_rank:05d}.pt", weights_only=True)
         return loaded
-
-    def has(self, statistic: str, owner: str) -> bool:
-        return (statistic, owner) in self._pieces
 
     def read(self, statistic: str, owner: str, lo: int, numel: int) -> Tensor:
         """Elements [lo, lo + numel) of the last axis; shape (..., numel).

@@ -14,7 +14,8 @@ from torch import Tensor
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.adapters.ranked_linear import FactorAddress
 from salient_ds.ranks import AdamSettings, Part, RankLayout
-from salient_ds.zero.layouts import Fragment, Layout, copies, full_numel, full_shape, read_layout
+from salient_ds.zero.internals.engine_state import basic_optimizer
+from salient_ds.zero.internals.layouts import BufferLayout, Fragment, copies, full_numel, full_shape, read_layout
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class ShardMap:
     def __init__(self, engine: Any, adapted: AdaptedModel) -> None:
         self.engine = engine
         self.owned: dict[str, Owned] = {owned.name: owned for owned in owned_factors(adapted)}
-        whole: Layout = read_layout(engine)
+        whole: BufferLayout = read_layout(engine)
         self.layout = replace(whole, fragments=split_by_factor(whole.fragments, list(self.owned.values())))
         self.rank_layout = adapted.layout
         self.shapes = self._shapes(engine)
@@ -158,7 +159,7 @@ class ShardMap:
         buffers = self.layout.buffers
         views = {i: LocalView(f"buffer{i}", grouped[i], buffers, self.rank_layout) for i in sorted(grouped)}
         for view in views.values():
-            view.optimizer = self.engine.basic_optimizer
+            view.optimizer = basic_optimizer(self.engine)
         return views
 
     def master(self, fragment: Fragment) -> Tensor:
@@ -167,7 +168,7 @@ class ShardMap:
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
         """Live slices of the optimizer's elementwise state ("exp_avg", "exp_avg_sq"); empty before the first step."""
-        return _moments(self.engine.basic_optimizer, self.layout.buffers[fragment.buffer], fragment)
+        return _moments(basic_optimizer(self.engine), self.layout.buffers[fragment.buffer], fragment)
 
     def copies(self, owned: Owned) -> Iterator[tuple[Tensor, int]]:
         """Training-precision copies of a factor on this process as (live slice, first element) pairs."""

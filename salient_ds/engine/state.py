@@ -13,9 +13,10 @@ from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.engine.decisions import Decisions
 from salient_ds.engine.reports import EventReport
 from salient_ds.engine.shards import LocalView, ShardMap
-from salient_ds.methods.base import Method
+from salient_ds.methods.duties import Method
 from salient_ds.ranks import Event, RankDecision, RankLayout, initial_decision
 from salient_ds.zero.collectives import all_equal, packed_sum, world
+from salient_ds.zero.internals.engine_state import basic_optimizer
 
 
 class AllocationState:
@@ -68,8 +69,8 @@ class AllocationState:
         self.hold(decision)
         self.method.attach(self.adapted.layout, list(self.shards.views.values()))
         if self.method.needs_before:
-            engine.basic_optimizer.register_step_pre_hook(self._before_optimizer)
-        engine.basic_optimizer.register_step_post_hook(self._after_optimizer)
+            basic_optimizer(engine).register_step_pre_hook(self._before_optimizer)
+        basic_optimizer(engine).register_step_post_hook(self._after_optimizer)
 
     def forget(self) -> None:
         """Let go of the engine and of every view of its buffers; :meth:`adopt` comes next."""
@@ -112,7 +113,7 @@ class AllocationState:
             RuntimeError: on all processes, if they do not decide the same.
         """
         began = time.perf_counter()
-        contribute = not self.shards.replicated or world()[0] == 0
+        contribute = not self.shards.replicated or world().global_rank == 0
         statistics = packed_sum(self.method.contribution(), contribute, self.device)
         gathered = time.perf_counter()
         decision = self.method.allocate(statistics, event, self.decisions.latest)

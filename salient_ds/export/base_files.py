@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from salient_ds.strict import nearest
 
 _LAYOUTS = (
     "model.safetensors",
@@ -136,8 +137,8 @@ def locate_weights(modules: Iterable[str], keys: Iterable[str]) -> dict[str, str
         elif hits:
             problems.append(f"{module} (could be {_some(hits)})")
         else:
-            near = difflib.get_close_matches(wanted, keys, n=1)
-            problems.append(f"{module} (nearest: {near[0]})" if near else module)
+            near = nearest(wanted, keys)
+            problems.append(f"{module} (nearest: {near})" if near else module)
     if problems:
         raise ValueError(
             f"{len(problems)} adapted modules have no weight of their own in the base checkpoint: "

@@ -6,23 +6,22 @@ Shape legend: M = modules, N = rows (sum of all ranks).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from salient_ds.config.run import parse_config
 from salient_ds.heterolora.module_rates import ModuleRates
 from salient_ds.heterolora.module_select import Candidates, KeptShare, ModuleChoice, select_modules_on
 from salient_ds.heterolora.options import HeteroLoRAConfig
 from salient_ds.heterolora.probing import ProbeScores, ProbeSettings
 from salient_ds.heterolora.proxies import check_proxy, judge_scores
+from salient_ds.heterolora.results import SearchRecord, write_search
 from salient_ds.heterolora.schedule import SearchSpace, constant_steps, search_events
 from salient_ds.ranks import AdamView, Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
-
-if TYPE_CHECKING:
-    from salient_ds.config.run import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +156,11 @@ class HeteroLoRA:
         self.history = list(shared["history"])
         self._generator.set_state(shared["generator"])
 
-    def write_results(self, folder: Path, run: RunConfig) -> None:
-        """A configuration that trains the chosen modules alone, scores and pictures, into ``folder``/search."""
-        from salient_ds.heterolora.results import write_search
+    @property
+    def record(self) -> SearchRecord:
+        """What has been decided so far."""
+        return SearchRecord(self.layout.modules, self.history, self.config.mode, self.config.budget_unit)
 
-        write_search(folder / "search", run, self)
+    def write_results(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """A configuration that trains the chosen modules alone, scores and pictures, into ``folder``/search."""
+        write_search(folder / "search", parse_config(dict(run)), self.record)

@@ -13,9 +13,7 @@ from salient_ds.methods.options import MethodConfig
 from salient_ds.ranks import Event, RankLayout
 
 if TYPE_CHECKING:
-    from salient_ds.adapters.options import AdapterConfig
-    from salient_ds.config.speed import SpeedConfig
-    from salient_ds.methods.base import Method
+    from salient_ds.methods.duties import Method
     from salient_ds.salience.learning_rate import RatePlan
 
 
@@ -118,17 +116,7 @@ class HeteroLoRAConfig(MethodConfig):
         """Whole gradients in fp32, and whole weights for the proxies that multiply by them."""
         return (4 if self.proxy == "grad_norm" else 8) * self.adapter_parameters(layout)
 
-    def problems(self, adapter: AdapterConfig, speed: SpeedConfig) -> list[str]:
-        """SYNFLOW replaces weights while the model runs."""
-        problems = []
-        if self.proxy == "synflow" and speed.compile_layers is True:
-            problems.append(
-                "method.proxy=synflow replaces weights while the model runs, which compiled layers would not see: set "
-                "speed.compile_layers to false, or choose another proxy"
-            )
-        if self.proxy == "synflow" and speed.liger == "all":
-            problems.append(
-                "method.proxy=synflow replaces weights while the model runs, which the norms of speed.liger=all would "
-                "not see: use liger: loss, or choose another proxy"
-            )
-        return problems
+    @property
+    def replaces_weights(self) -> str | None:
+        """SYNFLOW puts absolute values in their place."""
+        return "method.proxy=synflow" if self.proxy == "synflow" else None

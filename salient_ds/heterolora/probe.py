@@ -25,7 +25,8 @@ from salient_ds.heterolora import proxies
 from salient_ds.heterolora.absolute import AbsoluteParameters, gradients
 from salient_ds.heterolora.probing import ProbeScores, ProbeSettings
 from salient_ds.zero.collectives import packed_sum, sum_numbers, world
-from salient_ds.zero.layouts import full_numel, loss_scale
+from salient_ds.zero.internals.engine_state import loss_scale, release_gathered
+from salient_ds.zero.internals.layouts import full_numel
 
 if TYPE_CHECKING:
     from salient_ds.engine.reports import MicroBatch
@@ -75,7 +76,7 @@ class Prober:
                 score_M = self._by_gradient(proxy, data, weights)
                 if weights is not None:
                     trained_M = torch.tensor([bool(factors["B"].any()) for factors in weights])
-        if world()[1] > 1:  # one process' numbers, so that equal hardware need not be assumed
+        if world().world_size > 1:  # one process' numbers, so that equal hardware need not be assumed
             shared_M = score_M.to(self.device)
             dist.broadcast(shared_M, 0)
             score_M = shared_M.cpu()
@@ -105,9 +106,9 @@ class Prober:
 
     def _mine(self, data: ProbeData) -> Iterator[tuple[MicroBatch, float]]:
         """This process' batches with weight 1, filled up with weight 0 so that all take part in every pass."""
-        rank, size = world()
-        for first in range(0, data.count, size):
-            j = first + rank
+        global_rank, world_size = world()
+        for first in range(0, data.count, world_size):
+            j = first + global_rank
             batch = data.batch(j if j < data.count else 0)
             yield batch, 1.0 if j < data.count and batch.num_targets else 0.0
 
@@ -120,9 +121,7 @@ class Prober:
         if not weight:
             loss = loss.nan_to_num() * 0.0
         found = gradients(loss, parameters) if absolute else torch.autograd.grad(loss, parameters)
-        release = getattr(self.engine.optimizer, "release_backward_leftovers", None)
-        if release is not None:  # ZeRO-3 may still hold what the last backward hook did not release
-            release()
+        release_gathered(self.engine)
         return [gradient.float().div_(scale).view(-1) for gradient in found]
 
     def _absolute_gradients(self, data: ProbeData) -> Factors:
@@ -150,7 +149,7 @@ class Prober:
         """Whole fp32 masters of all adapters, summed from what the processes own."""
         sums = _Sums(self.adapted, self.device)
         masters = sums.by_module()
-        if not self.shards.replicated or world()[0] == 0:
+        if not self.shards.replicated or world().global_rank == 0:
             for fragment in self.shards.layout.fragments:
                 part = self.shards.part(fragment)
                 if part is not None:
@@ -224,7 +223,7 @@ class _Sums:
 
     def reduce(self) -> None:
         """Sum over all processes, in place."""
-        if world()[1] > 1:
+        if world().world_size > 1:
             for chunk in self.flat.split(_CHUNK):
                 dist.all_reduce(chunk)
 

@@ -5,11 +5,13 @@ Shape legend: M = modules (all rows of a matrix together).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from salient_ds.heterolora.results import SearchRecord
 from salient_ds.ranks import Event
 
 
@@ -38,6 +40,13 @@ class ProbingMethod(Protocol):
     """Further duties of a :class:`~salient_ds.methods.base.Method` whose events come before a step."""
 
     probes: ProbeSettings
+    searches: Sequence[Event]
+    """Events of the run; each comes before the step that follows its own."""
+
+    @property
+    def record(self) -> SearchRecord:
+        """What has been decided so far."""
+        ...
 
     def probe_due(self, step: int) -> Event | None:
         """The event that comes after ``step`` applied steps and before the next forward pass, unless it has been."""

@@ -7,18 +7,19 @@ No torch.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from salient_ds.strict import did_you_mean
+
 Granularity = Literal["network", "layer"]
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ReleasedNames:
     """Where a model's layers are, and what the files' short names mean there."""
 
     layers: str
@@ -27,7 +28,7 @@ class Architecture:
 
 
 _ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-_GATED = Architecture(
+_GATED = ReleasedNames(
     "model.layers",
     _ATTENTION
     | {
@@ -39,13 +40,13 @@ _GATED = Architecture(
     },
 )
 ARCHITECTURES = {
-    "opt": Architecture(
+    "opt": ReleasedNames(
         "model.decoder.layers", _ATTENTION | {"o_proj": "self_attn.out_proj", "w1": "fc1", "w2": "fc2"}
     ),
     "llama": _GATED,
     "qwen2": _GATED,
     "gemma": _GATED,
-    "roberta": Architecture(
+    "roberta": ReleasedNames(
         "roberta.encoder.layer",
         {
             "q_proj": "attention.self.query",
@@ -163,7 +164,7 @@ def _paths(chosen: _Chosen, layers: str, without: str = "") -> list[str]:
     return [f"{layers}.{tail}" for tail in tails if tail != without]
 
 
-def _targets(chosen: _Chosen, architecture: Architecture) -> str | list[str]:
+def _targets(chosen: _Chosen, architecture: ReleasedNames) -> str | list[str]:
     paths = _paths(chosen, architecture.layers)
     if any(path == "output.dense" for path in paths):
         # as a suffix it would also mean attention.output.dense
@@ -300,5 +301,4 @@ def _shown(setting: _Setting, dialect: _Dialect) -> str:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown name, did you mean {close[0]!r}?" if close else f"unknown name (known: {', '.join(known)})"
+    return did_you_mean(name, known, before="unknown name, ") or f"unknown name (known: {', '.join(known)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import yaml
 
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.config.run import RunConfig
-from salient_ds.heterolora.method import HeteroLoRA
 from salient_ds.heterolora.module_map import save_module_map
 
 FILES = ("final.yaml", "rank_pattern.json", "scores.json", "history.json", "on_frequency.json", "modules.png")
@@ -72,10 +72,22 @@ def on_frequency(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     return {name: sum(on[k] for on in taken) / max(len(taken), 1) for k, name in enumerate(names)}
 
 
+@dataclass(frozen=True)
+class SearchRecord:
+    """What a search found out, event by event."""
+
+    modules: tuple[str, ...]
+    history: Sequence[Mapping[str, Any]]
+    """One entry per event: step, proxy, scores and on by module, or why it was skipped."""
+    mode: str
+    unit: str
+    """What the budget counts: modules or params."""
+
+
 def write_search(
     folder: Path,
     config: RunConfig,
-    method: HeteroLoRA,
+    found: SearchRecord,
     rank: int | None = None,
     then: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
@@ -86,23 +98,22 @@ def write_search(
     Args:
         rank, then: rank and method of the configuration, see :func:`chosen_config`.
     """
-    taken = [entry for entry in method.history if "on" in entry]
+    taken = [entry for entry in found.history if "on" in entry]
     if not taken:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    names, last = method.layout.modules, taken[-1]
+    names, last = found.modules, taken[-1]
     on = [name for name, is_on in zip(names, last["on"], strict=True) if is_on]
     run = chosen_config(config, on, rank, then)
     head = f"# chosen by {last['proxy']} after step {last['step']}: {len(on)} of {len(names)} modules\n"
     (folder / "final.yaml").write_text(head + yaml.safe_dump(run, sort_keys=False))
     scores = dict(zip(names, last["scores"], strict=True))
     frequency = on_frequency(taken, names)
-    unit = method.config.budget_unit
-    summary = {"step": last["step"], "proxy": last["proxy"], "mode": method.config.mode, "budget": last["budget"],
-               "spent": last["spent"], "unit": unit, "scores": scores, "on": on}  # fmt: skip
+    summary = {"step": last["step"], "proxy": last["proxy"], "mode": found.mode, "budget": last["budget"],
+               "spent": last["spent"], "unit": found.unit, "scores": scores, "on": on}  # fmt: skip
     _write(folder / "rank_pattern.json", peft_pattern(run))
     _write(folder / "scores.json", summary)
-    _write(folder / "history.json", {"modules": list(names), "events": list(method.history)})
+    _write(folder / "history.json", {"modules": list(names), "events": list(found.history)})
     _write(folder / "on_frequency.json", frequency)
     title = f"{last['proxy']} after step {last['step']}"
     save_module_map(scores, on, folder / "modules.png", title, "score", log=True)

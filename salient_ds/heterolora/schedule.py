@@ -8,13 +8,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.ranks import Event, RankLayout
 
-if TYPE_CHECKING:
-    from salient_ds.heterolora.options import HeteroLoRAConfig
+
+class SearchSettings(Protocol):
+    """The options that a schedule follows from (HeteroLoRA's own have them)."""
+
+    @property
+    def keep(self) -> float: ...
+    @property
+    def mode(self) -> str: ...
+    @property
+    def budget_unit(self) -> str: ...
+    @property
+    def interval(self) -> float: ...
+    @property
+    def interval_unit(self) -> str: ...
+    @property
+    def constant_epochs(self) -> float: ...
+    @property
+    def search_end(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,7 @@ class SearchSpace:
         assert len(self.ranks) == len(self.parameters) == len(self.shortcuts)
 
 
-def search_steps(config: HeteroLoRAConfig, total_steps: int, steps_per_epoch: int | None) -> list[int]:
+def search_steps(config: SearchSettings, total_steps: int, steps_per_epoch: int | None) -> list[int]:
     """Applied steps before every event, the first 0.
 
     Source: the released code's rule "at step i of an epoch, if i mod N = 0" with N = ceil(S interval); with
@@ -57,7 +73,7 @@ def search_steps(config: HeteroLoRAConfig, total_steps: int, steps_per_epoch: in
     return [step for first in range(0, end, epoch) for step in range(first, min(first + epoch, end), distance)]
 
 
-def constant_steps(config: HeteroLoRAConfig, steps_per_epoch: int | None) -> int:
+def constant_steps(config: SearchSettings, steps_per_epoch: int | None) -> int:
     """Events before this step draw their modules instead of scoring them."""
     return round(config.constant_epochs * _epoch(steps_per_epoch)) if config.constant_epochs else 0
 
@@ -71,7 +87,7 @@ def _epoch(steps_per_epoch: int | None) -> int:
     return steps_per_epoch
 
 
-def largest_total(config: HeteroLoRAConfig, space: SearchSpace) -> int:
+def largest_total(config: SearchSettings, space: SearchSpace) -> int:
     """The largest sum of ranks that the budget allows; what an event really leaves depends on what it chooses.
 
     They are equal when all candidates of a ranking have one rank (budget in modules) or one size (in parameters).
@@ -92,7 +108,7 @@ def largest_total(config: HeteroLoRAConfig, space: SearchSpace) -> int:
     return always + total
 
 
-def _groups(config: HeteroLoRAConfig, space: SearchSpace) -> list[tuple[list[int], int]]:
+def _groups(config: SearchSettings, space: SearchSpace) -> list[tuple[list[int], int]]:
     """Candidates of every ranking, and how many of them a budget in modules keeps."""
     linears = [k for k, shortcut in enumerate(space.shortcuts) if not shortcut]
     shortcuts = [k for k, shortcut in enumerate(space.shortcuts) if shortcut]
@@ -105,7 +121,7 @@ def _groups(config: HeteroLoRAConfig, space: SearchSpace) -> list[tuple[list[int
 
 
 def search_events(
-    config: HeteroLoRAConfig, space: SearchSpace, total_steps: int, steps_per_epoch: int | None
+    config: SearchSettings, space: SearchSpace, total_steps: int, steps_per_epoch: int | None
 ) -> list[Event]:
     """All events of a run; ``total_rank`` is :func:`largest_total`.
 

@@ -5,7 +5,7 @@ Shape legend: D = hidden size, R = rank, x_BD: any leading axes, then D.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ class Shortcut(RankedLinear):
     as in :class:`~salient_ds.heterolora.switched.SwitchedLinear`. B is zero at the start. Differs from the reference:
     that multiplies by a stored dense D x D identity or zero matrix.
     """
+
+    drops_masked: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ Shape legend: I = in features, R = rank, x_BI: any leading axes, then I.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +20,8 @@ class SwitchedLinear(PlainLinear):
     A module that is off stays in the graph: its gradients are exact zeros instead of missing, and the order in which
     ZeRO-3 fetches parameters is the same for every mask. Differs from the reference, which skips the branch.
     """
+
+    drops_masked: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

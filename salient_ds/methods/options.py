@@ -18,8 +18,7 @@ from salient_ds.strict import Strict
 
 if TYPE_CHECKING:
     from salient_ds.adapters.options import AdapterConfig
-    from salient_ds.config.speed import SpeedConfig
-    from salient_ds.methods.base import Method
+    from salient_ds.methods.duties import Method
     from salient_ds.salience.learning_rate import RatePlan
 
 
@@ -48,6 +47,11 @@ class MethodConfig(Strict):
     def counts_epochs(self) -> bool:
         """Whether the events depend on how many steps an epoch has."""
         return False
+
+    @property
+    def replaces_weights(self) -> str | None:
+        """The option that makes the method replace weights while the model runs; compiled layers would not see it."""
+        return None
 
     @property
     def scoring_bytes(self) -> int:
@@ -128,8 +132,8 @@ class MethodConfig(Strict):
         """Memory that an event needs on each process."""
         return 0
 
-    def problems(self, adapter: AdapterConfig, speed: SpeedConfig) -> list[str]:
-        """Contradictions between the method and other sections, one sentence each with value and remedy."""
+    def problems(self, adapter: AdapterConfig) -> list[str]:
+        """Contradictions between the method and section ``adapter``, one sentence each with value and remedy."""
         return []
 
     def compaction_problem(self, when: Literal["last", "every"]) -> str | None:
@@ -170,7 +174,7 @@ class TargetConfig(MethodConfig):
         assert self.target_rank is not None
         return round(self.target_rank * num_matrices)
 
-    def problems(self, adapter: AdapterConfig, speed: SpeedConfig) -> list[str]:
+    def problems(self, adapter: AdapterConfig) -> list[str]:
         """A target above the rank that every matrix starts with."""
         if self.target_rank is None or self.target_rank <= adapter.rank:
             return []

@@ -11,7 +11,6 @@ No torch here until :func:`apply_kernels` is called: the checks before a run rea
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib.util
 import inspect
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salient_ds.config.speed import SpeedConfig
+from salient_ds.strict import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,8 @@ def kernel_problems(speed: SpeedConfig, model_type: str | None) -> list[str]:
     supported = model_types(source)
     if model_type is None or model_type in supported:
         return []
-    close = difflib.get_close_matches(model_type, supported, n=1)
-    hint = f" (nearest name: {close[0]})" if close else ""
+    close = nearest(model_type, supported)
+    hint = f" (nearest name: {close})" if close else ""
     return [
         f"speed.liger={speed.liger}: liger-kernel has no fused loss for model type {model_type!r}{hint}, use none; it "
         f"has one for {', '.join(supported)}"

@@ -10,6 +10,7 @@ from salient_ds.monitor.heatmap import save_rank_png
 from salient_ds.monitor.metrics import append_metrics, truncate_metrics
 from salient_ds.monitor.plots import save_history_png
 from salient_ds.monitor.progress import Progress
+from salient_ds.zero.internals.engine_state import has_monitors, write_monitors
 
 
 class RunLog:
@@ -17,10 +18,6 @@ class RunLog:
 
     def __init__(self, directory: RunDirectory, engine: Any, every: int, main: bool) -> None:
         self.directory, self.engine, self.every, self.main = directory, engine, every, main
-
-    @property
-    def _monitor(self) -> Any:
-        return self.engine.engine.monitor
 
     def rewind(self, step: int) -> None:
         """Forget lines after ``step``: the steps are taken again."""
@@ -31,11 +28,11 @@ class RunLog:
     def step(self, report: Any, tokens: int, all_tokens: int, seconds: float, last: bool) -> None:
         """One applied step; ``report`` is a :class:`~salient_ds.engine.reports.StepReport`."""
         engine, total = self.engine, self.engine.decisions.latest.total
-        if self._monitor.enabled:  # TensorBoard, W&B, CSV: whatever the ZeRO JSON's monitor sections ask for
-            values = [("Train/loss", report.loss), ("Train/total_rank", total)]
-            penalty = report.penalty
-            values += [("Train/orthogonality", penalty)] if penalty is not None else []
-            self._monitor.write_events([(tag, value, engine.engine.global_samples) for tag, value in values])
+        if has_monitors(engine.engine):
+            values = {"Train/loss": report.loss, "Train/total_rank": total}
+            if report.penalty is not None:
+                values["Train/orthogonality"] = report.penalty
+            write_monitors(engine.engine, values)
         if not self.main:
             return
         if engine.step % self.every == 0 or report.event is not None or last:
@@ -58,8 +55,7 @@ class RunLog:
 
     def evaluation(self, loss: float) -> None:
         """The held-out loss at this step."""
-        if self._monitor.enabled:
-            self._monitor.write_events([("Eval/loss", loss, self.engine.engine.global_samples)])
+        write_monitors(self.engine.engine, {"Eval/loss": loss})
         if self.main:
             append_metrics(self.directory.metrics, {"step": self.engine.step, "eval_loss": loss})
 

@@ -20,7 +20,7 @@ from salient_ds.engine.state import AllocationState
 from salient_ds.heterolora.probe import ProbeData
 from salient_ds.heterolora.probe_events import ProbeEvents
 from salient_ds.heterolora.probing import ProbingMethod
-from salient_ds.methods.base import GrowingMethod, Method, ResizableMethod, ScoringMethod
+from salient_ds.methods.duties import GrowingMethod, Method, ResizableMethod, ScoringMethod
 from salient_ds.methods.options import MethodConfig
 from salient_ds.models.attention import leave_out_masks
 from salient_ds.models.kernels import apply_kernels

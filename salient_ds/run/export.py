@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 
-from salient_ds.adapters.growing import GrowingLinear
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.adapters.two_scale import two_scale_pair
 from salient_ds.engine.shard_files import CheckpointError, ShardReader, find_checkpoints
@@ -18,12 +17,10 @@ from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta, Form
 from salient_ds.export.peft_format import PadTo
 from salient_ds.heterolora.export import refuse_shortcuts, shortcuts_act, write_shortcuts
-from salient_ds.heterolora.shortcut import Shortcut
-from salient_ds.heterolora.switched import SwitchedLinear
 from salient_ds.models.loading import PEFT_TASK_TYPES
 
-MASKED_FORMS = (GrowingLinear.__name__, SwitchedLinear.__name__, Shortcut.__name__)
-"""Adapters whose masked rows have no effect, whether or not they may come back."""
+_FORMS_THAT_DROP_MASKED = ("GrowingLinear", "SwitchedLinear", "Shortcut")
+"""In checkpoints from before 2026-11-26, which do not say so themselves."""
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -52,9 +49,13 @@ def read_factors(checkpoint: Path) -> list[AdapterFactors]:
     latest = shared["latest"]
     masks = latest["mask_N"].split([item["rank"] for item in adapters])
     return [
-        _factors(reader, item, mask if latest["hold"] or item["form"] in MASKED_FORMS else mask | True)
+        _factors(reader, item, mask if latest["hold"] or _drops_masked(item) else mask | True)
         for item, mask in zip(adapters, masks, strict=True)
     ]
+
+
+def _drops_masked(item: dict[str, Any]) -> bool:
+    return bool(item.get("drops_masked", item["form"] in _FORMS_THAT_DROP_MASKED))
 
 
 def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> AdapterFactors:

@@ -19,6 +19,7 @@ from salient_ds.data.sampler import StepSampler
 from salient_ds.data.templates import get_template
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.probe import ProbeData
+from salient_ds.steps import total_steps
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class Inputs:
         if run.train.max_steps is not None:
             return run.train.max_steps
         assert run.train.epochs is not None
-        sampler = StepSampler(len(self.train), run.train.global_batch_size, run.train.seed)
-        return max(1, sampler.total_steps(run.train.epochs))
+        return total_steps(len(self.train), run.train.global_batch_size, run.train.epochs)
 
 
 def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
@@ -59,26 +59,32 @@ def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
 
 
 def micro_batches(
-    inputs: Inputs, sampler: StepSampler, batch: int, rank: int, world_size: int, size: int, device: torch.device
+    inputs: Inputs,
+    sampler: StepSampler,
+    batch: int,
+    global_rank: int,
+    world_size: int,
+    size: int,
+    device: torch.device,
 ) -> tuple[list[MicroBatch], int]:
     """This process' part of global batch number ``batch``, and the number of targets in all of it."""
     everyone = sampler.indices(batch)
     parts = [
         _to_micro(inputs.train, inputs.collator, indices, device)
-        for indices in sampler.shard(batch, rank, world_size, size)
+        for indices in sampler.shard(batch, global_rank, world_size, size)
     ]
     return parts, int(inputs.train.num_targets[everyone].sum())
 
 
 def evaluation_batches(
-    inputs: Inputs, rank: int, world_size: int, size: int, device: torch.device
+    inputs: Inputs, global_rank: int, world_size: int, size: int, device: torch.device
 ) -> Iterator[MicroBatch]:
     """The held-out rows of this process; every process yields the same number of batches, fillers count no target."""
     assert inputs.held_out is not None
     total = len(inputs.held_out)
     rounds = math.ceil(total / (size * world_size))
     for index in range(rounds):
-        first = (index * world_size + rank) * size
+        first = (index * world_size + global_rank) * size
         rows = np.arange(first, min(first + size, total))
         if len(rows):
             yield _to_micro(inputs.held_out, inputs.collator, rows, device)

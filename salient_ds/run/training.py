@@ -19,7 +19,7 @@ from salient_ds.data.sampler import StepSampler
 from salient_ds.engine.checkpoint import kept_rows, load, save
 from salient_ds.engine.reports import NonFiniteLoss, StepReport
 from salient_ds.engine.shard_files import find_checkpoints
-from salient_ds.methods.base import ReportingMethod, ScoringMethod
+from salient_ds.methods.duties import ReportingMethod, ScoringMethod
 from salient_ds.models.kernels import loss_only
 from salient_ds.models.loading import hidden_size, load_model, load_tokenizer, model_identity
 from salient_ds.monitor.directory import RunDirectory, RunDirectoryError, claim, shared_by_all
@@ -50,8 +50,8 @@ class Training:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.rank, self.world_size = world()
-        self.is_main = self.rank == 0
+        self.global_rank, self.world_size = world()
+        self.is_main = self.global_rank == 0
         self.counters = Counters()
         self.resume_from: Path | None = None
 
@@ -142,7 +142,7 @@ class Training:
         if isinstance(method, ScoringMethod):
             self.say(f"scores of matrices: {'exact, of the averaged gradient' if method.exact_scores else 'mean'}")
         self.identity = self._identity(model_identity(model), layout)
-        torch.manual_seed(config.train.seed + 1000 * (self.rank + 1))  # dropout differs between processes
+        torch.manual_seed(config.train.seed + 1000 * (self.global_rank + 1))  # dropout differs between processes
         self._record(ds_config, layout)
 
     def _record(self, ds_config: dict[str, Any], layout: RankLayout) -> None:
@@ -183,7 +183,7 @@ class Training:
             while engine.step < self.total_steps:
                 began = time.perf_counter()
                 batches, targets = micro_batches(
-                    self.inputs, self.sampler, self.counters.batches, self.rank, self.world_size, size, device
+                    self.inputs, self.sampler, self.counters.batches, self.global_rank, self.world_size, size, device
                 )
                 report = self._step(batches, targets)
                 if report.skipped:
@@ -226,7 +226,7 @@ class Training:
         engine.eval()
         with torch.no_grad():
             size = self.config.train.micro_batch_size
-            for batch in evaluation_batches(self.inputs, self.rank, self.world_size, size, self.device):
+            for batch in evaluation_batches(self.inputs, self.global_rank, self.world_size, size, self.device):
                 loss = engine(**batch.inputs, **loss_only(self.config.speed)).loss
                 if batch.num_targets:
                     total += loss.double() * batch.num_targets
@@ -252,7 +252,8 @@ class Training:
             export_run(self.directory.path, None, self.directory.adapter, overwrite=True, checkpoint=path)
             self.log.pictures()
             if isinstance(self.engine.method, ReportingMethod):
-                self.engine.method.write_results(self.directory.path, self.config)
+                run = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+                self.engine.method.write_results(self.directory.path, run)
             self.say(f"adapter: {self.directory.adapter}")
         all_succeeded(True, self.device)  # nobody leaves while the main process still writes
 

@@ -11,16 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import load_config
+from salient_ds.run.exits import print_problems
 from salient_ds.strict import ConfigError
 
 if TYPE_CHECKING:
-    from salient_ds.search import SearchOptions
-
-
-def print_problems(problems: list[str]) -> None:
-    """One line each on stderr."""
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    from salient_ds.run.search import SearchOptions
 
 
 def launch(run: str, overrides: list[str], launcher: list[str], resume: str, overwrite: bool, processes: int) -> int:
@@ -50,7 +45,7 @@ def _become_launcher(script: list[str], launcher: list[str], processes: int) -> 
 
 def search(run: str, overrides: list[str], options: SearchOptions, launcher: list[str], processes: int) -> int:
     """Static search: here for one process, else as the ``deepspeed`` launcher (0: let it decide how many)."""
-    from salient_ds.search import run_search
+    from salient_ds.run.search import run_search
 
     if processes == 1:
         return run_search(run, overrides, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,9 +11,16 @@ from torch import Tensor
 from salient_ds.ranks import WorkShare
 
 
-def world() -> tuple[int, int]:
-    """(global rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+class World(NamedTuple):
+    """Which of how many data-parallel processes this is."""
+
+    global_rank: int
+    world_size: int
+
+
+def world() -> World:
+    """This process among all; (0, 1) without a process group."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(0, 1)
 
 
 def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.device) -> dict[str, Tensor]:
@@ -28,7 +37,7 @@ def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.devic
     flat = torch.cat([tensors[n].reshape(-1).to(device, dtype) for n in names])
     if not contribute:
         flat.zero_()
-    if world()[1] > 1:
+    if world().world_size > 1:
         dist.all_reduce(flat)
     pieces = flat.split([tensors[n].numel() for n in names])
     return {n: p.view(tensors[n].shape) for n, p in zip(names, pieces, strict=True)}
@@ -36,25 +45,25 @@ def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.devic
 
 def share_of_work() -> WorkShare:
     """This process' part of work that all processes divide among themselves."""
-    rank, size = world()
-    return WorkShare(rank, size, dist.all_reduce)
+    here = world()
+    return WorkShare(here.global_rank, here.world_size, dist.all_reduce)
 
 
 def average(tensor: Tensor) -> None:
     """Mean over all processes, in place."""
-    size = world()[1]
-    if size > 1:
+    world_size = world().world_size
+    if world_size > 1:
         dist.all_reduce(tensor)
-        tensor.div_(size)
+        tensor.div_(world_size)
 
 
 def all_equal(digest: str, device: torch.device) -> bool:
     """Whether every process holds the same hexadecimal digest (one small all-gather)."""
-    size = world()[1]
-    if size == 1:
+    world_size = world().world_size
+    if world_size == 1:
         return True
     mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
-    gathered = [torch.empty_like(mine) for _ in range(size)]
+    gathered = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(gathered, mine)
     return all(torch.equal(mine, other) for other in gathered)
 
@@ -62,7 +71,7 @@ def all_equal(digest: str, device: torch.device) -> bool:
 def sum_numbers(values: list[float], device: torch.device) -> list[float]:
     """Sum a few numbers over all processes (fp64, one all-reduce)."""
     packed = torch.tensor(values, dtype=torch.float64, device=device)
-    if world()[1] > 1:
+    if world().world_size > 1:
         dist.all_reduce(packed)
     return [float(v) for v in packed]
 

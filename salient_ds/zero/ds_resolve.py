@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from salient_ds.config.run import RunConfig
+from salient_ds.strict import did_you_mean
 from salient_ds.zero.ds_keys import (
     OPTIMIZER_PARAMS,
     REMOVED_TOP_LEVEL,
@@ -103,8 +103,7 @@ class Resolver:
             if key in removed:
                 continue
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+                hint = did_you_mean(key, known) or f"known: {', '.join(sorted(known))}"
                 self.problem(f"unknown key {prefix + key!r} (DeepSpeed 0.19.8 would ignore or reject it): {hint}")
                 continue
             wrong = kind_problem(known[key], value)

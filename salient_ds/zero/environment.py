@@ -1,12 +1,17 @@
-"""Start of a process: device, process group, and the traps of DeepSpeed's start on CPU."""
+"""Start of a process and of an engine: device, process group, and the traps of DeepSpeed's start on CPU."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
+
+from salient_ds.zero.internals.engine_state import leave_out_shared_memory_collective
 
 
 def start(timeout_minutes: float) -> torch.device:
@@ -29,7 +34,7 @@ def start(timeout_minutes: float) -> torch.device:
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_shared_memory_collective()
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(
@@ -38,6 +43,28 @@ def start(timeout_minutes: float) -> torch.device:
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+
+
+def make_engine(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None,
+    scheduler: Callable[[torch.optim.Optimizer], Any],
+    ds_config: dict[str, Any],
+) -> Any:
+    """``deepspeed.initialize``.
+
+    Args:
+        groups: trainable parameters as an optimizer takes them.
+        optimizer: makes the optimizer; None: the one that ``ds_config`` describes.
+        scheduler: makes the learning-rate schedule of an optimizer.
+        ds_config: resolved DeepSpeed settings (no "auto" left).
+    """
+    import deepspeed
+
+    return deepspeed.initialize(
+        model=model, model_parameters=groups, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
+    )[0]
 
 
 def stop() -> None:

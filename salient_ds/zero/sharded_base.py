@@ -26,6 +26,8 @@ from salient_ds.adapters.bank import layer_of
 from salient_ds.config.run import RunConfig
 from salient_ds.zero.collectives import world
 from salient_ds.zero.ds_json import summary
+from salient_ds.zero.internals.layouts import full_shape
+from salient_ds.zero.internals.partitioned import mark_not_available, take_whole
 
 ADAPTER_STAGE = 2
 BASE_KEYS = ("offload_param", "sub_group_size", "memory_efficient_linear")
@@ -54,7 +56,7 @@ class ShardedBase:
         layers = layers_of(model)
         _refuse_what_cannot_be_sharded(model, layers)
         inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        _replace(model, [p for p in model.parameters() if id(p) not in inside], _whole)
+        _replace(model, [p for p in model.parameters() if id(p) not in inside], take_whole)
         self._shards = [_Shard(layer) for layer in layers]
         size = max((shard.whole_bytes for shard in self._shards), default=0)
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(BUFFERS, len(layers)))]
@@ -120,16 +122,16 @@ class _Shard:
     """One layer as a flat run of bytes, and this process' part of it."""
 
     def __init__(self, layer: nn.Module) -> None:
-        rank, processes = world()
+        global_rank, world_size = world()
         parameters = list(layer.parameters())
-        self._shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in parameters]
+        self._shapes = [full_shape(p) for p in parameters]
         self._sizes = [math.prod(s) * p.element_size() for s, p in zip(self._shapes, parameters, strict=True)]
         self._offsets = [0]
         for size in self._sizes:
             self._offsets.append(self._offsets[-1] + math.ceil(size / ALIGNMENT) * ALIGNMENT)
-        self._part_bytes = math.ceil(self._offsets[-1] / processes / ALIGNMENT) * ALIGNMENT
-        self.whole_bytes = self._part_bytes * processes
-        self._begin = rank * self._part_bytes
+        self._part_bytes = math.ceil(self._offsets[-1] / world_size / ALIGNMENT) * ALIGNMENT
+        self.whole_bytes = self._part_bytes * world_size
+        self._begin = global_rank * self._part_bytes
         self._part = torch.zeros(0, dtype=torch.uint8)
 
     def take(self, layer: nn.Module, buffer: Tensor, offload: dict[str, Any] | None) -> None:
@@ -138,8 +140,6 @@ class _Shard:
         Args:
             offload: section ``offload_param``; None: parts stay where the buffer is.
         """
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
         home = buffer.device if offload is None else torch.device("cpu")
         pinned = offload is not None and buffer.device.type == "cuda" and bool(offload.get("pin_memory", False))
         self._part = torch.zeros(self._part_bytes, dtype=torch.uint8, device=home, pin_memory=pinned)
@@ -149,14 +149,13 @@ class _Shard:
         def view(old: nn.Parameter) -> Tensor:
             index = where[id(old)]
             begin, size = self._offsets[index], self._sizes[index]
-            self._keep(_whole(old).view(-1).view(torch.uint8), begin)
+            self._keep(take_whole(old).view(-1).view(torch.uint8), begin)
             # .data: gathering writes the buffer, which must not look like a change of what is saved for backward
             return buffer[begin : begin + size].data.view(old.dtype).view(self._shapes[index])
 
         _replace(layer, parameters, view)
         for parameter in layer.parameters():
-            # so that an engine over the model does not broadcast buffers
-            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+            mark_not_available(parameter)  # so that an engine over the model does not broadcast buffers
 
     def _keep(self, whole: Tensor, offset: int) -> None:
         """Copy what this process keeps of a parameter's bytes, of which the first is number ``offset`` of the layer."""
@@ -167,7 +166,7 @@ class _Shard:
     def gather(self, buffer: Tensor) -> None:
         """Fill ``buffer`` with the whole layer."""
         whole = buffer[: self.whole_bytes]
-        if world()[1] == 1:
+        if world().world_size == 1:
             whole.copy_(self._part, non_blocking=True)
             return
         part = self._part
@@ -189,18 +188,6 @@ def _refuse_what_cannot_be_sharded(model: nn.Module, layers: list[nn.Module]) ->
     found = sorted({str(parameter.dtype) for parameter in parameters})
     if len(found) > 1:  # an engine would cast some of them, and with that take them out of the buffers
         raise ValueError(f"the model's layers hold parameters of several types ({', '.join(found)}): {REMEDY}")
-
-
-def _whole(parameter: nn.Parameter) -> Tensor:
-    """All of a parameter that DeepSpeed may have partitioned, which is then empty; called by all processes."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
-    parameter.all_gather(param_list=[parameter])  # type: ignore[attr-defined]
-    whole = parameter.detach()
-    assert whole.numel() == parameter.ds_numel, "taken over twice"  # type: ignore[attr-defined]
-    parameter.ds_tensor.data = whole.new_empty(0)  # type: ignore[attr-defined]
-    parameter.data = whole.new_empty(0)
-    return whole
 
 
 def _replace(module: nn.Module, parameters: list[nn.Parameter], tensor_for: Any) -> None:

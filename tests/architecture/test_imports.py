@@ -1,6 +1,6 @@
 """Which part of the package may import what, proved on the source and in fresh interpreters.
 
-- the maths (adapters, salience, methods, export/fold.py) knows neither DeepSpeed nor process groups;
+- the maths (ranks, steps, adapters, salience, methods, export/fold.py) knows neither DeepSpeed nor process groups;
 - only zero/ imports deepspeed;
 - what ``salient-ds check`` and the launcher's pre-flight need imports no torch;
 - package ``__init__`` files import nothing, so that importing one module does not pull in its neighbours.
@@ -14,33 +14,45 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PURE = ("adapters", "salience", "methods", "export/fold.py")
+PURE = ("ranks.py", "steps.py", "adapters", "salience", "methods", "export/fold.py")
 LIGHT = (
-    "config",
-    "method_config",
+    "strict",
+    "ranks",
+    "steps",
+    "adapters.forms",
+    "adapters.options",
+    "adapters.targets",
+    "methods.duties",
+    "methods.options",
+    "methods.salientlora.options",
+    "methods.adalora.options",
+    "methods.lora2.options",
+    "methods.increlora.options",
+    "methods.lora.options",
+    "heterolora.options",
+    "methods.table",
+    "config.run",
+    "config.speed",
     "salience.budget",
-    "salience.schedules",
-    "salience.search_schedule",
-    "zero.config",
+    "salience.cubic_budget",
+    "zero.ds_json",
     "data.formats",
     "data.templates",
-    "targets",
-    "model_shapes",
-    "model_files",
-    "tokenizer_files",
-    "memory",
-    "fused_kernels",
-    "run_directory",
-    "preflight",
-    "check",
-    "cli",
+    "models.kernels",
+    "monitor.directory",
+    "check.preflight",
+    "check.printing",
+    "run.search",
+    "train",
     "search",
+    "cli",
 )
 HEAVY = ("torch", "deepspeed", "transformers")
 
@@ -79,7 +91,14 @@ def pure_violations(package: Path) -> list[str]:
         for part in PURE
         for f in ([package / part] if part.endswith(".py") else sorted((package / part).rglob("*.py")))
     ]
-    forbidden = ("deepspeed", "torch.distributed", "salient_ds.zero", "salient_ds.train")
+    forbidden = (
+        "deepspeed",
+        "torch.distributed",
+        "salient_ds.zero",
+        "salient_ds.engine",
+        "salient_ds.run",
+        "salient_ds.train",
+    )
     return violations(package, files, forbidden)
 
 
@@ -129,6 +148,13 @@ def test_the_maths_knows_no_process_group() -> None:
 
 def test_only_zero_imports_deepspeed() -> None:
     assert deepspeed_outside_zero(PACKAGE) == []
+
+
+def test_every_folder_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(f.parent.relative_to(ROOT).parts) for f in PACKAGE.rglob("__init__.py")}
+    assert folders == {name for name in listed if name.startswith("salient_ds")}
+    assert all((folder / "__init__.py").exists() for folder in {f.parent for f in PACKAGE.rglob("*.py")})
 
 
 def test_init_files_are_empty() -> None:
@@ -186,9 +212,10 @@ def test_a_planted_import_in_an_init_file_is_found(planted: Path) -> None:
 
 
 def test_planted_torch_in_a_light_module_is_found(planted: Path) -> None:
-    assert heavy_after_import(planted.parent, LIGHT[:2], HEAVY) == []
+    light = ("strict", "methods.options", "methods.lora2.options")
+    assert heavy_after_import(planted.parent, light, HEAVY) == []
     (planted.parent / "torch.py").write_text("")  # a stand-in, found before the real one
-    source = planted / "method_config.py"
+    source = planted / "methods" / "lora2" / "options.py"
     source.write_text(source.read_text().replace("from typing import", "import torch\nfrom typing import", 1))
-    (found,) = heavy_after_import(planted.parent, LIGHT[:2], HEAVY)
-    assert found == "salient_ds.config.run loads ['torch']"
+    (found,) = heavy_after_import(planted.parent, light, HEAVY)
+    assert found == "salient_ds.methods.lora2.options loads ['torch']"

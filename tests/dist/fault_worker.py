@@ -18,29 +18,29 @@ def masters(engine: AllocatingEngine) -> list[torch.Tensor]:
     return [engine.shards.master(f).clone() for f in engine.shards.layout.fragments]
 
 
-def nan_loss(rank: int, world: int, model: Path) -> dict[str, Any]:
+def nan_loss(global_rank: int, world_size: int, model: Path) -> dict[str, Any]:
     """Process 1's weights break before step 4: both processes stop, before parameters change."""
-    engine = scenario.build(Case(2), model, world)
-    scenario.advance(engine, 3, rank, world)
+    engine = scenario.build(Case(2), model, world_size)
+    scenario.advance(engine, 3, global_rank, world_size)
     before = masters(engine)
-    if rank == 1:
+    if global_rank == 1:
         engine.adapted.model.get_output_embeddings().weight.data.fill_(float("nan"))
     try:
-        engine.train_step(*scenario.batches(3, rank, world))
+        engine.train_step(*scenario.batches(3, global_rank, world_size))
     except NonFiniteLoss as error:
         unchanged = all(torch.equal(a, b) for a, b in zip(before, masters(engine), strict=True))
         return {"step": error.step, "indices": error.indices, "unchanged": unchanged, "engine_step": engine.step}
     raise AssertionError("a NaN loss went unnoticed")
 
 
-def overflow(rank: int, world: int, model: Path, case: Case) -> dict[str, Any]:
+def overflow(global_rank: int, world_size: int, model: Path, case: Case) -> dict[str, Any]:
     """fp16 with a loss scale far too high: the first steps are skipped and must leave no trace."""
-    engine = scenario.build(case, model, world)
+    engine = scenario.build(case, model, world_size)
     skipped, windows, decisions, step_of_batch = 0, [], [], []
     batch = 0
     while engine.step < TOTAL_STEPS:
         start = masters(engine)
-        report = engine.train_step(*scenario.batches(batch, rank, world))
+        report = engine.train_step(*scenario.batches(batch, global_rank, world_size))
         batch += 1
         if report.skipped:
             skipped += 1
@@ -59,32 +59,32 @@ def overflow(rank: int, world: int, model: Path, case: Case) -> dict[str, Any]:
     }
 
 
-def disagreement(rank: int, world: int, model: Path) -> str:
+def disagreement(global_rank: int, world_size: int, model: Path) -> str:
     """One process decides differently: nobody applies anything."""
-    engine = scenario.build(Case(2), model, world)
+    engine = scenario.build(Case(2), model, world_size)
     allocate = engine.method.allocate
 
     def biased(*args: Any) -> Any:
         decision = allocate(*args)
         mask = decision.mask_N.clone()
-        mask[int(mask.nonzero()[0])] = rank == 0
+        mask[int(mask.nonzero()[0])] = global_rank == 0
         return dataclasses.replace(decision, mask_N=mask)
 
     engine.method.allocate = biased  # type: ignore[method-assign]
     try:
-        scenario.advance(engine, TOTAL_STEPS, rank, world)
+        scenario.advance(engine, TOTAL_STEPS, global_rank, world_size)
     except RuntimeError as error:
         assert all(bool(a.rank_mask_R.all()) for a in engine.adapted.adapters.values())
         return str(error)
     raise AssertionError("processes disagreed and nobody noticed")
 
 
-def events_cost(rank: int, world: int, model: Path) -> dict[str, int]:
+def events_cost(global_rank: int, world_size: int, model: Path) -> dict[str, int]:
     """Collectives per ordinary step, and how many more a step with an allocation has."""
     import deepspeed.comm as ds_comm
     import torch.distributed as dist
 
-    engine = scenario.build(Case(2), model, world)
+    engine = scenario.build(Case(2), model, world_size)
     counts: list[int] = []
     calls = 0
 
@@ -104,16 +104,16 @@ def events_cost(rank: int, world: int, model: Path) -> dict[str, int]:
     with_event = {}
     while engine.step < TOTAL_STEPS:
         calls = 0
-        report = engine.train_step(*scenario.batches(engine.step, rank, world))
+        report = engine.train_step(*scenario.batches(engine.step, global_rank, world_size))
         (with_event.__setitem__(engine.step, calls) if report.event else counts.append(calls))
     return {"ordinary_min": min(counts), "ordinary_max": max(counts), "event_max": max(with_event.values())}
 
 
-def everything(rank: int, world: int, model: Path, overflow_cases: list[Case]) -> dict[str, Any]:
+def everything(global_rank: int, world_size: int, model: Path, overflow_cases: list[Case]) -> dict[str, Any]:
     """All faults in one process group; the collectives are counted last, because that leaves wrappers behind."""
     return {
-        "nan": nan_loss(rank, world, model),
-        "overflow": [overflow(rank, world, model, case) for case in overflow_cases],
-        "disagreement": disagreement(rank, world, model),
-        "cost": events_cost(rank, world, model),
+        "nan": nan_loss(global_rank, world_size, model),
+        "overflow": [overflow(global_rank, world_size, model, case) for case in overflow_cases],
+        "disagreement": disagreement(global_rank, world_size, model),
+        "cost": events_cost(global_rank, world_size, model),
     }

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from salient_ds.engine import checkpoint
-from salient_ds.engine.build import build_engine
 from salient_ds.engine.engine import AllocatingEngine
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.method import HeteroLoRA
 from salient_ds.heterolora.probe import ProbeData, Prober
-from salient_ds.methods.table import build_method
-from salient_ds.models.loading import DTYPES, load_model
+from salient_ds.models.loading import load_model
 from salient_ds.run.adapt import adapt
 from tests.dist import scenario
 from tests.dist.resume_worker import IDENTITY
-from tests.dist.scenario import GLOBAL_BATCH, Case, example
+from tests.dist.scenario import Case, example
 
 CPU = torch.device("cpu")
 PROBES = 3  # not a multiple of two processes: one of them gets a filler
@@ -36,14 +34,8 @@ def probe_batch(j: int) -> MicroBatch:
 DATA = ProbeData(PROBES, probe_batch)
 
 
-def build(case: Case, model: Path, world: int) -> AllocatingEngine:
-    config = case.config(model)
-    ds_config = case.ds_config(config, world)
-    adapted = adapt(load_model(config.model, config.train, ds_config), config, DTYPES[case.precision], CPU)
-    method = build_method(config.method, adapted.layout, STEPS)
-    engine = AllocatingEngine(build_engine(adapted, config.train, ds_config, STEPS, CPU), adapted, method, CPU)
-    engine.probes.data = DATA
-    return engine
+def build(case: Case, model: Path, world_size: int) -> AllocatingEngine:
+    return scenario.build(case, model, world_size, probe_data=DATA)
 
 
 def method_of(engine: AllocatingEngine) -> HeteroLoRA:
@@ -51,25 +43,25 @@ def method_of(engine: AllocatingEngine) -> HeteroLoRA:
     return engine.method
 
 
-def run(rank: int, world: int, model: Path, cases: dict[str, Case], folder: Path) -> dict[str, Any]:
+def run(global_rank: int, world_size: int, model: Path, cases: dict[str, Case], folder: Path) -> dict[str, Any]:
     """One cell per case: watched without dropout; with dropout whole, probed in between, and stopped and resumed."""
     found: dict[str, Any] = {}
     for key, case in cases.items():
-        found[key] = {"watched": watched(rank, world, model, case)}
+        found[key] = {"watched": watched(global_rank, world_size, model, case)}
         if case.method["proxy"] == "constant" and case.stage != 1:
             noisy = replace(case, adapter=case.adapter | {"dropout": 0.3})
-            found[key] |= interruptions(rank, world, model, noisy, folder / key)
+            found[key] |= interruptions(global_rank, world_size, model, noisy, folder / key)
     return found
 
 
-def watched(rank: int, world: int, model: Path, case: Case) -> dict[str, Any]:
+def watched(global_rank: int, world_size: int, model: Path, case: Case) -> dict[str, Any]:
     """Train and look at every local shard after every step."""
-    engine = build(case, model, world)
+    engine = build(case, model, world_size)
     method = method_of(engine)
     losses, digests, frozen, moved = [], [], [], []
     before = shards(engine)
     while engine.step < STEPS:
-        report = engine.train_step(*scenario.batches(engine.step, rank, world))
+        report = engine.train_step(*scenario.batches(engine.step, global_rank, world_size))
         losses.append(report.loss)
         digests += [report.event.decision.digest()] if report.event else []
         after = shards(engine)
@@ -98,19 +90,19 @@ def shards(engine: AllocatingEngine) -> dict[Any, list[Tensor]]:
     return found
 
 
-def interruptions(rank: int, world: int, model: Path, case: Case, folder: Path) -> dict[str, Any]:
-    torch.manual_seed(7 + rank)
-    engine = build(case, model, world)
-    losses = advance(engine, STOP, rank, world)
-    checkpoint.save(engine, folder, IDENTITY, {}, keep=1)
-    found = {"whole": finish(engine, losses, rank, world)}
-    torch.manual_seed(7 + rank)
-    found["probed"] = finish(*probed(build(case, model, world), rank, world), rank, world)
-    engine = build(case, model, world)
+def interruptions(global_rank: int, world_size: int, model: Path, case: Case, folder: Path) -> dict[str, Any]:
+    torch.manual_seed(7 + global_rank)
+    engine = build(case, model, world_size)
+    losses = advance(engine, STOP, global_rank, world_size)
+    checkpoint.save(engine.state, folder, IDENTITY, {}, keep=1)
+    found = {"whole": finish(engine, losses, global_rank, world_size)}
+    torch.manual_seed(7 + global_rank)
+    found["probed"] = finish(*probed(build(case, model, world_size), global_rank, world_size), global_rank, world_size)
+    engine = build(case, model, world_size)
     torch.manual_seed(999)
-    checkpoint.load(engine, checkpoint.find_checkpoints(folder)[-1], IDENTITY)
+    checkpoint.load(engine.state, checkpoint.find_checkpoints(folder)[-1], IDENTITY)
     found["scores"] = scores_of(engine)
-    found["resumed"] = finish(engine, losses, rank, world)
+    found["resumed"] = finish(engine, losses, global_rank, world_size)
     return found
 
 
@@ -124,12 +116,12 @@ def scores_of(engine: AllocatingEngine) -> dict[str, Tensor]:
     return {proxy: prober_of(engine).score(proxy, DATA).score_M for proxy in several}
 
 
-def advance(engine: AllocatingEngine, until: int, rank: int, world: int) -> list[float]:
-    return scenario.advance(engine, until, rank, world)[0]
+def advance(engine: AllocatingEngine, until: int, global_rank: int, world_size: int) -> list[float]:
+    return scenario.advance(engine, until, global_rank, world_size)[0]
 
 
-def finish(engine: AllocatingEngine, losses: list[float], rank: int, world: int) -> dict[str, Any]:
-    losses = losses + advance(engine, STEPS, rank, world)
+def finish(engine: AllocatingEngine, losses: list[float], global_rank: int, world_size: int) -> dict[str, Any]:
+    losses = losses + advance(engine, STEPS, global_rank, world_size)
     method = method_of(engine)
     result = {"losses": losses, "state": scenario.local_state(engine), "rng": torch.get_rng_state(),
               "history": list(method.history), "steps": list(method.rates.steps_M)}  # fmt: skip
@@ -137,11 +129,11 @@ def finish(engine: AllocatingEngine, losses: list[float], rank: int, world: int)
     return result
 
 
-def probed(engine: AllocatingEngine, rank: int, world: int) -> tuple[AllocatingEngine, list[float]]:
+def probed(engine: AllocatingEngine, global_rank: int, world_size: int) -> tuple[AllocatingEngine, list[float]]:
     """As far as the checkpoint, scoring by every proxy after step 2, and by gradients later."""
     losses: list[float] = []
     for until in range(2, STOP + 1, 2):
-        losses += advance(engine, until, rank, world)
+        losses += advance(engine, until, global_rank, world_size)
         if until == 2:
             scores_of(engine)
         else:
@@ -149,89 +141,50 @@ def probed(engine: AllocatingEngine, rank: int, world: int) -> tuple[AllocatingE
     return engine, losses
 
 
-def faults(rank: int, world: int, model: Path, scored: Case, degenerate: Case, refusing: Case) -> dict[str, Any]:
+def faults(
+    global_rank: int, world_size: int, model: Path, scored: Case, degenerate: Case, refusing: Case
+) -> dict[str, Any]:
     """Probes that break on process 1; scores that cannot rank; the same when a fall-back is not wanted."""
-    engine = build(scored, model, world)
-    advance(engine, 3, rank, world)
-    before = engine.in_force.latest
+    engine = build(scored, model, world_size)
+    advance(engine, 3, global_rank, world_size)
+    before = engine.decisions.latest
     spoilt = next(iter(engine.adapted.adapters.values()))
+    factor = float("nan") if global_rank else 1.0
     # probes run in evaluation mode: training goes on undisturbed
-    spoilt.register_forward_hook(lambda module, _, out: out * (float("nan") if rank and not module.training else 1.0))
-    losses = advance(engine, 7, rank, world)
-    found: dict[str, Any] = {"kept": engine.in_force.latest is before, "losses": losses,
+    spoilt.register_forward_hook(lambda module, _, out: out * (1.0 if module.training else factor))
+    losses = advance(engine, 7, global_rank, world_size)
+    found: dict[str, Any] = {"kept": engine.decisions.latest is before, "losses": losses,
                              "history": list(method_of(engine).history)}  # fmt: skip
     engine.engine.destroy()
-    engine = build(degenerate, model, world)
-    advance(engine, 1, rank, world)
+    engine = build(degenerate, model, world_size)
+    advance(engine, 1, global_rank, world_size)
     found["fallback"] = method_of(engine).history[0]["proxy"]
     engine.engine.destroy()
-    engine = build(refusing, model, world)
+    engine = build(refusing, model, world_size)
     try:
-        advance(engine, 1, rank, world)
+        advance(engine, 1, global_rank, world_size)
     except ValueError as error:
         found["refused"] = str(error)
     return found
 
 
 def everything(
-    rank: int, world: int, model: Path, cases: dict[str, Case], folder: Path, broken: list[Case]
+    global_rank: int, world_size: int, model: Path, cases: dict[str, Case], folder: Path, broken: list[Case]
 ) -> dict[str, Any]:
     """Cells and faults in one process group."""
-    return run(rank, world, model, cases, folder) | {"faults": faults(rank, world, model, *broken)}
+    found = run(global_rank, world_size, model, cases, folder)
+    return found | {"faults": faults(global_rank, world_size, model, *broken)}
 
 
-def alone(rank: int, world: int, model: Path, cases: list[Case], saved: Path) -> list[dict[str, Tensor]]:
+def alone(global_rank: int, world_size: int, model: Path, cases: list[Case], saved: Path) -> list[dict[str, Tensor]]:
     """Scores of a checkpoint on a single process, at several stages."""
     found = []
     for case in cases:
-        engine = build(case, model, world)
-        checkpoint.load(engine, checkpoint.find_checkpoints(saved)[-1], IDENTITY)
+        engine = build(case, model, world_size)
+        checkpoint.load(engine.state, checkpoint.find_checkpoints(saved)[-1], IDENTITY)
         found.append(scores_of(engine))
         engine.engine.destroy()
     return found
-
-
-def plain(case: Case, model_dir: Path) -> dict[str, Any]:
-    """The same training without DeepSpeed, one group of AdamW per module: what is off is not stepped at all."""
-    config = case.config(model_dir)
-    adapted = adapt(load_model(config.model, config.train, {}), config, torch.float32)
-    method = build_method(config.method, adapted.layout, STEPS)
-    assert isinstance(method, HeteroLoRA)
-    factors = [[a.parameter for a in adapter.factors().values()] for adapter in adapted.adapters.values()]
-    everything = [p for module in factors for p in module]
-    optimizer = torch.optim.AdamW(everything, lr=config.train.lr, weight_decay=config.train.weight_decay)
-    losses, choices = [], []
-    on = [True] * len(factors)
-    for step in range(STEPS):
-        event = method.probe_due(step)
-        if event is not None:
-            choice = method.choose(torch.ones(len(factors), dtype=torch.float64))
-            method.history.append({"step": step})
-            on = choice.mask_M.tolist()
-            choices.append(on)
-            adapted.set_mask(adapted.module_mask(choice.mask_M), True)
-        losses.append(backward(adapted.model, step))
-        for module, is_on in zip(factors, on, strict=True):
-            for parameter in module if not is_on else []:
-                assert parameter.grad is not None and not parameter.grad.any()
-                parameter.grad = None
-        torch.nn.utils.clip_grad_norm_([p for p in everything if p.grad is not None], config.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    counts = [int(optimizer.state[module[0]]["step"]) if module[0] in optimizer.state else 0 for module in factors]
-    return {"losses": losses, "choices": choices, "adapted": adapted, "steps": counts}
-
-
-def backward(model: Any, step: int) -> float:
-    model.train()
-    rows = [example(step, row) for row in range(GLOBAL_BATCH)]
-    counts = [int((labels[:, 1:] != -100).sum()) for _, labels in rows]
-    total = 0.0
-    for (tokens, labels), count in zip(rows, counts, strict=True):
-        loss = model(input_ids=tokens, labels=labels).loss * count / sum(counts)
-        loss.backward()
-        total += float(loss.detach())
-    return total
 
 
 def plain_scores(case: Case, model_dir: Path, masters: dict[tuple[int, str], Tensor]) -> dict[str, Tensor]:

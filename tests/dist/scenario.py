@@ -11,6 +11,7 @@ import torch
 from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.engine.engine import AllocatingEngine
 from salient_ds.engine.reports import MicroBatch
+from salient_ds.heterolora.probe import ProbeData
 from salient_ds.models.loading import load_model
 from salient_ds.run.assemble import assemble
 from salient_ds.zero.ds_json import resolve_ds_config
@@ -38,6 +39,11 @@ class Case:
         default_factory=lambda: {"zero3": "partitioned", "compaction": "none", "growth": "preallocated"}
     )
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.train.get("max_steps", TOTAL_STEPS))
+
     def config(self, model: Path) -> RunConfig:
         return parse_config({
             "output_dir": "unused", "deepspeed": "unused", "model": {"path": str(model)},
@@ -50,10 +56,10 @@ class Case:
                       "precision": self.precision, "lr_schedule": "constant"} | self.train,
         })  # fmt: skip
 
-    def ds_config(self, config: RunConfig, world: int) -> dict[str, Any]:
+    def ds_config(self, config: RunConfig, world_size: int) -> dict[str, Any]:
         zero = {"stage": self.stage, "reduce_bucket_size": 20000, "allgather_bucket_size": 20000} | self.zero
         raw = {"zero_optimization": zero, "steps_per_print": 10**9} | self.ds
-        return resolve_ds_config(raw, config, world, TOTAL_STEPS)
+        return resolve_ds_config(raw, config, world_size, self.steps)
 
 
 def example(step: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,8 +71,8 @@ def example(step: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
-def batches(step: int, rank: int, world: int) -> tuple[list[MicroBatch], int]:
-    rows = range(rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world)
+def batches(step: int, global_rank: int, world_size: int) -> tuple[list[MicroBatch], int]:
+    rows = range(global_rank * GLOBAL_BATCH // world_size, (global_rank + 1) * GLOBAL_BATCH // world_size)
     everything = sum(int((example(step, r)[1][:, 1:] != -100).sum()) for r in range(GLOBAL_BATCH))
     out = []
     for row in rows:
@@ -75,18 +81,20 @@ def batches(step: int, rank: int, world: int) -> tuple[list[MicroBatch], int]:
     return out, everything
 
 
-def build(case: Case, model: Path, world: int, kept_N: torch.Tensor | None = None) -> AllocatingEngine:
+def build(
+    case: Case, model: Path, world_size: int, kept_N: torch.Tensor | None = None, probe_data: ProbeData | None = None
+) -> AllocatingEngine:
     config = case.config(model)
-    ds_config = effective_config(case.ds_config(config, world), config, world)
+    ds_config = effective_config(case.ds_config(config, world_size), config, world_size)
     base = load_model(config.model, config.train, ds_config)
-    return assemble(base, config, ds_config, TOTAL_STEPS, torch.device("cpu"), kept_N)
+    return assemble(base, config, ds_config, case.steps, torch.device("cpu"), kept_N, probe_data=probe_data)
 
 
-def advance(engine: AllocatingEngine, until: int, rank: int, world: int) -> tuple[list[float], list[Any]]:
+def advance(engine: AllocatingEngine, until: int, global_rank: int, world_size: int) -> tuple[list[float], list[Any]]:
     """Train up to step ``until``; task losses and decisions on the way."""
     losses, decisions = [], []
     while engine.step < until:
-        report = engine.train_step(*batches(engine.step, rank, world))
+        report = engine.train_step(*batches(engine.step, global_rank, world_size))
         assert not report.skipped
         losses.append(report.loss)
         if report.event is not None:
@@ -110,12 +118,12 @@ def local_state(engine: AllocatingEngine) -> dict[str, Any]:
     return {"fragments": found, "copies": low}
 
 
-def run(rank: int, world: int, model: Path, cases: list[Case]) -> list[dict[str, Any]]:
+def run(global_rank: int, world_size: int, model: Path, cases: list[Case]) -> list[dict[str, Any]]:
     """Train every case from scratch in turn."""
     results = []
     for case in cases:
-        engine = build(case, model, world)
-        losses, decisions = advance(engine, TOTAL_STEPS, rank, world)
+        engine = build(case, model, world_size)
+        losses, decisions = advance(engine, case.steps, global_rank, world_size)
         engine.finish()
         results.append(
             {

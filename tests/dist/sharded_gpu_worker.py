@@ -44,27 +44,29 @@ def save_model(folder: Path, hidden: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def train(way: str, model: Path, device: torch.device, rank: int, world: int) -> list[float]:
+def train(way: str, model: Path, device: torch.device, global_rank: int, world_size: int) -> list[float]:
     stage, zero, speed = WAYS[way]
     config = parse_config({
         "output_dir": "unused", "deepspeed": "unused", "data": {"train": "unused"}, "model": {"path": str(model)},
         "adapter": {"rank": 8, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
         "method": {"name": "lora"},
         "speed": speed,
-        "train": {"max_steps": STEPS, "global_batch_size": world, "micro_batch_size": 1, "lr": 0.02,
+        "train": {"max_steps": STEPS, "global_batch_size": world_size, "micro_batch_size": 1, "lr": 0.02,
                   "precision": "fp32", "lr_schedule": "constant",
                   "activation_checkpointing": "all" if way == "recomputed" else "none"},
     })  # fmt: skip
     raw = {"zero_optimization": {"stage": stage, "overlap_comm": True} | zero, "steps_per_print": 10**9}
-    ds_config = effective_config(resolve_ds_config(raw, config, world, STEPS), config, world)
+    ds_config = effective_config(resolve_ds_config(raw, config, world_size, STEPS), config, world_size)
     base = load_model(config.model, config.train, ds_config)
     if stage < 3:
         base.to(device)
     engine = assemble(base, config, ds_config, STEPS, device)
     losses = []
     for step in range(STEPS):
-        tokens = torch.randint(3, 190, (1, 16), generator=torch.Generator().manual_seed(10 * step + rank)).to(device)
-        report = engine.train_step([MicroBatch({"input_ids": tokens, "labels": tokens}, 15, (rank,))], 15 * world)
+        draw = torch.Generator().manual_seed(10 * step + global_rank)
+        tokens = torch.randint(3, 190, (1, 16), generator=draw).to(device)
+        batch = MicroBatch({"input_ids": tokens, "labels": tokens}, 15, (global_rank,))
+        report = engine.train_step([batch], 15 * world_size)
         losses.append(report.loss)
     engine.engine.destroy()
     return losses
@@ -76,15 +78,15 @@ def main() -> None:
     parser.add_argument("hidden", type=int)
     args, _ = parser.parse_known_args()
     device = start(timeout_minutes=5)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    global_rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = args.folder / "model"
-    if rank == 0:
+    if global_rank == 0:
         save_model(model, args.hidden)
     torch.distributed.barrier()
     found = {}
     for way in WAYS:
-        found[way] = train(way, model, device, rank, world)
-        (args.folder / f"losses-{rank}.json").write_text(json.dumps(found))
+        found[way] = train(way, model, device, global_rank, world_size)
+        (args.folder / f"losses-{global_rank}.json").write_text(json.dumps(found))
     stop()
 
 

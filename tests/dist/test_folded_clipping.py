@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from salient_ds.engine import build as building
-from salient_ds.zero.folded_clipping import folds, norm_over_processes
+from salient_ds.zero.internals.clipping import can_fold_clipping, norm_over_processes
 from tests.dist import scenario
 from tests.dist.scenario import Case
 from tests.support.spawn import spawn
@@ -22,22 +22,22 @@ CASES = [
 ]
 
 
-def _run(rank: int, world: int, model: Path, fused: bool) -> list[Any]:
+def _run(global_rank: int, world_size: int, model: Path, fused: bool) -> list[Any]:
     made: list[Any] = []
-    plain_fold = building.fold
+    plain_fold = building.fold_clipping
 
     def counted(engine: Any, bound: float) -> None:
         made.append(bound)
         plain_fold(engine, bound)
 
-    building.fold = counted
+    building.fold_clipping = counted
     building.uses_fused_optimizer = lambda ds_config, device: fused  # torch's fused AdamW runs on CPUs too
-    return [scenario.run(rank, world, model, CASES), made]
+    return [scenario.run(global_rank, world_size, model, CASES), made]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_same_run_as_with_deepspeeds_own_clipping(tiny_llama: Path, world: int) -> None:
-    folded, plain = (spawn(world, _run, tiny_llama, fused)[0] for fused in (True, False))
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_same_run_as_with_deepspeeds_own_clipping(tiny_llama: Path, world_size: int) -> None:
+    folded, plain = (spawn(world_size, _run, tiny_llama, fused)[0] for fused in (True, False))
     assert set(folded[1]) == {0.05} and plain[1] == []
     for mine, theirs, tolerance in zip(folded[0], plain[0], (1e-2, 1e-4), strict=True):
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=tolerance)
@@ -47,26 +47,26 @@ def test_the_same_run_as_with_deepspeeds_own_clipping(tiny_llama: Path, world: i
     torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=1e-6)
 
 
-def _overflow(rank: int, world: int, model: Path) -> tuple[list[bool], list[bool], list[int]]:
+def _overflow(global_rank: int, world_size: int, model: Path) -> tuple[list[bool], list[bool], list[int]]:
     """Three steps; in the second one process has a gradient that is not finite."""
     building.uses_fused_optimizer = lambda ds_config, device: True
-    engine = scenario.build(CASES[0], model, world)
+    engine = scenario.build(CASES[0], model, world_size)
     parameter = next(p for p in engine.adapted.trained.parameters() if p.requires_grad)
     skipped, changed, steps = [], [], []
     for attempt in range(3):
         before = [buffer.detach().clone() for buffer in engine.shards.layout.buffers]
-        broken = attempt == 1 and rank == world - 1
+        broken = attempt == 1 and global_rank == world_size - 1
         hook = parameter.register_hook(lambda grad, broken=broken: grad * float("inf") if broken else grad)
-        skipped.append(engine.train_step(*scenario.batches(attempt, rank, world)).skipped)
+        skipped.append(engine.train_step(*scenario.batches(attempt, global_rank, world_size)).skipped)
         hook.remove()
         changed.append(any(not torch.equal(b, a) for b, a in zip(before, engine.shards.layout.buffers, strict=True)))
         steps.append(engine.step)
     return skipped, changed, steps
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_steps_that_are_not_finite_are_skipped_by_all(tiny_llama: Path, world: int) -> None:
-    for skipped, changed, steps in spawn(world, _overflow, tiny_llama):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_that_are_not_finite_are_skipped_by_all(tiny_llama: Path, world_size: int) -> None:
+    for skipped, changed, steps in spawn(world_size, _overflow, tiny_llama):
         assert skipped == [False, True, False] and changed == [True, False, True] and steps == [1, 1, 2]
 
 
@@ -84,8 +84,8 @@ def test_the_norm_adds_up_in_fp32() -> None:
 )  # fmt: skip
 def test_where_it_cannot_be_folded_deepspeed_clips(changed: dict[str, Any], precision: str, fused: bool) -> None:
     ds_config = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
-    assert folds(ds_config, "bf16", True)
-    assert not folds(ds_config | changed, precision, fused)
+    assert can_fold_clipping(ds_config, "bf16", True)
+    assert not can_fold_clipping(ds_config | changed, precision, fused)
 
 
 def test_the_gradient_that_hooks_see_after_the_step_is_the_clipped_one() -> None:

@@ -13,6 +13,7 @@ from salient_ds.export.meta import ExportMeta
 from salient_ds.export.verify import verify_peft
 from salient_ds.run.export import read_factors
 from tests.dist import increlora_worker
+from tests.dist.plain_run import train_plain
 from tests.dist.scenario import TOTAL_STEPS, Case
 from tests.dist.test_parity import TINY_PARTITIONS, assemble, assert_factors
 from tests.support.spawn import spawn
@@ -44,7 +45,7 @@ def results(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="module")
 def plain(tiny_llama: Path) -> dict[str, Any]:
-    return increlora_worker.plain(CASES["stage0"], tiny_llama)
+    return train_plain(CASES["stage0"], tiny_llama)
 
 
 @each_cell

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.dist import methods_worker
+from tests.dist.plain_run import train_plain
 from tests.dist.scenario import TOTAL_STEPS, Case
 from tests.dist.test_parity import OFFLOAD, TINY_PARTITIONS, assemble, assert_factors
 from tests.support.spawn import spawn, spawn_apart
@@ -82,7 +83,7 @@ def results(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Matri
 
 @pytest.fixture(scope="module")
 def plain(tiny_llama: Path) -> dict[str, Any]:
-    return {name: methods_worker.plain(Case(0, method=method), tiny_llama) for name, method in METHODS.items()}
+    return {name: train_plain(Case(0, method=method), tiny_llama) for name, method in METHODS.items()}
 
 
 @each_cell

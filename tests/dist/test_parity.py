@@ -10,7 +10,8 @@ import torch
 
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.ranks import Part
-from tests.dist import reference, scenario
+from tests.dist import scenario
+from tests.dist.plain_run import train_plain
 from tests.dist.scenario import SALIENT, TOTAL_STEPS, Case
 from tests.support.spawn import spawn, spawn_apart
 
@@ -56,7 +57,7 @@ FOUR_PROCESSES = [Case(2), Case(3, zero=TINY_PARTITIONS)]
 
 @pytest.fixture(scope="module")
 def plain(tiny_llama: Path) -> dict[str, Any]:
-    return reference.train(Case(0), tiny_llama)
+    return train_plain(Case(0), tiny_llama)
 
 
 @pytest.fixture(scope="module")

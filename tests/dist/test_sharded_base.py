@@ -48,16 +48,16 @@ def test_in_bf16_too(two: list[Any]) -> None:
     assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-3)
 
 
-def _hold(rank: int, world: int, model: Path) -> dict[str, Any]:
+def _hold(global_rank: int, world_size: int, model: Path) -> dict[str, Any]:
     """What a process keeps of the base, a step in evaluation mode, and a step after it."""
-    engine = build(Case(3, speed=SHARDED), model, world)
+    engine = build(Case(3, speed=SHARDED), model, world_size)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in _layer_parameters(engine)}
     tokens, _ = scenario.example(0, 3)
     engine.engine.eval()
     with torch.no_grad():
         logits = engine.engine(input_ids=tokens).logits
     again = engine.engine(input_ids=tokens).logits  # a graph that is never walked back
-    losses, _ = advance(engine, 2, rank, world)
+    losses, _ = advance(engine, 2, global_rank, world_size)
     return {"storages": storages, "logits": logits, "again": again.detach(), "losses": losses}
 
 

@@ -25,8 +25,8 @@ def test_sharded_bases_train_as_whole_ones(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for rank in range(gpus):
-        losses = json.loads((tmp_path / f"losses-{rank}.json").read_text())
+    for global_rank in range(gpus):
+        losses = json.loads((tmp_path / f"losses-{global_rank}.json").read_text())
         assert set(losses) == set(WAYS)
         for way, found in losses.items():
             assert found[0] == pytest.approx(losses["whole"][0], rel=1e-5), way

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForSequenceClassification
 
 from salient_ds.adapters.inject import AdaptedModel, inject
-from salient_ds.adapters.options import AdapterConfig
+from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
 from salient_ds.adapters.ranked_linear import RankedLinear
+from salient_ds.heterolora.injection import add_shortcuts
 from salient_ds.heterolora.options import HeteroLoRAConfig
-from salient_ds.heterolora.shortcut import ShortcutOptions
 
 FOLDER = Path(__file__).parent / "hetero"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -95,9 +95,12 @@ def tiny_llama(weights: Group, shortcuts: bool, norm: Any = "reuse") -> AdaptedM
 
 
 def _adapt(model: Any, adapter: AdapterConfig, weights: Group, shortcuts: bool, norm: Any) -> AdaptedModel:
-    options = ShortcutOptions(rank=2, alpha=4, norm_after_shortcut=norm) if shortcuts else None
-    model = model.double().eval()
-    adapted = inject(model, adapter, HeteroLoRAConfig(), 0, torch.float64, shortcuts=options, switched=True)
+    if shortcuts:
+        options = ShortcutConfig(rank=2, alpha=4, norm_after_shortcut=norm)
+        adapter = adapter.model_copy(update={"shortcuts": options})
+    adapted = inject(model.double().eval(), adapter, HeteroLoRAConfig(), 0, torch.float64)
+    if shortcuts:
+        add_shortcuts(adapted, adapter, 0, torch.float64)
     load(adapted.model, weights)
     return adapted
 
@@ -119,4 +122,4 @@ def by_short_name(adapted: AdaptedModel) -> dict[str, RankedLinear]:
 def switch(adapted: AdaptedModel, on: dict[str, bool]) -> None:
     """Turn modules on and off by short name."""
     mask_M = torch.tensor([on[short_name(path)] for path in adapted.adapters])
-    adapted.set_mask(adapted.module_mask(mask_M), gate=True, final=False)
+    adapted.set_mask(mask_M[adapted.layout.module_of_row_N], gate=True, final=False)

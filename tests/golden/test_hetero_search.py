@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from salient_ds.heterolora import proxies
-from salient_ds.heterolora.module_select import Candidates, Share, select_modules_on, top_k
+from salient_ds.heterolora.module_select import Candidates, KeptShare, select_modules_on, top_k
 from salient_ds.heterolora.shortcut import KINDS
 from tests.golden.hetero_model import PROJECTIONS, by_short_name, group, our_name, read_json, switch, tiny_opt
 from tests.golden.hetero_scores import RELATIVE, Batch, assert_scores, flat, scores, stub_batches
@@ -37,7 +37,7 @@ def test_selection(case: dict[str, Any]) -> None:
     linear, shortcut = flat(case["lora_scores"]), flat(case["shortcut_scores"])
     space = candidates(list(linear), list(shortcut))
     score_M = torch.tensor([*linear.values(), *shortcut.values()], dtype=torch.float64)
-    share = Share(case["turn_on_percentile"], case["mode"])
+    share = KeptShare(case["turn_on_percentile"], case["mode"])
     generator = torch.Generator().manual_seed(case["generator_seed"])
     if case["name"] in ("nan", "budget_zero"):
         with pytest.raises(ValueError, match="not a number" if case["name"] == "nan" else "less than one module"):
@@ -96,7 +96,7 @@ class Search:
     def event(self) -> dict[str, float]:
         found = scores(self.adapted, self.proxy, stub_batches()[: self.settings["limit_test_batches"]])
         score_M = torch.tensor(list(found.values()), dtype=torch.float64)
-        share = Share(self.settings["turn_on_percentile"], self.mode)
+        share = KeptShare(self.settings["turn_on_percentile"], self.mode)
         choice = select_modules_on(score_M, self.space, share, self.generator)
         self.on = dict(zip(self.adapters, choice.mask_M.tolist(), strict=True))
         switch(self.adapted, self.on)
@@ -184,7 +184,7 @@ def test_recorded_events() -> None:
         names = [str(n) for n in arrays[f"{prefix}names"]]
         shortcut_M = torch.tensor([any(kind in n for kind in KINDS) for n in names])
         mode: Any = "separated" if "separated" in prefix else ("combined" if shortcut_M.any() else "off")
-        share = Share(0.33 if "llama" in prefix else 0.25, mode)
+        share = KeptShare(0.33 if "llama" in prefix else 0.25, mode)
         bL = math.floor(share.share * int((~shortcut_M).sum()))
         bS = round(share.share * int(shortcut_M.sum()))
         for score_row, on_row in zip(arrays[f"{prefix}scores"], arrays[f"{prefix}on"], strict=True):

@@ -16,11 +16,11 @@ from torch import nn
 from salient_ds.adapters.growing import RESERVE_SIGMA, GrowingLinear
 from salient_ds.adapters.module_score import ModuleScores, module_score
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
-from salient_ds.methods.increlora.growth import growth_plan
 from salient_ds.methods.increlora.method import IncreLoRA
 from salient_ds.methods.increlora.options import IncreLoRAConfig
 from salient_ds.ranks import RankDecision, RankLayout, initial_decision
 from salient_ds.salience.learning_rate import RatePlan
+from tests.support.layouts import layout_of
 
 FOLDER = Path(__file__).parent / "increlora"
 RUNS = sorted(path.stem for path in FOLDER.glob("run_*.npz"))
@@ -191,6 +191,6 @@ def test_no_default_for_some_targets() -> None:
     golden = json.loads((FOLDER / "misc.json").read_text())
     assert "KeyError" in golden["target_rank_3_constructor"]
     with pytest.raises(ValueError, match="method.add has no default for a mean target rank of 3"):
-        growth_plan(IncreLoRAConfig(target_rank=3, top_h=2), (8,) * 4, 1000)
-    adds = [growth_plan(IncreLoRAConfig(target_rank=r, top_h=2), (8,) * 4, 1000).add for r in (2, 4, 6, 8)]
+        IncreLoRAConfig(target_rank=3, top_h=2).plan(layout_of((8,) * 4), 1000)
+    adds = [IncreLoRAConfig(target_rank=r, top_h=2).plan(layout_of((8,) * 4), 1000).add for r in (2, 4, 6, 8)]
     assert adds == [1, 2, 3, 4]

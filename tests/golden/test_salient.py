@@ -192,7 +192,7 @@ def decide(golden: Golden, monkeypatch: pytest.MonkeyPatch, **options: Any) -> t
     """One allocation of the reference preset on a golden window."""
     modules, rank, steps, budget = (int(golden[k]) for k in ("n_modules", "r", "window", "curr_rank"))
     event = Event(step=steps, total_rank=budget, window_start=1, window=steps)
-    monkeypatch.setattr(salientlora, "salient_events", lambda *_: [event])
+    monkeypatch.setattr(SalientLoRAConfig, "events", lambda *_: [event])
     config = SalientLoRAConfig(
         **{"preset": "reference", "target_rank": 1, "initial_warmup": 1, "beta": float(golden["beta_corr"])} | options
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from salient_ds.methods.adalora.options import SensitivityConfig
+from salient_ds.methods.base import modules_of_rows, refuse_non_finite
 from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
 from salient_ds.salience import sensitivity
 from salient_ds.salience.select import reference_threshold, score_at_cut, select_exact, select_threshold
@@ -100,7 +101,8 @@ class AdaLoRA:
         """
         # Rounded, so that two scores that are equal but for the order of summation are equal on any sharding.
         score_N = statistics["score"].float()
-        self._check_finite(score_N, event)
+        bad = modules_of_rows(self.layout, ~score_N.isfinite())
+        refuse_non_finite("sensitivity scores", self.layout.modules, bad, f"at step {event.step}")
         everyone_N = torch.ones_like(score_N, dtype=torch.bool)
         if self.options.ties == "exact":
             mask_N = select_exact(score_N, event.total_rank, everyone_N)
@@ -165,14 +167,3 @@ class AdaLoRA:
     def _pending(self, step: int) -> bool:
         """Whether an event comes after ``step``."""
         return bool(self.events) and step < self.events[-1].step
-
-    def _check_finite(self, score_N: Tensor, event: Event) -> None:
-        finite_N = score_N.isfinite()
-        if bool(finite_N.all()):
-            return
-        bad = sorted(set(self.layout.module_of_row_N[~finite_N.cpu()].tolist()))
-        names = ", ".join(self.layout.modules[k] for k in bad[:3]) + (" ..." if len(bad) > 3 else "")
-        raise ValueError(
-            f"sensitivity scores of {len(bad)} matrices ({names}) were not finite at step {event.step}: training has "
-            "diverged, lower train.lr or resume from an earlier checkpoint"
-        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.growing import RESERVE_SIGMA
+from salient_ds.methods.base import refuse_non_finite
 from salient_ds.methods.increlora.growth import (
     Growth,
     grow_exact,
@@ -184,7 +185,8 @@ class IncreLoRA:
     def _grow(self, previous: RankDecision, event: Event) -> tuple[list[int], float]:
         """Rank of every matrix after ``event``, and the lowest score of one that grows."""
         smoothed_M2 = self.smoothed_M2
-        self._check_finite(smoothed_M2, event)
+        bad = (~smoothed_M2.isfinite().all(1)).nonzero().flatten().tolist()
+        refuse_non_finite("scores", self.layout.modules, bad, f"at step {event.step}")
         ranks = previous.ranks(self.layout)
         growth = self._growth(smoothed_M2.prod(1).tolist(), ranks, self.plan.target_total - previous.total)
         return [rank + rows for rank, rows in zip(ranks, growth.rows, strict=True)], growth.threshold
@@ -216,12 +218,3 @@ class IncreLoRA:
                 if runs:
                     chosen[k, factor] = runs
         self._row_rates.choose(chosen)
-
-    def _check_finite(self, smoothed_M2: Tensor, event: Event) -> None:
-        bad = (~smoothed_M2.isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            names = ", ".join(self.layout.modules[k] for k in bad[:3]) + (" ..." if len(bad) > 3 else "")
-            raise ValueError(
-                f"scores of {len(bad)} matrices ({names}) were not finite at step {event.step}: training has diverged, "
-                "lower train.lr or resume from an earlier checkpoint"
-            )

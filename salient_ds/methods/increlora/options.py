@@ -15,7 +15,7 @@ from salient_ds.ranks import Event, RankLayout
 from salient_ds.steps import steps_or_fraction
 
 if TYPE_CHECKING:
-    from salient_ds.methods.base import Method
+    from salient_ds.methods.duties import Method
     from salient_ds.salience.learning_rate import RatePlan
 
 

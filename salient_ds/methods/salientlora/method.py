@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salient_ds.methods.base import modules_of_rows, refuse_non_finite
 from salient_ds.methods.salientlora.options import SalientLoRAConfig, SalientOptions
 from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView, WorkShare
 from salient_ds.salience import score
@@ -113,7 +114,9 @@ class SalientLoRA:
         window_NT = statistics["window"]
         assert window_NT.shape == (self.layout.total, event.window)
         live_N = previous.mask_N.to(window_NT.device)
-        self._check_finite(window_NT, event)
+        bad = modules_of_rows(self.layout, ~window_NT.isfinite().all(1))
+        when = f"in steps {event.window_start}..{event.step}"
+        refuse_non_finite("singular values", self.layout.modules, bad, when)
         # Whatever an optimizer made of a pruned value since the last event does not count.
         window_NT = window_NT * live_N[:, None]
         if self.reference_numerics:
@@ -200,18 +203,6 @@ class SalientLoRA:
         mask_N = torch.zeros_like(live_N)
         mask_N[ranked_N] = select_threshold(score_N[ranked_N], budget)
         return mask_N, reference_threshold(score_N[ranked_N], budget)
-
-    def _check_finite(self, window_NT: Tensor, event: Event) -> None:
-        finite_N = window_NT.isfinite().all(1)
-        if bool(finite_N.all()):
-            return
-        bad = sorted(set(self.layout.module_of_row_N[~finite_N.cpu()].tolist()))
-        names = ", ".join(self.layout.modules[k] for k in bad[:3]) + (" ..." if len(bad) > 3 else "")
-        raise ValueError(
-            f"singular values of {len(bad)} matrices ({names}) were not finite in steps "
-            f"{event.window_start}..{event.step}: training has diverged, lower train.lr or resume from an "
-            "earlier checkpoint"
-        )
 
     def _event_at(self, step: int) -> Event | None:
         """The event that ends the window which ``step`` belongs to or waits for; None after the last one."""

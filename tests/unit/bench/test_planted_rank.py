@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from salient_eval.bench import planted_rank
+from salient_eval.bench.plain_training import PlainTraining
 from salient_eval.bench.planted_metrics import estimate, paired, random_recall, rank_scores
-from salient_eval.bench.planted_plan import ARMS, ORACLE, REGIMES, Arm, ProblemSize, Regime, Training, method_classes
+from salient_eval.bench.planted_plan import ARMS, ORACLE, REGIMES, Arm, ProblemSize, Regime, Training
 from salient_eval.bench.planted_problem import held_out_loss, make_problem, update_error
 from salient_eval.bench.planted_students import build_student
 from salient_eval.bench.planted_summary import best_rates, findings, summarise
-from salient_eval.bench.planted_train import student_updates, train
+from salient_eval.bench.planted_train import steps, student_updates, train
+
+from salient_ds.methods.table import methods
 
 SMALL = ProblemSize(planted=(0, 1, 2, 5), width=16, hidden=20, train_examples=2048, test_examples=512)
 SHORT = Training(steps=120, batch=64, initial_rank=6, window_initial=5, window_final=30)
@@ -100,11 +103,11 @@ def test_recall_by_lot() -> None:
 
 def test_no_method_goes_untested() -> None:
     """All but HeteroLoRA: it switches whole modules on and off and has no ranks to recover."""
-    assert {arm.method for arm in ARMS} == set(method_classes()) - {"heterolora"}
+    assert {arm.method for arm in ARMS} == set(methods()) - {"heterolora"}
 
 
 def usable_arms() -> list[Arm]:
-    return [arm for arm in ARMS if arm.method in method_classes()]
+    return [arm for arm in ARMS if arm.method in methods()]
 
 
 @pytest.mark.parametrize("arm", usable_arms(), ids=lambda arm: arm.name)
@@ -142,14 +145,15 @@ def test_a_run_ends_at_its_masks_and_is_repeatable(name: str) -> None:
 
 
 def test_what_is_dropped_does_not_act() -> None:
-    from salient_eval.bench.planted_train import Run, steps
-
     for name in ("adalora", "salientlora-paper-robust", "salientlora-reference-robust"):
         problem = make_problem(SMALL, "equal_energy", 0)
-        run = Run.start(build_student(BY_NAME[name], problem, SMALL, SHORT, 0), SHORT, 0.02)
-        steps(run, problem, SHORT, 0)
+        student = build_student(BY_NAME[name], problem, SMALL, SHORT, 0)
+        parameters = [p for p in student.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0, fused=True)
+        run = PlainTraining(student.adapted, student.method, optimizer)
+        steps(run, student, problem, SHORT, 0)
         run.finish()
-        for matrix, update_OI in student_updates(run.student, problem).items():
+        for matrix, update_OI in student_updates(student, problem).items():
             live = run.ranks()[matrix]
             assert int((torch.linalg.svdvals(update_OI.double()) > 1e-5).sum()) <= live, (name, matrix)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from salient_ds.adapters.targets import match_shortcuts
+from salient_ds.adapters.targets import select_shortcuts, shortcut_candidates
 from salient_ds.check.preflight import Report, preflight
 from salient_ds.config.run import parse_config
 from salient_ds.strict import ConfigError
@@ -94,7 +94,7 @@ def test_budgets_and_combinations_that_make_no_sense(settings: dict[str, Any]) -
 
 def test_layers_are_found_by_number() -> None:
     names = [f"model.decoder.layers.{i}.self_attn.q_proj" for i in range(12)]
-    found = match_shortcuts(names, ["shortcut_ffn"])
+    found = select_shortcuts(shortcut_candidates(names), ["shortcut_ffn"])
     assert found == [f"model.decoder.layers.{i}.shortcut_ffn" for i in range(1, 12)]
     with pytest.raises(ValueError, match="no numbered layers"):
-        match_shortcuts(["encoder.dense"], ["residual_1"])
+        shortcut_candidates(["encoder.dense"])

@@ -14,6 +14,7 @@ from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.strict import ConfigError
 from salient_ds.zero.ds_json import DsSummary
+from tests.support.layouts import layout_of
 
 ROOT = Path(__file__).resolve().parents[3]
 METHOD = {"name": "increlora", "target_rank": 2, "interval": 5, "top_h": 5}
@@ -76,10 +77,10 @@ def test_memory(tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:
     """Late rows are copied for a moment, and the blocks of a score come on top of the forward pass."""
     run = run_of(tiny_llama, tiny_alpaca, tmp_path, block_bytes=2**30)
     ds = DsSummary(2, False, False, True, True, 1000, 1000, 1000)
-    work = workload(run, 10**6, [(32, 32)] * 14, None, 2)
+    work = workload(run, 10**6, layout_of((4,) * 14, 32, 32), None, 2)
     assert work.statistics == 4 * work.trainable and work.scoring == 2**30
     small = workload(run_of(tiny_llama, tiny_alpaca, tmp_path, lr_restart=False, block_bytes=1), 10**6,
-                     [(32, 32)] * 14, None, 2)  # fmt: skip
+                     layout_of((4,) * 14, 32, 32), None, 2)  # fmt: skip
     assert small.statistics == 0
     grown = estimate(work, ds, 2).peak - estimate(small, ds, 2).peak
     assert 2**30 - 10**6 < grown <= 2**30 + work.statistics // 2
@@ -87,12 +88,12 @@ def test_memory(tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:
 
 def test_memory_of_growth_in_flight(tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:
     """The rows that there may be at the most, wherever they go, and everything whole on every process for a moment."""
-    shapes = [(32, 32)] * 7 + [(96, 32)] * 7
 
     def work_of(speed: dict[str, Any] | None, rank: int = 32, **method: Any) -> Workload:
         run = run_of(tiny_llama, tiny_alpaca, tmp_path, speed, **method)
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"rank": rank})})
-        return workload(run, 10**6, shapes, None, 8)
+        layout = replace(layout_of((rank,) * 14, 32), out_features=(32,) * 7 + (96,) * 7)
+        return workload(run, 10**6, layout, None, 8)
 
     apart, flight = work_of({"growth": "preallocated"}), work_of({"compaction_multiple": 1})
     assert apart.in_flight is None and flight.at(3) is flight.in_flight and replace(flight, in_flight=None) == apart

@@ -10,6 +10,7 @@ from salient_ds.check.memory import estimate
 from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.config.speed import SpeedConfig, compiles, row_multiple, speed_plan, speed_problems
 from salient_ds.strict import ConfigError
+from tests.support.methods import OPTIONS
 from tests.unit.check.test_memory import config, work
 
 
@@ -20,7 +21,7 @@ from tests.unit.check.test_memory import config, work
         ({"packing": "layer"}, "heterolora", 2, "not with heterolora"),
         ({"zero3": "sharded_base", "packing": "none"}, "salientlora", 3, "zero3=sharded_base needs packed"),
         ({"compaction": "last", "packing": "none"}, "salientlora", 2, "compaction=last needs packed"),
-        ({"growth": "in_flight"}, "salientlora", 2, "growth=in_flight works with increlora, not with salientlora"),
+        ({"growth": "in_flight"}, "salientlora", 2, "growth=in_flight works with methods .*, not with salientlora"),
         ({"growth": "in_flight", "zero3": "partitioned"}, "increlora", 3, "growth=in_flight needs packed adapters"),
         ({"compaction": "every"}, "adalora", 2, "compaction=every works with salientlora, not with adalora"),
         ({"compile_layers": True, "zero3": "partitioned"}, "lora", 3, "compile_layers does not work .*partitioned"),
@@ -29,7 +30,7 @@ from tests.unit.check.test_memory import config, work
 def test_contradictions_are_named_with_the_way_out(
     options: dict[str, object], method: str, stage: int, expected: str
 ) -> None:
-    (problem,) = speed_problems(SpeedConfig.model_validate(options), method, stage)
+    (problem,) = speed_problems(SpeedConfig.model_validate(options), OPTIONS[method], stage)
     import re
 
     assert re.search(expected, problem) and "use" in problem
@@ -49,15 +50,15 @@ def test_contradictions_are_named_with_the_way_out(
 def test_layers_are_compiled_unasked_only_where_that_is_known_to_work(
     options: dict[str, object], method: str, on_gpu: bool, expected: bool
 ) -> None:
-    assert compiles(SpeedConfig.model_validate(options), method, True, on_gpu) == expected
-    assert not compiles(SpeedConfig(), method, False, on_gpu)
+    assert compiles(SpeedConfig.model_validate(options), OPTIONS[method], True, on_gpu) == expected
+    assert not compiles(SpeedConfig(), OPTIONS[method], False, on_gpu)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("method", ["salientlora", "adalora", "lora", "lora2", "increlora", "heterolora"])
 def test_defaults_contradict_nothing(method: str, stage: int) -> None:
-    assert speed_problems(SpeedConfig(), method, stage) == []
-    plan = speed_plan(SpeedConfig(), method, stage)
+    assert speed_problems(SpeedConfig(), OPTIONS[method], stage) == []
+    plan = speed_plan(SpeedConfig(), OPTIONS[method], stage)
     assert plan.packed == (method != "heterolora")
     assert plan.sharded_base == (method != "heterolora" and stage == 3)
     assert plan.grows_in_flight == (method == "increlora")
@@ -65,7 +66,7 @@ def test_defaults_contradict_nothing(method: str, stage: int) -> None:
 
 def test_shortcuts_keep_parameters_apart() -> None:
     for stage in (2, 3):
-        plan = speed_plan(SpeedConfig(), "lora", stage, shortcuts=True)
+        plan = speed_plan(SpeedConfig(), OPTIONS["lora"], stage, shortcuts=True)
         assert not plan.packed and not plan.sharded_base
 
 

@@ -22,6 +22,7 @@ from salient_ds.config.speed import SpeedConfig, compiles, speed_problems
 from salient_ds.models import kernels as fused_kernels
 from salient_ds.models.kernels import apply_kernels, kernel_problems, loss_only, model_types
 from salient_ds.strict import ConfigError
+from tests.support.methods import OPTIONS
 from tests.unit.check.test_memory import config, work
 from tests.unit.check.test_preflight import make, only_problem, settings  # noqa: F401
 
@@ -170,7 +171,7 @@ def test_evaluation_asks_for_the_loss_only(monkeypatch: pytest.MonkeyPatch) -> N
     run.inputs = SimpleNamespace(held_out=[1])  # type: ignore[assignment]
     run.engine = SimpleNamespace(engine=Engine(), step=1)  # type: ignore[assignment]
     run.log = SimpleNamespace(evaluation=lambda mean: None)  # type: ignore[assignment]
-    run.device, run.rank, run.world_size = CPU, 0, 1
+    run.device, run.global_rank, run.world_size = CPU, 0, 1
     assert run.evaluate().endswith("2.0000")
     assert [inputs["skip_logits"] for inputs in seen] == [True]
 
@@ -185,7 +186,8 @@ def test_evaluation_asks_for_the_loss_only(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_contradictions(options: dict[str, Any], method: str, stage: int, shortcuts: bool, expected: str) -> None:
-    (problem,) = speed_problems(SpeedConfig.model_validate({"liger": "loss", **options}), method, stage, shortcuts)
+    speed = SpeedConfig.model_validate({"liger": "loss", **options})
+    (problem,) = speed_problems(speed, OPTIONS[method], stage, shortcuts)
     assert expected in problem
 
 
@@ -193,10 +195,11 @@ def test_contradictions(options: dict[str, Any], method: str, stage: int, shortc
 @pytest.mark.parametrize("liger", ["loss", "all"])
 def test_what_goes_together(liger: str, stage: int) -> None:
     speed = SpeedConfig.model_validate({"liger": liger, "compile_layers": liger == "loss" and stage < 3})
-    assert speed_problems(speed, "salientlora", stage) == []
+    method = OPTIONS["salientlora"]
+    assert speed_problems(speed, method, stage) == []
     auto = SpeedConfig.model_validate({"liger": liger})
-    assert speed_problems(auto, "salientlora", stage) == []
-    assert compiles(auto, "salientlora", packed=True, on_gpu=True) == (liger == "loss"), "layers are fused once"
+    assert speed_problems(auto, method, stage) == []
+    assert compiles(auto, method, packed=True, on_gpu=True) == (liger == "loss"), "layers are fused once"
 
 
 def test_absolute_weights_would_not_reach_fused_norms() -> None:

@@ -6,19 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from salient_ds.check.memory import GIB, Workload, adapter_parameters, estimate, estimate_stages, workload
+from salient_ds.check.memory import GIB, Workload, estimate, estimate_stages, workload
 from salient_ds.check.model_shapes import architecture, derived_linear_shapes, derived_parameters
 from salient_ds.config.run import parse_config
 from salient_ds.methods.adalora.options import AdaLoRAConfig
 from salient_ds.methods.lora.options import LoRAConfig
 from salient_ds.methods.lora2.options import LoRA2Config
 from salient_ds.methods.salientlora.options import SalientLoRAConfig
+from salient_ds.ranks import RankLayout
 from salient_ds.zero.ds_json import DsSummary
 
 LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
             "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip
 SALIENT = SalientLoRAConfig(target_rank=64)
-SHAPES = tuple(derived_linear_shapes(LLAMA_7B).values())
+SHAPES = derived_linear_shapes(LLAMA_7B)
+"""(out, in) by path."""
 # torch.cuda.max_memory_allocated in GiB: LLaMA-7B shape, 224 matrices, bf16 adapters with fp32 masters, 4 x 512 tokens,
 # sdpa; buckets of 5e8 elements, at stage 3 also prefetch 5e8 and max_live_parameters 3e9. Stage 0 stands for a plain
 # loop without DeepSpeed. (rank, checkpointing, stage, GPUs, measured)
@@ -35,14 +37,20 @@ MEASURED = [
 TOLERANCE = 0.10
 
 
+def layout(rank: int) -> RankLayout:
+    """Every matrix of the model at ``rank``."""
+    tall, wide = zip(*SHAPES.values(), strict=True)
+    return RankLayout(tuple(SHAPES), (rank,) * 224, wide, tall)
+
+
 def work(rank: int = 64, checkpointing: bool = False) -> Workload:
     parameters = derived_parameters(LLAMA_7B)
     assert parameters is not None
     return Workload(
         base_parameters=parameters,
-        adapted=SHAPES,
+        adapted=tuple(SHAPES.values()),
         rank=rank,
-        trainable=adapter_parameters(SALIENT, SHAPES, [rank] * 224),
+        trainable=SALIENT.adapter_parameters(layout(rank)),
         statistics=0,
         event=0,
         element_bytes=2,
@@ -69,15 +77,17 @@ def test_within_a_tenth_of_the_measured_peak(
 
 
 def test_trainable_parameters_of_the_papers_setting() -> None:
-    start = adapter_parameters(SALIENT, SHAPES, [480] * 224)
+    full = layout(480)
+    start = SALIENT.adapter_parameters(full)
     assert start == 480 * (32 * (4 * 8192 + 3 * 15104) + 224)
-    end = adapter_parameters(SALIENT, SHAPES, [64] * 224)
+    end = SALIENT.adapter_parameters(full, [64] * 224)
     assert end == pytest.approx(159.9e6, rel=1e-3)  # the paper: 159.9M
-    assert start - adapter_parameters(LoRAConfig(), SHAPES, [480] * 224) == 480 * 224
-    assert adapter_parameters(LoRAConfig(form="svd"), SHAPES, [480] * 224) == start
+    assert SALIENT.adapter_parameters(layout(64)) == end
+    assert start - LoRAConfig().adapter_parameters(full) == 480 * 224
+    assert LoRAConfig(form="svd").adapter_parameters(full) == start
     two_scale = LoRA2Config(target_rank=2)
-    expected = sum(two_scale.parameters(inner, out, 12) for out, inner in SHAPES)
-    assert adapter_parameters(two_scale, SHAPES, [12] * 224) == expected
+    expected = sum(8 * (inner + out) + 2 * 8 * 12 + 12 for out, inner in SHAPES.values())
+    assert two_scale.adapter_parameters(layout(12)) == expected
 
 
 def test_statistics_of_the_methods() -> None:
@@ -91,7 +101,7 @@ def test_statistics_of_the_methods() -> None:
         }
     )  # fmt: skip
     work_of = [
-        workload(run.model_copy(update={"method": method}), 1, SHAPES, None, 1)
+        workload(run.model_copy(update={"method": method}), 1, layout(12), None, 1)
         for method in (run.method, AdaLoRAConfig(target_rank=2), LoRA2Config(target_rank=2), LoRAConfig())
     ]
     rows = 12 * 224

@@ -11,7 +11,7 @@ import pytest
 
 from salient_ds.check.preflight import Report, preflight
 from salient_ds.config.run import RunConfig, parse_config
-from salient_ds.salience.budget import salient_events
+from tests.support.layouts import layout_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -57,7 +57,7 @@ def test_facts_of_a_sound_run(settings: dict[str, Any]) -> None:
     # per layer: q 32+32, k and v 16+32, o 32+32, three of 64+32, and one singular value for each of the seven
     assert facts["trainable_start"] == 2 * 8 * (64 + 48 + 48 + 64 + 3 * 96 + 7)
     assert facts["trainable_end"] == facts["trainable_start"] // 4
-    events = salient_events(run.method, [8] * 14, 32)  # type: ignore[arg-type]
+    events = run.method.events(layout_of((8,) * 14), 32)
     assert [e["step"] for e in facts["events"]] == [e.step for e in events]
     assert facts["events"][-1]["total_rank"] == 28
     assert facts["zero"]["stage"] == 2 and facts["ds_config"]["gradient_accumulation_steps"] == 1

@@ -88,5 +88,5 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="step=-1"):
         StepSampler(5, 1, seed=0).indices(-1)
     for rank, world, micro in ((2, 2, 1), (-1, 2, 1), (0, 0, 1), (0, 1, 0)):
-        with pytest.raises(ValueError, match="dp_rank"):
+        with pytest.raises(ValueError, match="global_rank"):
             StepSampler(8, 4, seed=0).shard(0, rank, world, micro)

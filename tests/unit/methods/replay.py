@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salient_ds.methods.base import Method
+from salient_ds.methods.duties import Method
 from salient_ds.ranks import Part, RankDecision, RankLayout
 
 Values = dict[tuple[int, str], Tensor]

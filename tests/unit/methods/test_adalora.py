@@ -9,7 +9,6 @@ import torch
 
 from salient_ds.methods.adalora.method import AdaLoRA
 from salient_ds.methods.adalora.options import AdaLoRAConfig
-from salient_ds.methods.table import build_method
 from salient_ds.ranks import RankDecision, RankLayout
 from tests.unit.methods.replay import Replay, Values, random_run, svd_factors
 
@@ -21,7 +20,7 @@ RUN = random_run(svd_factors(LAYOUT), STEPS, seed=3)
 
 def replay_of(pieces: int = 1, **options: Any) -> Replay:
     config = AdaLoRAConfig(**(BASE | options))
-    return Replay(lambda: build_method(config, LAYOUT, STEPS), LAYOUT, svd_factors(LAYOUT), pieces)
+    return Replay(lambda: config.build(LAYOUT, STEPS), LAYOUT, svd_factors(LAYOUT), pieces)
 
 
 def run(replay: Replay, until: int = STEPS) -> Replay:
@@ -129,7 +128,7 @@ def test_ties_do_not_depend_on_how_sums_are_split() -> None:
     config = AdaLoRAConfig(**(BASE | {"target_total": 5, "target_rank": None}))
     kept = set()
     for pieces in (1, 2, 3, 5, 8):
-        replay = Replay(lambda: build_method(config, layout, STEPS), layout, factors, pieces)
+        replay = Replay(lambda: config.build(layout, STEPS), layout, factors, pieces)
         for values, grads in twice:
             replay.train_step(values, grads)
         kept.add(tuple(replay.decisions[-1].ranks(layout)))
@@ -176,7 +175,7 @@ def test_a_decision_depends_on_its_arguments_only() -> None:
     event, statistics = replay.methods[0].events[0], {"score": replay.scores[0]}
     everything = RankDecision(0, 12, torch.ones(12, dtype=torch.bool))
     nothing = RankDecision(0, 0, torch.zeros(12, dtype=torch.bool), hold=False)
-    other = build_method(AdaLoRAConfig(**BASE), LAYOUT, STEPS)
+    other = AdaLoRAConfig(**BASE).build(LAYOUT, STEPS)
     for method in (replay.methods[0], other):
         for previous in (everything, nothing):
             made = method.allocate(statistics, event, previous)
@@ -185,4 +184,4 @@ def test_a_decision_depends_on_its_arguments_only() -> None:
 
 def test_schedule_errors_reach_the_user() -> None:
     with pytest.raises(ValueError, match="takes all of total_steps=24"):
-        build_method(AdaLoRAConfig(target_rank=2, initial_warmup=20, final_warmup=4), LAYOUT, STEPS)
+        AdaLoRAConfig(target_rank=2, initial_warmup=20, final_warmup=4).build(LAYOUT, STEPS)

@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from salient_ds.salience.schedules import initial_total, method_events, method_plan
 from torch import Tensor, nn
 from transformers.optimization import get_scheduler
 
-from salient_ds.methods.base import ScoringMethod
-from salient_ds.methods.increlora.growth import exact_scores, grow_exact, grow_threshold, growth_events, growth_plan
+from salient_ds.methods.duties import ScoringMethod
+from salient_ds.methods.increlora.growth import grow_exact, grow_threshold, growth_events
 from salient_ds.methods.increlora.method import IncreLoRA
 from salient_ds.methods.increlora.options import IncreLoRAConfig
 from salient_ds.methods.increlora.row_rates import NEVER, RowRates, Run, row_pieces, runs_of
-from salient_ds.methods.lora.method import LoRA
-from salient_ds.methods.table import build_method
+from salient_ds.methods.lora.options import LoRAConfig
 from salient_ds.ranks import Part, RankDecision, RankLayout, initial_decision
 from salient_ds.salience.learning_rate import RatePlan
+from tests.support.layouts import layout_of
 from tests.unit.methods.replay import ShardView, svd_factors, uneven_cuts
 
 LAYOUT = RankLayout(("q", "v", "up"), (5, 5, 5), (6, 5, 7), (5, 6, 9))
@@ -30,7 +29,7 @@ RATES = RatePlan("linear", 3, STEPS, (0.9, 0.999), 0.0)
 
 
 def method_of(rates: RatePlan = RATES, **options: Any) -> IncreLoRA:
-    method = build_method(IncreLoRAConfig(**BASE | options), LAYOUT, STEPS, rates)
+    method = IncreLoRAConfig(**BASE | options).build(LAYOUT, STEPS, rates)
     assert isinstance(method, IncreLoRA) and isinstance(method, ScoringMethod)
     return method
 
@@ -108,7 +107,7 @@ def test_scored_steps() -> None:
     method = method_of(score_every=4)
     assert [step for step in range(1, STEPS) if method.scored_at(step)] == [1, 5, 9]
     assert all(method_of().scored_at(step) for step in range(1, 10))
-    assert not isinstance(LoRA(), ScoringMethod)
+    assert not isinstance(LoRAConfig().build(LAYOUT, STEPS), ScoringMethod)
 
 
 REFUSED = [
@@ -134,10 +133,13 @@ def test_refused_before() -> None:
     with pytest.raises(ValueError, match="exactly one of method.target_rank"):
         IncreLoRAConfig(top_h=2)
     with pytest.raises(ValueError, match="method.score_reduction=exact .* 4 micro-batches"):
-        exact_scores("exact", 4)
+        IncreLoRAConfig(top_h=2, target_rank=2, score_reduction="exact").exact_scores(4)
 
 
 def test_scores_are_exact_where_that_is_affordable() -> None:
+    def exact_scores(kind: Any, accumulation: int) -> bool:
+        return IncreLoRAConfig(top_h=2, target_rank=2, score_reduction=kind).exact_scores(accumulation)
+
     assert IncreLoRAConfig(top_h=2, target_rank=2).score_reduction == "auto"
     found = {(kind, count): exact_scores(kind, count) for kind in ("auto", "mean") for count in (1, 4)}
     assert found == {("auto", 1): True, ("auto", 4): False, ("mean", 1): False, ("mean", 4): False}
@@ -150,13 +152,14 @@ def test_scores_are_exact_where_that_is_affordable() -> None:
 
 def test_schedule_for_check() -> None:
     config = IncreLoRAConfig(target_rank=4, top_h=3, interval=2, initial_warmup=0.25)
-    plan = method_plan(config, (5, 5, 5), STEPS)
-    assert plan is not None and (plan.initial_total, plan.target_total) == (3, 12)
-    assert initial_total(config, (5, 5, 5)) == 3
-    events = method_events(config, (5, 5, 5), STEPS)
-    assert events == growth_events(config, (5, 5, 5), STEPS)
+    layout = layout_of((5, 5, 5))
+    plan = config.plan(layout, STEPS)
+    assert (plan.initial_total, plan.target_total) == (3, 12)
+    assert (config.initial_total(layout), config.final_total(layout, STEPS)) == (3, 12)
+    events = config.events(layout, STEPS)
+    assert events == growth_events(plan)
     assert [(e.step, e.total_rank) for e in events] == [(9, 9), (11, 12)]  # s = 8 is the first even one above 6
-    assert growth_plan(config, (5, 5, 5), STEPS).initial_warmup == 6
+    assert plan.initial_warmup == 6
 
 
 def test_scores_that_are_not_finite() -> None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from salient_ds.engine.compact import in_multiples
-from salient_ds.methods.increlora.growth import first_room, growth_plan, headroom, largest_rooms, more_room
+from salient_ds.methods.increlora.growth import headroom, more_room
 from salient_ds.methods.increlora.method import IncreLoRA
 from salient_ds.methods.increlora.options import IncreLoRAConfig
 from salient_ds.methods.increlora.row_rates import NEVER
 from salient_ds.ranks import RankLayout, initial_decision
 from salient_ds.salience.learning_rate import RatePlan
+from tests.support.layouts import layout_of
 
 MATRICES, MOST, STEPS = 12, 20, 62
 LAYOUT = RankLayout(tuple("abcdefghijkl"), (MOST,) * MATRICES, (6,) * MATRICES, tuple(range(5, 5 + MATRICES)))
@@ -36,16 +37,16 @@ def test_headroom() -> None:
 
 
 def test_the_first_room() -> None:
-    assert first_room(config_of(), MATRICES, MOST) == 1 + 2 + 2
-    assert first_room(config_of(advance_learning=False), MATRICES, MOST) == 1 + 2
-    assert first_room(config_of(), MATRICES, 4) == 4
-    assert first_room(config_of(target_rank=1), MATRICES, MOST) == 1 + 2  # nothing will grow
+    assert config_of().first_room(MATRICES, MOST) == 1 + 2 + 2
+    assert config_of(advance_learning=False).first_room(MATRICES, MOST) == 1 + 2
+    assert config_of().first_room(MATRICES, 4) == 4
+    assert config_of(target_rank=1).first_room(MATRICES, MOST) == 1 + 2  # nothing will grow
     with pytest.raises(ValueError, match="method.add has no default"):
-        first_room(config_of(add=None, target_rank=5), MATRICES, MOST)
+        config_of(add=None, target_rank=5).first_room(MATRICES, MOST)
 
 
 def test_more_room_only_when_a_row_lacks_it() -> None:
-    plan = growth_plan(config_of(target_rank=10), (9, 9, 20, 20), 100)
+    plan = config_of(target_rank=10).plan(layout_of((9, 9, 20, 20)), 100)
     assert more_room(plan, [3, 3, 3, 1], 2, (5, 5, 5, 5)) is None
     assert more_room(plan, [3, 1, 4, 1], 2, (5, 5, 5, 5)) == (7, 5, 8, 5)  # those that had enough: headroom again
     assert more_room(plan, [8, 1, 12, 1], 2, (9, 5, 5, 5)) == (9, 5, 20, 5)  # capped, with half of 12 to spare
@@ -71,11 +72,11 @@ def test_decisions_do_not_depend_on_room(multiple: int, scores: str, options: di
     """Nor does what is remembered; rooms stay below the bound that memory is estimated with."""
     config, draw = config_of(**options), torch.Generator().manual_seed(5)
     total, flight = (IncreLoRA(config, LAYOUT, STEPS, RATES) for _ in range(2))
-    flight.resized(at((first_room(config, MATRICES, MOST),) * MATRICES))
+    flight.resized(at((config.first_room(MATRICES, MOST),) * MATRICES))
     wanted = initial_decision(total.policy, LAYOUT)
     mine = initial_decision(flight.policy, flight.layout)
     widths = [a + b + 1 for a, b in zip(LAYOUT.in_features, LAYOUT.out_features, strict=True)]
-    bound = elements(tuple(largest_rooms(config, widths, MOST, multiple)), widths)
+    bound = elements(tuple(config.largest_rooms(LAYOUT, multiple)), widths)
     made = 0
     for event in total.events:
         score_M = SCORES[scores](draw)

@@ -14,7 +14,6 @@ from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.two_scale import TwoScaleLinear
 from salient_ds.methods.lora2.method import LoRA2
 from salient_ds.methods.lora2.options import LoRA2Config
-from salient_ds.methods.table import build_method
 from salient_ds.ranks import RankLayout
 from tests.unit.methods.replay import Replay, random_run, svd_factors, two_scale_factors
 
@@ -27,7 +26,7 @@ DEBERTA = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
 
 def replay_of(pieces: int = 1, **options: Any) -> Replay:
     config = LoRA2Config(target_rank=2, initial_warmup=4, final_warmup=6, interval=3, inner_width=INNER, **options)
-    return Replay(lambda: build_method(config, LAYOUT, STEPS), LAYOUT, two_scale_factors(LAYOUT, INNER), pieces)
+    return Replay(lambda: config.build(LAYOUT, STEPS), LAYOUT, two_scale_factors(LAYOUT, INNER), pieces)
 
 
 def run(replay: Replay, until: int = STEPS) -> Replay:
@@ -68,7 +67,7 @@ def test_published_number_of_trainable_parameters(k: int, millions: float) -> No
     """0.166 M (printed as 0.17 M) for k = 1 at the scripts' smallest target, 1.33 M for the code's k = 8."""
     config = LoRA2Config(target_rank=1, inner_width=k)
     rank = 2
-    total = 12 * sum(config.parameters(wide, tall, rank) for wide, tall in DEBERTA)
+    total = config.adapter_parameters(deberta(rank))
     assert total / 1e6 == pytest.approx(millions, abs=0.0051)
     built = 0
     for wide, tall in DEBERTA:
@@ -121,7 +120,7 @@ def test_inject_builds_the_two_scale_form() -> None:
     assert torch.equal(model(x), expected)
     assert [type(a) for a in adapted.adapters.values()] == [TwoScaleLinear] * 2
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trainable == config.parameters(6, 9, 4) + config.parameters(9, 6, 4)
+    assert trainable == config.adapter_parameters(adapted.layout)
     penalty = adapted.penalty
     assert penalty is not None and penalty.terms == 5
     penalty.arm(1.0, torch.device("cpu"))

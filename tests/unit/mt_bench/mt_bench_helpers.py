@@ -8,7 +8,8 @@ from typing import Any
 from salient_eval.mt_bench.cache import ReplyCache
 from salient_eval.mt_bench.client import Endpoint, JudgeClient
 from salient_eval.mt_bench.cost import Budget
-from salient_eval.mt_bench.judge import Judging, Options, Summary
+from salient_eval.mt_bench.judge import Judging, Summary
+from salient_eval.mt_bench.matches import Options
 from salient_eval.mt_bench.questions import QuestionSet, load_question_set
 from salient_eval.mt_bench.store import Answer, Layout, Row, load_answers, merge_judgments, write_answers
 

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_file(
     assert [len(batch) for batch in batches] == [4, 4, 4], "the first was answered, the second in part: it is run whole"
     assert rows_of(tmp_path, "m") == rows_of(reference, "m")
     assert [file.name for file in folder.iterdir()] == ["m.jsonl"]
-    monkeypatch.setattr(local_model, "load_model", lambda *a: pytest.fail("nothing was left to answer"))
+    monkeypatch.setattr(local_model, "load_answering", lambda *a: pytest.fail("nothing was left to answer"))
     generate(tmp_path, adapter, "--model-id", "m", "--batch-size", "4")
 
 

@@ -18,7 +18,8 @@ from mt_bench_helpers import answers_for, endpoint, judge, write_answer_file
 from salient_eval.mt_bench.cache import ReplyCache
 from salient_eval.mt_bench.client import JudgeClient
 from salient_eval.mt_bench.cost import Budget, Price
-from salient_eval.mt_bench.judge import Judging, Options, matches
+from salient_eval.mt_bench.judge import Judging
+from salient_eval.mt_bench.matches import Options, matches
 from salient_eval.mt_bench.questions import QuestionSet, load_question_set
 from salient_eval.mt_bench.report import ReportOptions, build_report
 from salient_eval.mt_bench.store import Answer, Layout, merge_judgments, read_rows

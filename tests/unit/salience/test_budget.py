@@ -17,10 +17,9 @@ from salient_ds.salience.budget import (
     paper_schedule,
     reference_schedule,
     reference_trace,
-    salient_events,
-    salient_plan,
 )
 from salient_ds.steps import steps_or_fraction
+from tests.support.layouts import layout_of
 
 
 def random_plans(count: int, seed: int) -> list[AllocationPlan]:
@@ -175,17 +174,18 @@ def test_steps_or_fraction() -> None:
 
 
 def test_events_of_a_configuration() -> None:
+    layout = layout_of((8, 8, 4))
     config = SalientLoRAConfig(target_rank=2.5, initial_warmup=0.1, final_warmup=100)
-    plan = salient_plan(config, [8, 8, 4], 1000)
+    plan = config.plan(layout, 1000)
     assert (plan.initial_total, plan.target_total, plan.initial_warmup, plan.final_warmup) == (20, 8, 100, 100)
-    assert salient_events(config, [8, 8, 4], 1000) == paper_schedule(plan)
+    assert config.events(layout, 1000) == paper_schedule(plan)
     as_code = SalientLoRAConfig(target_total=8, initial_warmup=100, final_warmup=100, preset="reference")
-    assert salient_events(as_code, [8, 8, 4], 1000) == reference_schedule(plan)
-    assert salient_events(as_code, [8, 8, 4], 1000)[-1].step < 900
+    assert as_code.events(layout, 1000) == reference_schedule(plan)
+    assert as_code.events(layout, 1000)[-1].step < 900
     closed = as_code.model_copy(update={"final_prune": True})
-    assert salient_events(closed, [8, 8, 4], 1000)[-1].step == 901
+    assert closed.events(layout, 1000)[-1].step == 901
 
 
 def test_budget_needs_no_torch() -> None:
-    code = "import sys, salient_ds.salience.budget, salient_ds.method_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, salient_ds.salience.budget, salient_ds.methods.options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""AdaLoRA's schedule: bounds, the final event, and what is an error; and the dispatch over all methods."""
+"""AdaLoRA's schedule: bounds, the final event, and what is an error; and what the options of every method know."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from typing import Any
 
 import pytest
-from salient_ds.salience.schedules import method_events, method_plan
 
 from salient_ds.methods.adalora.options import AdaLoRAConfig
 from salient_ds.methods.lora.options import LoRAConfig
 from salient_ds.methods.lora2.options import LoRA2Config
 from salient_ds.methods.salientlora.options import SalientLoRAConfig
-from salient_ds.salience.budget import AllocationPlan, salient_events
-from salient_ds.salience.cubic_budget import budget_at, cubic_events, cubic_schedule
+from salient_ds.salience.budget import AllocationPlan, paper_schedule
+from salient_ds.salience.cubic_budget import budget_at, cubic_schedule
+from tests.support.layouts import layout_of
 
 
 def plan(total: int, start: int, final: int, initial: int = 40, target: int = 10) -> AllocationPlan:
@@ -71,10 +71,11 @@ def test_no_event_is_an_error_otherwise() -> None:
 
 def test_configured_numbers() -> None:
     config = AdaLoRAConfig(target_rank=1.5, initial_warmup=0.1, final_warmup=0.2, interval=10)
-    events = cubic_events(config, [4, 4], 100)
+    events = config.events(layout_of((4, 4)), 100)
     assert [event.step for event in events] == [21, 31, 41, 51, 61, 71, 81]
     assert events[-1].total_rank == 3
-    assert cubic_events(AdaLoRAConfig(target_total=3, initial_warmup=10, final_warmup=20), [4, 4], 100) == events
+    same = AdaLoRAConfig(target_total=3, initial_warmup=10, final_warmup=20)
+    assert same.events(layout_of((4, 4)), 100) == events
 
 
 @pytest.mark.parametrize("kind", [AdaLoRAConfig, LoRA2Config])
@@ -104,18 +105,21 @@ def test_presets_and_what_wins_over_them() -> None:
     assert chosen(preset="reference", ties="exact", moment="paper") == ("paper", "exact")
 
 
-def test_one_function_knows_every_method() -> None:
-    ranks, total = [4, 4, 4], 60
+def test_options_know_their_events_and_totals() -> None:
+    layout, total = layout_of((4, 4, 4)), 60
     salient = SalientLoRAConfig(target_rank=2, window_initial=3, window_final=9)
-    assert method_events(salient, ranks, total) == salient_events(salient, ranks, total)
+    assert salient.events(layout, total) == paper_schedule(salient.plan(layout, total))
     for kind in (AdaLoRAConfig, LoRA2Config):
         config = kind(target_rank=2, final_warmup=12, interval=5)
-        assert method_events(config, ranks, total) == cubic_events(config, ranks, total)
-        found = method_plan(config, ranks, total)
-        assert found is not None and (found.initial_total, found.target_total) == (12, 6)
-    assert method_events(LoRAConfig(), ranks, total) == [] and method_plan(LoRAConfig(), ranks, total) is None
+        assert config.events(layout, total) == cubic_schedule(config.plan(layout, total), 5)
+        assert (config.plan(layout, total).initial_total, config.plan(layout, total).target_total) == (12, 6)
+        assert (config.initial_total(layout), config.final_total(layout, total)) == (12, 6)
+    fixed = LoRAConfig()
+    assert fixed.events(layout, total) == [] and not hasattr(fixed, "plan")
+    assert fixed.initial_total(layout) == fixed.final_total(layout, total) == 12
 
 
 def test_the_schedules_import_no_torch() -> None:
-    code = "import sys, salient_ds.salience.schedules; sys.exit('torch' in sys.modules)"
+    """Of no method."""
+    code = "import sys; from salient_ds.methods.table import methods; methods(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

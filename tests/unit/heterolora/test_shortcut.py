@@ -13,7 +13,7 @@ from torch import Tensor
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.heterolora.shortcut import KINDS
 from salient_ds.heterolora.shortcut_wiring import shortcut_layers
-from tests.unit.adapters.shortcut_models import MODELS, adapt, all_equal, batch, make, outputs
+from tests.unit.heterolora.shortcut_models import MODELS, adapt, all_equal, batch, make, outputs
 
 NAMES = list(MODELS)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -49,7 +49,7 @@ def test_reuse_is_another_function_even_when_off(name: str) -> None:
 def test_gradients_of_disabled_modules_are_exact_zeros(name: str) -> None:
     adapted = adapt(make(name), name, warm=True)
     on_M = torch.arange(len(adapted.adapters)) % 3 != 1
-    adapted.set_mask(adapted.module_mask(on_M), gate=True)
+    adapted.set_mask(on_M[adapted.layout.module_of_row_N], gate=True)
     adapted.model(**batch()).loss.backward()
     for on, (path, module) in zip(on_M.tolist(), adapted.adapters.items(), strict=True):
         for address in module.factors().values():
@@ -67,8 +67,8 @@ def test_a_missing_shortcut_is_a_disabled_one(name: str, norm: str) -> None:
     everything = adapt(make(name), name, norm, warm=True)
     chosen = [n for n in everything.adapters if is_shortcut(n)][1::3]
     on_M = torch.tensor([not is_shortcut(n) or n in chosen for n in everything.adapters])
-    everything.set_mask(everything.module_mask(on_M), gate=True)
-    few = adapt(make(name), name, norm, modules=tuple(chosen))
+    everything.set_mask(on_M[everything.layout.module_of_row_N], gate=True)
+    few = adapt(make(name), name, norm, modules=chosen)
     assert [n for n in few.adapters if is_shortcut(n)] == chosen
     for path, module in few.adapters.items():
         for factor, address in module.factors().items():
@@ -105,7 +105,7 @@ def test_connections(name: str) -> None:
 @pytest.mark.parametrize("name", ["opt-post", "opt-pre", "roberta", "llama"])
 def test_every_kind_reaches_the_loss(name: str, kind: str) -> None:
     """Each kind alone changes the output, and its gradient is the slope of the loss."""
-    adapted = adapt(make(name, torch.float64), name, warm=True, modules=(kind,))
+    adapted = adapt(make(name, torch.float64), name, warm=True, modules=[kind])
     weights = torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     step = 1e-3 if name == "llama" else 1e-5  # llama's norms are float32
 
@@ -176,7 +176,7 @@ def test_only_what_is_taken_is_handed_on() -> None:
     """An FFN input that no shortcut starts from would cost memory until backward."""
 
     def handing(norm: str, *modules: str) -> list[bool]:
-        model: Any = adapt(make("llama"), "llama", norm, modules=modules).model
+        model: Any = adapt(make("llama"), "llama", norm, modules=list(modules)).model
         return [layer.hands_on for layer in model.model.layers]
 
     assert handing("none", "residual_1", "shortcut_sa") == [False, False, False]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from salient_ds.heterolora.module_select import Candidates, Share, budgets, select_modules_on, top_k, top_within
+from salient_ds.heterolora.module_select import Candidates, KeptShare, budgets, select_modules_on, top_k, top_within
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -104,10 +104,10 @@ def test_equal_costs_are_a_number_of_modules(seed: int) -> None:
 def test_budgets_are_met(mode: Any, unit: Any, share: float) -> None:
     generator = seeded(5)
     candidates = space(16, 11)
-    bL, bS = budgets(candidates, Share(share, mode, unit))
+    bL, bS = budgets(candidates, KeptShare(share, mode, unit))
     scale = 10 if unit == "params" else 1
     for seed in range(10):
-        choice = select_modules_on(random_scores(27, seed), candidates, Share(share, mode, unit), generator)
+        choice = select_modules_on(random_scores(27, seed), candidates, KeptShare(share, mode, unit), generator)
         linear, shortcut = int(choice.mask_M[:16].sum()), int(choice.mask_M[16:].sum())
         assert choice.budget == bL + bS
         if mode == "combined":
@@ -121,17 +121,18 @@ def test_budgets_are_met(mode: Any, unit: Any, share: float) -> None:
 
 def test_numbers_of_the_released_settings() -> None:
     """OPT-350M and LLaMA-7B with queries and values: 12 + 24 of 143 modules, 21 + 42 of 191."""
-    assert budgets(space(48, 95), Share(0.25)) == (12, 24)
-    assert budgets(space(64, 127), Share(0.33)) == (21, 42)
-    assert budgets(space(48, 95), Share(0.25, "off")) == (12, 0)
-    assert budgets(space(10, 10), Share(0.25)) == (2, 2)  # 2.5 is rounded to even
-    assert budgets(space(2, 2, [100, 30, 7, 7]), Share(0.5, unit="params")) == (65, 7)
+    assert budgets(space(48, 95), KeptShare(0.25)) == (12, 24)
+    assert budgets(space(64, 127), KeptShare(0.33)) == (21, 42)
+    assert budgets(space(48, 95), KeptShare(0.25, "off")) == (12, 0)
+    assert budgets(space(10, 10), KeptShare(0.25)) == (2, 2)  # 2.5 is rounded to even
+    assert budgets(space(2, 2, [100, 30, 7, 7]), KeptShare(0.5, unit="params")) == (65, 7)
 
 
 def test_modes_rank_what_they_say() -> None:
     score = torch.tensor([5.0, 4, 3, 2, 9, 8, 7, 6])
     candidates = space(4, 4)
-    found = {m: select_modules_on(score, candidates, Share(0.5, m), seeded()) for m in ("combined", "separated", "off")}
+    modes: tuple[Any, ...] = ("combined", "separated", "off")
+    found = {mode: select_modules_on(score, candidates, KeptShare(0.5, mode), seeded()) for mode in modes}
     assert found["combined"].mask_M.tolist() == [False] * 4 + [True] * 4
     assert found["separated"].mask_M.tolist() == [True, True, False, False] * 2
     assert found["off"].mask_M.tolist() == [True, True, False, False] + [True] * 4
@@ -145,8 +146,8 @@ def test_parameters_count_and_not_modules() -> None:
     """A budget in parameters takes many small modules where one in modules takes few large ones."""
     sizes = [1000] * 4 + [10] * 4
     score = torch.arange(8.0).flip(0)
-    by_module = select_modules_on(score, space(4, 4, sizes), Share(0.5), seeded())
-    by_size = select_modules_on(score, space(4, 4, sizes), Share(0.5, unit="params"), seeded())
+    by_module = select_modules_on(score, space(4, 4, sizes), KeptShare(0.5), seeded())
+    by_size = select_modules_on(score, space(4, 4, sizes), KeptShare(0.5, unit="params"), seeded())
     assert by_module.mask_M.tolist() == [True] * 4 + [False] * 4
     assert by_size.mask_M.tolist() == [True, True, False, False, True, True, False, False]
     assert (by_size.spent, by_size.budget) == (2020, 2020)
@@ -154,7 +155,7 @@ def test_parameters_count_and_not_modules() -> None:
 
 def test_scores_of_any_kind_of_float() -> None:
     score = torch.tensor([0.5, 0.25, 0.125, 1.0], dtype=torch.bfloat16, requires_grad=True)
-    choice = select_modules_on(score, space(2, 2), Share(0.5), seeded())
+    choice = select_modules_on(score, space(2, 2), KeptShare(0.5), seeded())
     assert choice.mask_M.tolist() == [True, False, False, True]
     assert choice.mask_M.dtype == torch.bool
 
@@ -162,18 +163,19 @@ def test_scores_of_any_kind_of_float() -> None:
 def test_scores_that_are_no_numbers() -> None:
     score = torch.tensor([1.0, math.nan, 2, 3, math.nan, 1, math.nan, math.nan])
     with pytest.raises(ValueError, match=r"score of m.1, m.4, m.6 and 1 more is not a number"):
-        select_modules_on(score, space(4, 4), Share(0.5), seeded())
+        select_modules_on(score, space(4, 4), KeptShare(0.5), seeded())
     infinite = torch.tensor([1.0, math.inf, 2, -math.inf])
-    assert select_modules_on(infinite, space(2, 2), Share(0.5), seeded()).mask_M.tolist() == [False, True, True, False]
+    choice = select_modules_on(infinite, space(2, 2), KeptShare(0.5), seeded())
+    assert choice.mask_M.tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.01, math.nan])
 def test_impossible_shares(share: float) -> None:
     with pytest.raises(ValueError, match="choose one above 0 and at most 1"):
-        budgets(space(), Share(share))
+        budgets(space(), KeptShare(share))
 
 
 @pytest.mark.parametrize(("unit", "sizes"), [("modules", [10] * 14), ("params", [10] * 13 + [9])])
 def test_shares_below_one_module(unit: Any, sizes: list[int]) -> None:
     with pytest.raises(ValueError, match="is less than one module: raise it"):
-        select_modules_on(torch.rand(14), space(8, 6, sizes), Share(0.02, unit=unit), seeded())
+        select_modules_on(torch.rand(14), space(8, 6, sizes), KeptShare(0.02, unit=unit), seeded())

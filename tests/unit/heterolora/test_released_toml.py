@@ -188,4 +188,4 @@ def test_not_given_means_the_default_of_dropout(tmp_path: Path) -> None:
 
 def test_needs_no_torch() -> None:
     program = "import sys, salient_ds.heterolora.released_toml; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3]).returncode == 0

@@ -23,13 +23,13 @@ EPS = 1e-6
 """Added to the norm, as DeepSpeed does."""
 
 
-def folds(ds_config: dict[str, Any], precision: str, fused: bool) -> bool:
+def can_fold_clipping(ds_config: dict[str, Any], precision: str, fused: bool) -> bool:
     """Whether clipping can be folded: ZeRO-2, our own fused AdamW, and no loss scale that DeepSpeed would divide by."""
     clipped = ds_config.get("gradient_clipping", 0) > 0
     return clipped and fused and precision != "fp16" and summary(ds_config).stage == 2 and "optimizer" not in ds_config
 
 
-def fold(engine: Any, bound: float) -> None:
+def fold_clipping(engine: Any, bound: float) -> None:
     """Clip at ``bound`` in every step of an engine that was made with ``gradient_clipping`` 0.
 
     Gradients are clipped once AdamW has run, not before: step post hooks see what they see with DeepSpeed's clipping,
@@ -55,6 +55,6 @@ def norm_over_processes(grads: Sequence[torch.Tensor], device: torch.device | st
     """Norm (0-dim, fp32) of gradients of which every process holds a part; not finite if one of them is not."""
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
     total = torch.stack([torch.zeros((), device=device), *norms]).square().sum()
-    if world()[1] > 1:
+    if world().world_size > 1:
         dist.all_reduce(total)
     return total.sqrt()

@@ -15,7 +15,7 @@ from salient_ds.adapters.targets import is_shortcut
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta
 from salient_ds.heterolora.export import WEIGHTS, load_shortcuts, refuse_shortcuts, shortcuts_act, write_shortcuts
-from tests.unit.adapters import shortcut_models as models
+from tests.unit.heterolora import shortcut_models as models
 
 META = ExportMeta(method="heterolora", task_type="CAUSAL_LM", source_run="test")
 
@@ -23,7 +23,7 @@ META = ExportMeta(method="heterolora", task_type="CAUSAL_LM", source_run="test")
 def half_on(adapted: AdaptedModel) -> list[AdapterFactors]:
     """Every second module off; what an export reads from a checkpoint of this moment."""
     mask_M = torch.arange(len(adapted.adapters)) % 2 == 0
-    adapted.set_mask(adapted.module_mask(mask_M), True)
+    adapted.set_mask(mask_M[adapted.layout.module_of_row_N], True)
     return [
         AdapterFactors(
             name, adapter.factors()["A"].parameter, None, adapter.factors()["B"].parameter, adapter.rank_mask_R.clone(),

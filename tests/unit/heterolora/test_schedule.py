@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from salient_ds.heterolora.module_select import Candidates, Share, budgets
+from salient_ds.heterolora.module_select import Candidates, KeptShare, budgets
 from salient_ds.heterolora.options import HeteroLoRAConfig
 from salient_ds.heterolora.schedule import (
     SearchSpace,
@@ -75,7 +75,7 @@ def test_as_many_as_the_selection_may_switch_on(keep: float, unit: str, mode: st
     names = tuple(f"m{k}" for k in range(13))
     space = SearchSpace((4,) * 13, (80,) * 13, SPACE.shortcuts)
     candidates = Candidates(names, space.shortcuts, space.parameters)
-    budget = budgets(candidates, Share(keep, mode, unit))  # type: ignore[arg-type]
+    budget = budgets(candidates, KeptShare(keep, mode, unit))  # type: ignore[arg-type]
     found = largest_total(config(keep=keep, mode=mode, budget_unit=unit), space)
     cost = 1 if unit == "modules" else 20  # of a module of rank 4, or of one rank
     whole = [b * 4 if unit == "modules" else b // cost for b in ([sum(budget)] if mode == "combined" else budget)]

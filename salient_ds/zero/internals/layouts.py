@@ -1,8 +1,8 @@
-"""Where DeepSpeed 0.19 keeps the fp32 masters of each parameter: the only file that reads that.
+"""Where DeepSpeed 0.19 keeps the fp32 masters of each parameter.
 
 A *buffer* is a tensor that the basic torch optimizer steps; a *fragment* says which elements of a parameter lie where
 in a buffer on this process. One reader per optimizer wrapper; :func:`read_layout` picks it and says by name what it
-does not know, so that a new DeepSpeed fails loudly instead of silently (tests/dist/test_contract.py).
+does not know, so that a new DeepSpeed fails loudly instead of silently.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import deepspeed.comm as dist
 from torch import Tensor, nn
+
+from salient_ds.zero.internals.contract import require
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BufferLayout:
     buffers: list[Tensor]
     """fp32 tensors, keys of the basic optimizer's state."""
     fragments: list[Fragment]
@@ -45,21 +47,22 @@ def full_numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def read_layout(engine: Any) -> Layout:
+def read_layout(engine: Any) -> BufferLayout:
     """Fragments of all trainable parameters on this process.
 
     Raises:
-        RuntimeError: for an optimizer wrapper whose layout is unknown.
+        RuntimeError: for an optimizer wrapper whose layout is unknown, or that lacks what is read here.
     """
     optimizer = engine.optimizer
+    require(engine)
     names = {id(p): n for n, p in engine.module.named_parameters() if p.requires_grad and full_numel(p) > 0}
     kind = type(optimizer).__name__
     if kind == "DeepSpeedZeroOptimizer":
-        return Layout(list(optimizer.single_partition_of_fp32_groups), list(_stage_1_2(optimizer, names)), False)
+        return BufferLayout(list(optimizer.single_partition_of_fp32_groups), list(_stage_1_2(optimizer, names)), False)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
-        return Layout(list(optimizer.fp32_partitioned_groups_flat), list(_stage_3(engine, names)), False)
+        return BufferLayout(list(optimizer.fp32_partitioned_groups_flat), list(_stage_3(engine, names)), False)
     if kind == "BF16_Optimizer":
-        return Layout(list(optimizer.fp32_groups_flat_partition), list(_bf16(engine, names)), False)
+        return BufferLayout(list(optimizer.fp32_groups_flat_partition), list(_bf16(engine, names)), False)
     if kind == "FP16_UnfusedOptimizer":
         return _unfused(optimizer, names)
     if kind == "FP16_Optimizer":
@@ -107,54 +110,30 @@ def _bf16(engine: Any, names: dict[int, str]) -> Iterator[Fragment]:
             yield Fragment(name, parameter, source.start, source.numel, mapping.param_group_index, target.start)
 
 
-def _unfused(optimizer: Any, names: dict[int, str]) -> Layout:
+def _unfused(optimizer: Any, names: dict[int, str]) -> BufferLayout:
     buffers: list[Tensor] = []
     fragments = []
     for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
         for master, parameter in zip(masters, parameters, strict=True):
             fragments.append(Fragment(names[id(parameter)], parameter, 0, parameter.numel(), len(buffers), 0))
             buffers.append(master)
-    return Layout(buffers, fragments, True)
+    return BufferLayout(buffers, fragments, True)
 
 
-def _fused(optimizer: Any, names: dict[int, str]) -> Layout:
+def _fused(optimizer: Any, names: dict[int, str]) -> BufferLayout:
     fragments = []
     for index, parameters in enumerate(optimizer.fp16_groups):
         offset = 0
         for parameter in parameters:
             fragments.append(Fragment(names[id(parameter)], parameter, 0, parameter.numel(), index, offset))
             offset += parameter.numel()
-    return Layout(list(optimizer.fp32_groups_flat), fragments, True)
+    return BufferLayout(list(optimizer.fp32_groups_flat), fragments, True)
 
 
-def _plain(optimizer: Any, names: dict[int, str]) -> Layout:
+def _plain(optimizer: Any, names: dict[int, str]) -> BufferLayout:
     buffers = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
     fragments = [Fragment(names[id(p)], p, 0, p.numel(), i, 0) for i, p in enumerate(buffers)]
-    return Layout(list(buffers), fragments, True)
-
-
-def sync_copies(engine: Any) -> None:
-    """Make the low-precision copies follow the fp32 masters on all processes (collective)."""
-    optimizer = engine.optimizer
-    kind = type(optimizer).__name__
-    if kind == "DeepSpeedZeroOptimizer_Stage3":
-        for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        live = [p for p in optimizer.persistent_parameters if p.ds_status.name == "AVAILABLE"]
-        if live:  # persisted parameters keep a full copy between steps: rebuild it from the new partitions
-            live[0].partition(param_list=live)
-            live[0].all_gather(param_list=live)
-    elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
-        optimizer.update_lp_params()
-    elif kind == "FP16_UnfusedOptimizer":
-        for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
-            for master, parameter in zip(masters, parameters, strict=True):
-                parameter.data.copy_(master.data)
-    elif kind == "FP16_Optimizer":
-        for flat, parameters in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
-            pieces = flat.data.split([p.numel() for p in parameters])
-            for piece, parameter in zip(pieces, parameters, strict=True):
-                parameter.data.copy_(piece.view_as(parameter))
+    return BufferLayout(list(buffers), fragments, True)
 
 
 def copies(parameter: Any) -> Iterator[tuple[Tensor, int]]:
@@ -172,16 +151,3 @@ def copies(parameter: Any) -> Iterator[tuple[Tensor, int]]:
             yield parameter.data.view(-1), 0
     else:
         yield parameter.data.view(-1), 0
-
-
-def loss_scale(engine: Any) -> float:
-    """The factor between the loss and what backward propagates (1 unless fp16)."""
-    scale = getattr(engine.optimizer, "loss_scale", None)
-    return float(scale) if scale is not None else 1.0
-
-
-def retire(engine: Any) -> None:
-    """Take an engine of stage 0, 1 or 2 off its module, with what its own ``destroy`` leaves behind: two hooks."""
-    engine.destroy()
-    engine.module_forward_pre_hook.remove()
-    engine.module_forward_post_hook.remove()

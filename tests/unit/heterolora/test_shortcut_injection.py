@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from salient_ds.adapters.inject import inject
-from salient_ds.adapters.options import AdapterConfig
+from salient_ds.adapters.inject import AdaptedModel, inject
+from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
+from salient_ds.heterolora.injection import add_shortcuts
 from salient_ds.heterolora.options import HeteroLoRAConfig
-from salient_ds.heterolora.shortcut import KINDS, Shortcut, ShortcutOptions
+from salient_ds.heterolora.shortcut import KINDS, Shortcut
 from salient_ds.heterolora.shortcut_wiring import shortcut_layers, shortcut_names
 from salient_ds.methods.lora.options import LoRAConfig
-from tests.unit.adapters.shortcut_models import adapt, all_equal, make, outputs
+from tests.unit.heterolora.shortcut_models import adapt, all_equal, make, outputs
 
 
 def test_nothing_dense_is_stored() -> None:
@@ -48,7 +50,7 @@ def test_layout_and_addresses() -> None:
             assert address.shape == tuple(address.parameter.shape)
             assert address.shape[address.rank_axis or 0] == module.rank
     mask_M = torch.tensor([k % 2 == 0 for k in range(17)])
-    assert adapted.module_mask(mask_M).tolist() == [k % 2 == 0 for k in range(17) for _ in range(2)]
+    assert mask_M[adapted.layout.module_of_row_N].tolist() == [k % 2 == 0 for k in range(17) for _ in range(2)]
     assert "kind" not in repr(adapted.adapters[f"{list(shortcut_layers(adapted.model))[0]}.residual_1"])
 
 
@@ -81,7 +83,7 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_dropout_acts_on_the_update_only() -> None:
-    adapted = adapt(make("llama"), "llama", warm=True, dropout=0.5, modules=("residual_1",))
+    adapted = adapt(make("llama"), "llama", warm=True, dropout=0.5, modules=["residual_1"])
     module = adapted.adapters["model.layers.1.residual_1"].train()
     x = torch.randn(3, 16)
     torch.manual_seed(0)
@@ -95,13 +97,15 @@ def adapter_config(**options: Any) -> AdapterConfig:
     return AdapterConfig(**{"rank": 2, "target_modules": ["q_proj"], **options})
 
 
-def build(model: Any, adapter: AdapterConfig | None = None, modules: tuple[str, ...] = KINDS) -> Any:
-    shortcuts = ShortcutOptions(rank=2, modules=modules)
-    return inject(model, adapter or adapter_config(), HeteroLoRAConfig(), 0, torch.float32, shortcuts=shortcuts)
+def build(model: Any, modules: Sequence[str] = KINDS, **options: Any) -> AdaptedModel:
+    adapter = adapter_config(shortcuts=ShortcutConfig(rank=2, modules=list(modules)), **options)
+    adapted = inject(model, adapter, HeteroLoRAConfig(), 0, torch.float32)
+    add_shortcuts(adapted, adapter, 0, torch.float32)
+    return adapted
 
 
 def test_shortcuts_alone() -> None:
-    adapted = build(make("llama"), adapter_config(target_modules=[]), ("shortcut_sa", "model.layers.2.residual_2"))
+    adapted = build(make("llama"), ["shortcut_sa", "model.layers.2.residual_2"], target_modules=[])
     assert [n.removeprefix("model.layers.") for n in adapted.adapters] == [
         "0.shortcut_sa", "1.shortcut_sa", "2.residual_2", "2.shortcut_sa",
     ]  # fmt: skip
@@ -119,13 +123,13 @@ def test_shortcuts_alone() -> None:
 )
 def test_unknown_shortcuts(wanted: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(make("llama"), modules=(wanted,))
+        build(make("llama"), [wanted])
 
 
 def test_models_without_a_definition() -> None:
     other = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=8))
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no layer that shortcuts are defined for"):
-        build(other, adapter_config(target_modules=[]))
+        build(other, target_modules=[])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_models_with_parts_that_do_not_fit(name: str, key: str, value: Any, mess
     model = make(name)
     setattr(model.config, key, value)
     with pytest.raises(ValueError, match=message):
-        build(model, adapter_config(target_modules=[]))
+        build(model, target_modules=[])
 
 
 def test_layers_of_the_same_name_from_elsewhere_are_left_alone() -> None:

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from salient_ds.adapters.inject import AdaptedModel, inject
-from salient_ds.adapters.options import AdapterConfig
+from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
+from salient_ds.heterolora.injection import add_shortcuts
 from salient_ds.heterolora.options import HeteroLoRAConfig
-from salient_ds.heterolora.shortcut import ShortcutOptions
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 GATED = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 32, "head_dim": 8}
@@ -60,9 +60,11 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def adapt(model: Any, name: str, norm: Any = "none", warm: bool = False, **options: Any) -> AdaptedModel:
     """Query and value projections and shortcuts of rank 2; ``warm``: B is random instead of zero."""
-    adapter = AdapterConfig(rank=2, alpha=16, target_modules=TARGETS.get(name, ["q_proj", "v_proj"]))
-    shortcuts = ShortcutOptions(rank=2, norm_after_shortcut=norm, **options)
-    adapted = inject(model, adapter, HeteroLoRAConfig(), 0, model.dtype, shortcuts=shortcuts, switched=True)
+    shortcuts = ShortcutConfig(rank=2, norm_after_shortcut=norm, **options)
+    targets = TARGETS.get(name, ["q_proj", "v_proj"])
+    adapter = AdapterConfig(rank=2, alpha=16, target_modules=targets, shortcuts=shortcuts)
+    adapted = inject(model, adapter, HeteroLoRAConfig(), 0, model.dtype)
+    add_shortcuts(adapted, adapter, 0, model.dtype)
     generator = torch.Generator().manual_seed(4)
     for module in adapted.adapters.values() if warm else []:
         B_OR = module.factors()["B"].parameter

@@ -15,7 +15,7 @@ from salient_ds.check.preflight import preflight
 from salient_ds.cli import app
 from salient_ds.config.run import RunConfig, load_config, parse_config
 from salient_ds.heterolora.results import FILES, chosen_config, on_frequency, peft_pattern
-from salient_ds.search import SearchOptions, search_config
+from salient_ds.run.search import SearchOptions, search_config
 from salient_ds.strict import ConfigError
 from tests.support.spawn import spawn
 
@@ -91,7 +91,7 @@ def test_frequencies_leave_skipped_events_out() -> None:
 
 
 def search(rank: int, world: int, path: Path, folder: Path, options: SearchOptions) -> None:
-    from salient_ds import search as module
+    from salient_ds.run import search as module
 
     run = load_config(path)
     module._search(run, search_config(run, options), options, torch.device("cpu"))

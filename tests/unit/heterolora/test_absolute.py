@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from salient_ds.heterolora.absolute import AbsoluteParameters, gradients
-from tests.unit.adapters import shortcut_models as models
+from tests.unit.heterolora import shortcut_models as models
 
 
 def ones(model: Any) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ import torch
 from salient_ds.heterolora.method import HeteroLoRA
 from salient_ds.heterolora.options import HeteroLoRAConfig
 from salient_ds.heterolora.probing import ProbeScores, ProbingMethod
-from salient_ds.methods.table import build_method
 from salient_ds.ranks import RankLayout, initial_decision
 
 NAMES = tuple(f"model.layers.{i}.self_attn.{n}_proj" for i in range(3) for n in "qv")
@@ -21,7 +20,7 @@ M = len(LAYOUT.modules)
 
 def make(**options: Any) -> HeteroLoRA:
     common = {"interval": 2, "interval_unit": "steps", "keep": 0.34}
-    method = build_method(HeteroLoRAConfig(**(common | options)), LAYOUT, 8)
+    method = HeteroLoRAConfig(**(common | options)).build(LAYOUT, 8)
     assert isinstance(method, HeteroLoRA) and isinstance(method, ProbingMethod)
     return method
 
@@ -88,7 +87,7 @@ def test_snip_falls_back_while_a_module_is_untrained(found: ProbeScores, caplog:
 
 def test_first_epochs_are_drawn() -> None:
     config = HeteroLoRAConfig(interval=0.5, constant_epochs=1, proxy="snip")
-    method = build_method(config, LAYOUT, 12, steps_per_epoch=4)
+    method = config.build(LAYOUT, 12, steps_per_epoch=4)
     assert isinstance(method, HeteroLoRA)
     assert [(e.step, method.proxy_of(e)) for e in method.searches] == [
         (0, "constant"), (2, "constant"), (4, "snip"), (6, "snip"), (8, "snip"), (10, "snip"),

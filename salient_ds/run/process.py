@@ -1,0 +1,48 @@
+"""What every launched process does around its work: join the group, report an error in one line, leave."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from salient_ds.run.exits import RUN_ERROR, USAGE_ERROR, print_problems
+
+if TYPE_CHECKING:
+    import torch
+
+
+def refused(problems: list[str]) -> int:
+    """Print the problems on the main process; the exit status (0: there are none)."""
+    if problems and int(os.environ.get("RANK", "0")) == 0:
+        print_problems(problems)
+    return USAGE_ERROR if problems else 0
+
+
+def launched(work: Callable[[torch.device], None], timeout_minutes: float) -> int:
+    """Do ``work`` in the process group that the launcher described; the exit status.
+
+    Errors that a user can mend are printed in one line without a traceback (SALIENT_TRACEBACK=1 shows it). The process
+    then ends at once, without waiting for others that did not fail.
+    """
+    from salient_ds.engine.reports import NonFiniteLoss
+    from salient_ds.engine.shard_files import CheckpointError
+    from salient_ds.monitor.directory import RunDirectoryError
+    from salient_ds.zero.collectives import world
+    from salient_ds.zero.environment import start, stop
+
+    device = start(timeout_minutes)
+    try:
+        work(device)
+    except (RunDirectoryError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
+        if os.environ.get("SALIENT_TRACEBACK"):
+            raise
+        here = world().global_rank
+        if here:  # usually the main process has the same error: it speaks first, and the launcher stops the others
+            time.sleep(3)
+        print(f"error on process {here}: {error}" if here else f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(RUN_ERROR)
+    stop()
+    return 0

@@ -1,0 +1,136 @@
+"""State of a DeepSpeed engine besides its masters: step counts, hyperparameters, schedule, loss scale, monitors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def describe(inner: Any) -> dict[str, Any]:
+    """State of a DeepSpeed engine that is equal on all processes."""
+    return {
+        "optimizer_steps": _optimizer_steps(inner.basic_optimizer),
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.basic_optimizer.param_groups],
+        "scheduler": inner.lr_scheduler.state_dict() if inner.lr_scheduler is not None else None,
+        "counters": {key: getattr(inner, key) for key in COUNTERS},
+        "loss_scaler": _loss_scaler(inner),
+    }
+
+
+def adopt(inner: Any, buffers: list[Tensor], state: dict[str, Any]) -> None:
+    """All but tensors; moments of ``buffers`` are there afterwards, and zero."""
+    if state["optimizer_steps"] is not None:
+        for buffer in buffers:
+            inner.basic_optimizer.state[buffer] = _fresh_state(inner.basic_optimizer, buffer, state["optimizer_steps"])
+    for group, saved in zip(inner.basic_optimizer.param_groups, state["groups"], strict=True):
+        group.update(saved)  # the scheduled learning rate too: a scheduler's own load does not set it
+    if inner.lr_scheduler is not None and state["scheduler"] is not None:
+        inner.lr_scheduler.load_state_dict(state["scheduler"])
+    for name, value in state["counters"].items():
+        setattr(inner, name, value)
+    # Accumulation may differ here: the next micro-batch is the first of a step again.
+    inner.micro_steps = inner.global_steps * inner.gradient_accumulation_steps()
+    scaler = _scaler_of(inner)
+    for name, value in state["loss_scaler"].items():
+        if hasattr(scaler, name):  # another stage may keep its scale elsewhere, or none (bf16, fp32)
+            setattr(scaler, name, value)
+
+
+def _optimizer_steps(optimizer: torch.optim.Optimizer) -> int | None:
+    """How often the basic optimizer stepped (the same for every buffer), None before the first step."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return None
+
+
+def _scaler_of(inner: Any) -> Any:
+    return getattr(inner.optimizer, "loss_scaler", None) or getattr(inner.optimizer, "loss_scale_config", None)
+
+
+def _loss_scaler(inner: Any) -> dict[str, Any]:
+    scaler = _scaler_of(inner)
+    plain = (int, float, bool, str, type(None))
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, plain)} if scaler is not None else {}
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, buffer: Tensor, steps: int) -> dict[str, Any]:
+    """Adam state of ``buffer`` after ``steps`` steps with zero moments; ``step`` in the optimizer's own type."""
+    step: Any = steps  # DeepSpeed's FusedAdam and CPUAdam count with a Python int
+    if type(optimizer).__module__.startswith("torch."):
+        fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        step = torch.tensor(float(steps), dtype=torch.float32, device=buffer.device if fused else "cpu")
+    zeros = {key: torch.zeros_like(buffer.data) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": step, **zeros}
+
+
+def sync_copies(engine: Any) -> None:
+    """Make the low-precision copies follow the fp32 masters on all processes (collective)."""
+    optimizer = engine.optimizer
+    kind = type(optimizer).__name__
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        live = [p for p in optimizer.persistent_parameters if p.ds_status.name == "AVAILABLE"]
+        if live:  # persisted parameters keep a full copy between steps: rebuild it from the new partitions
+            live[0].partition(param_list=live)
+            live[0].all_gather(param_list=live)
+    elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        optimizer.update_lp_params()
+    elif kind == "FP16_UnfusedOptimizer":
+        for masters, parameters in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+            for master, parameter in zip(masters, parameters, strict=True):
+                parameter.data.copy_(master.data)
+    elif kind == "FP16_Optimizer":
+        for flat, parameters in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+            pieces = flat.data.split([p.numel() for p in parameters])
+            for piece, parameter in zip(pieces, parameters, strict=True):
+                parameter.data.copy_(piece.view_as(parameter))
+
+
+def loss_scale(engine: Any) -> float:
+    """The factor between the loss and what backward propagates (1 unless fp16)."""
+    scale = getattr(engine.optimizer, "loss_scale", None)
+    return float(scale) if scale is not None else 1.0
+
+
+def basic_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer under DeepSpeed's wrapper: it steps fp32 buffers, and its hooks see them."""
+    found: torch.optim.Optimizer = engine.basic_optimizer
+    return found
+
+
+def release_gathered(engine: Any) -> None:
+    """Let ZeRO-3 release what its last backward hook has not; nothing at other stages."""
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is not None:
+        offload.release_backward_leftovers()
+
+
+def write_monitors(engine: Any, values: dict[str, float]) -> None:
+    """Hand values to the monitors that the ZeRO JSON asks for (TensorBoard, W&B, CSV); nothing without any."""
+    if engine.monitor.enabled:
+        engine.monitor.write_events([(tag, value, engine.global_samples) for tag, value in values.items()])
+
+
+def has_monitors(engine: Any) -> bool:
+    """Whether the ZeRO JSON asks for any."""
+    return bool(engine.monitor.enabled)
+
+
+def leave_out_shared_memory_collective() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective for CPU processes."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def retire(engine: Any) -> None:
+    """Take an engine of stage 0, 1 or 2 off its module, with what its own ``destroy`` leaves behind: two hooks."""
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
