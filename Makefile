@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export TORCH_EXTENSIONS_DIR
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint coverage audit clean
 
 help:
 	@echo "make demo [TINY=1]   install into $(VENV) and fine-tune a real model with SalientLoRA on 2 processes"
 	@echo "make test            install into $(VENV) and run the test suite"
 	@echo "make lint            ruff and mypy"
+	@echo "make coverage        the test suite with coverage, subprocesses included"
+	@echo "make audit           known vulnerabilities of the installed dependencies (needs the network)"
 
 $(BIN)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +30,12 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check salient_ds eval tests launch
 	$(BIN)/mypy
+
+coverage: $(BIN)/.installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" launch/coverage.sh
+
+audit: $(BIN)/.installed-dev
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV) build *.egg-info

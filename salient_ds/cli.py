@@ -84,7 +84,16 @@ def search(
 
     launcher = ["--hostfile", hostfile] if hostfile else []
     launcher += ["--master_port", str(master_port)] if master_port else []
-    options = SearchOptions(proxy, batches, budget, unit, mode, scale_free, rank, output)
+    options = SearchOptions(
+        proxy=proxy,
+        batches=batches,
+        budget=budget,
+        unit=unit,
+        mode=mode,
+        scale_free=scale_free,
+        rank=rank,
+        output=output,
+    )
     raise typer.Exit(body(run, overrides or [], options, launcher, gpus))
 
 
@@ -130,7 +139,7 @@ def export(
         if value not in allowed:
             print_problems([f"--{name} {value!r} is unknown: choose {', '.join(allowed)}"])
             raise typer.Exit(2)
-    raise typer.Exit(body(run, form, output, overwrite, base, dtype, pad_to))
+    raise typer.Exit(body(run, form, output, overwrite=overwrite, base=base, dtype=dtype, pad_to=pad_to))
 
 
 @app.command()

@@ -185,6 +185,7 @@ def make_engine(
     run: RunConfig,
     ds: dict[str, Any],
     device: torch.device,
+    *,
     autocast: bool,
     folding: bool = False,
 ) -> Any:

@@ -85,7 +85,7 @@ class PlainEngine:
         self.optimizer: Any = self.masters or self.basic_optimizer
         self._norm: Tensor | None = None
         # As DeepSpeed's engine, for a compaction, which takes the one and makes the other
-        self.lr_scheduler = None
+        self.lr_scheduler = self.monitor = None
         self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
         self.module_forward_pre_hook = self.module_forward_post_hook = _NoHook()
 

@@ -95,7 +95,16 @@ def make_problem(size: ProblemSize, regime: Regime, seed: int) -> Problem:
     base_error = float(F.mse_loss(outputs(base, test_inputs_nD), test_targets_nD))
     noise_nD = torch.randn(size.train_examples, size.width, generator=module_generator(seed, "noise"))
     targets_nD = outputs(teacher, inputs_nD) + size.noise * base_error**0.5 * noise_nD
-    return Problem(base, updates, ranks, inputs_nD, targets_nD, test_inputs_nD, test_targets_nD, base_error)
+    return Problem(
+        base=base,
+        updates=updates,
+        ranks=ranks,
+        inputs_nD=inputs_nD,
+        targets_nD=targets_nD,
+        test_inputs_nD=test_inputs_nD,
+        test_targets_nD=test_targets_nD,
+        base_error=base_error,
+    )
 
 
 def singular_value(size: ProblemSize, regime: Regime, rank: int) -> float:

@@ -112,7 +112,7 @@ def main(
         out, model.name, [split_name(name)[0] for name, _ in chosen], hardware, datetime.date.today()
     )
     limit = began + deadline if deadline else float("inf")
-    run_arms(specs, page, folder, launcher, on_cpu, timeout, limit, log)
+    run_arms(specs, page, folder=folder, launcher=launcher, cpu=on_cpu, timeout=timeout, limit=limit, log=log)
     show(page)
     print(f"record: {folder}", file=sys.stderr)
     raise SystemExit(FAILED_ARMS if page["failed"] else 0)
@@ -176,8 +176,8 @@ def recorded_command(arguments: list[str]) -> str:
 
 
 def run_arms(
-    specs: list[ArmSpec], page: dict[str, Any], folder: Path, launcher: bool, cpu: bool, timeout: float, limit: float,
-    log: Path,
+    specs: list[ArmSpec], page: dict[str, Any], *, folder: Path, launcher: bool, cpu: bool, timeout: float,
+    limit: float, log: Path,
 ) -> None:  # fmt: skip
     """Run every arm and write the record after each."""
     for number, spec in enumerate(specs, 1):

@@ -86,7 +86,15 @@ def agreement(first: Votes, second: Votes | None = None, turn: int | None = None
             interval = (float(np.quantile(kappas, 0.025)), float(np.quantile(kappas, 0.975)))
     kappa = cohen_kappa(counts_Q33.sum(axis=0)) if flat else None
     same = sum(a == b for a, b in flat)
-    return Agreement(turn, same, len(flat), sum(a == b for a, b in decided), len(decided), kappa, interval)
+    return Agreement(
+        turn=turn,
+        agree_with_ties=same,
+        total_with_ties=len(flat),
+        agree_without_ties=sum(a == b for a, b in decided),
+        total_without_ties=len(decided),
+        kappa=kappa,
+        kappa_interval=interval,
+    )
 
 
 def cohen_kappa(counts_33: Any) -> float | None:

@@ -71,7 +71,15 @@ def judge(
 ) -> None:
     """Judge answers. What is already answered is never asked again; run the same command to go on."""
     chosen: Any = mode
-    options = Options(chosen, baseline, repeats, concurrency, parser, judge_truncated, ask_again)
+    options = Options(
+        mode=chosen,
+        baseline=baseline,
+        repeats=repeats,
+        concurrency=concurrency,
+        parser=parser,
+        truncated=judge_truncated,
+        ask_again=ask_again,
+    )
     show_origin(found)
     layout = Layout(data, found.bench)
     names = _models(layout, model or [], chosen, baseline)

@@ -85,13 +85,17 @@ def probe(client: JudgeClient, prompts: QuestionSet) -> list[Check]:
                 ("empty answer", "", 1.0, NOTHING),
                 ("wrong answer that dictates [[10]]", wrong + PLANTED, 1.0, BAD),
             ):
-                found.append(_rating_probe(client, prompts, own, question, name, answer, low, high))
+                found.append(
+                    _rating_probe(
+                        client, prompts, own=own, question=question, name=name, answer=answer, low=low, high=high
+                    )
+                )
             found += _pair_probes(client, prompts, own, question, right, wrong)
     return found
 
 
 def _rating_probe(
-    client: JudgeClient, prompts: QuestionSet, own: QuestionSet, question: Question, name: str, answer: str,
+    client: JudgeClient, prompts: QuestionSet, *, own: QuestionSet, question: Question, name: str, answer: str,
     low: float, high: float,
 ) -> Check:  # fmt: skip
     label = f"{question.question_id}: {name}"

@@ -99,7 +99,15 @@ def generate(
     job = Job(name, Layout(data, found.bench).answers(name), found.questions, temperatures, seed, settings, overwrite)
     if endpoint is None:
         assert source is not None and prompter is not None
-        rows = _from_model(job, source, prompter, dtype, max_new_tokens, batch_size, tensor_parallel > 1)
+        rows = _from_model(
+            job,
+            source,
+            prompter=prompter,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            split=tensor_parallel > 1,
+        )
     else:
         fields: dict[str, Any] = {
             "model": model_name, "base_url": endpoint, "api_key_env": api_key_env, "max_tokens": max_new_tokens,
@@ -165,7 +173,7 @@ def _load_tokenizer(where: str, source: ModelSource | None) -> Any:
 
 
 def _from_model(
-    job: Job, source: ModelSource, prompter: Prompter, dtype: str, max_new_tokens: int, batch_size: int, split: bool
+    job: Job, source: ModelSource, *, prompter: Prompter, dtype: str, max_new_tokens: int, batch_size: int, split: bool
 ) -> list[Row] | None:
     import torch
 

@@ -194,9 +194,14 @@ class LocalAnswerer:
         ids_BP, mask_BP = _pad_left([prompt.ids for prompt in prompts], self.pad)
         longest = ids_BP.shape[1]
         sampler = SeededSampler(
-            [prompt.seed for prompt in prompts], [prompt.temperature for prompt in prompts], longest, max(limits),
-            self.ends[0], device, self.together,
-        )  # fmt: skip
+            [prompt.seed for prompt in prompts],
+            [prompt.temperature for prompt in prompts],
+            longest,
+            max_new=max(limits),
+            end=self.ends[0],
+            device=device,
+            together=self.together,
+        )
         settings = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=max(limits), pad_token_id=self.pad, use_cache=True
         )

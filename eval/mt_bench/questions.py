@@ -220,7 +220,15 @@ def _load(
         answers = apply_corrections(answers)
         found = {**found, CORRECTIONS_FILE.name: sha256_of(CORRECTIONS_FILE)}
     prompts = load_prompts(by_role["judge_prompts.jsonl"])
-    return QuestionSet(bench, origin, questions, answers, references, prompts, found)
+    return QuestionSet(
+        bench=bench,
+        origin=origin,
+        questions=questions,
+        references=answers,
+        reference_name=references,
+        prompts=prompts,
+        sha256=found,
+    )
 
 
 def apply_corrections(answers: Mapping[int, Sequence[str]]) -> dict[int, tuple[str, ...]]:

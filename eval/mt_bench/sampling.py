@@ -27,7 +27,7 @@ class SeededSampler(LogitsProcessor):
     """
 
     def __init__(
-        self, seeds: Sequence[int], temperatures: Sequence[float], prompt_length: int, max_new: int, end: int,
+        self, seeds: Sequence[int], temperatures: Sequence[float], prompt_length: int, *, max_new: int, end: int,
         device: torch.device, together: bool = False,
     ) -> None:  # fmt: skip
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]

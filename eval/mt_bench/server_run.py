@@ -120,14 +120,16 @@ def _ask(job: Job, questions: list[Question], server: ServerAnswerer, concurrenc
         ThreadPoolExecutor(concurrency) as pool,
     ):
         try:
-            return _collect(job, deque(questions), server, pool, concurrency, journal, bar)
+            return _collect(
+                job, deque(questions), server=server, pool=pool, concurrency=concurrency, journal=journal, bar=bar
+            )
         except BaseException:
             server.client.stop()
             raise
 
 
 def _collect(
-    job: Job, questions: deque[Question], server: ServerAnswerer, pool: ThreadPoolExecutor, concurrency: int,
+    job: Job, questions: deque[Question], *, server: ServerAnswerer, pool: ThreadPoolExecutor, concurrency: int,
     journal: AnswerJournal, bar: tqdm[Any],
 ) -> str:  # fmt: skip
     """Ask, and write down what comes in, until all is in or the server counts as gone; the reason for what is missing.

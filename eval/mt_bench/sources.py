@@ -123,9 +123,14 @@ def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
     model = yaml.safe_load((root / "run.yaml").read_text(encoding="utf-8"))["model"]
     chosen = base or model["path"]
     return ModelSource(
-        "run", chosen, checkpoint, tokenizer or model.get("tokenizer") or chosen, _record(_read(root / "run.json")),
-        model.get("revision") if base is None else None, bool(model.get("trust_remote_code")),
-    )  # fmt: skip
+        kind="run",
+        base=chosen,
+        update=checkpoint,
+        tokenizer=tokenizer or model.get("tokenizer") or chosen,
+        record=_record(_read(root / "run.json")),
+        revision=model.get("revision") if base is None else None,
+        trust_remote_code=bool(model.get("trust_remote_code")),
+    )
 
 
 def context_window(source: ModelSource) -> int | None:

@@ -180,8 +180,8 @@ def _difference(first: ScoreTable, second: ScoreTable, draws: int, seed: int) ->
     means_B = differences_Q[resample(strata, draws, seed)].mean(axis=1)
     low, high = np.quantile(means_B, [0.025, 0.975])
     return Difference(
-        first.model, second.model, float(differences_Q.mean()), float(low), float(high),
-        sign_flip_p(differences_Q, 4 * draws, seed), int(usable.sum()),
+        first=first.model, second=second.model, mean=float(differences_Q.mean()), low=float(low), high=float(high),
+        p_value=sign_flip_p(differences_Q, 4 * draws, seed), questions=int(usable.sum()),
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ class GrowingLinear(SVDLinear):
         start_rank: int,
         reserve: int,
         alpha: float,
+        *,
         dropout: float = 0.0,
         init_std: float = 0.02,
         generator: torch.Generator | None = None,
@@ -60,7 +61,17 @@ class GrowingLinear(SVDLinear):
             room: rows that are there at first (default: all).
         """
         self._drawn_from = None if generator is None else generator.get_state()
-        super().__init__(base, rank, alpha / start_rank, dropout, init_std, generator, penalty, dtype, device)
+        super().__init__(
+            base,
+            rank,
+            alpha / start_rank,
+            dropout=dropout,
+            init_std=init_std,
+            generator=generator,
+            penalty=penalty,
+            dtype=dtype,
+            device=device,
+        )
         self.most = rank
         self._init_std = init_std
         if room is not None and room < rank:

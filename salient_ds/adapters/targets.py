@@ -118,12 +118,13 @@ def select_shortcuts(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     Raises:
         ValueError: one of ``wanted`` matches nothing.
     """
-    for item in wanted:
-        if not any(_is_suffix(name, item) for name in names):
-            hint = did_you_mean(item, [*SHORTCUT_KINDS, *names], before=", ")
-            first = f"; the first layer has no {LAST_KIND}" if item.endswith(LAST_KIND) else ""
-            raise ValueError(
-                f"adapter.shortcuts.modules: {item!r} is no shortcut of this model{hint} (kinds: "
-                f"{', '.join(SHORTCUT_KINDS)}; first path: {names[0]}{first})"
-            )
+    unmatched = [item for item in wanted if not any(_is_suffix(name, item) for name in names)]
+    if unmatched:
+        known = [*SHORTCUT_KINDS, *names]
+        said = [f"{item!r} is no shortcut of this model{did_you_mean(item, known, ', ')}" for item in unmatched]
+        first = f"; the first layer has no {LAST_KIND}" if any(item.endswith(LAST_KIND) for item in unmatched) else ""
+        raise ValueError(
+            f"adapter.shortcuts.modules: {'; '.join(said)} (kinds: {', '.join(SHORTCUT_KINDS)}; first path: "
+            f"{names[0]}{first})"
+        )
     return [name for name in names if any(_is_suffix(name, item) for item in wanted)]

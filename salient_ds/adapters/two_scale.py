@@ -30,6 +30,7 @@ class TwoScaleLinear(RankedLinear):
         rank: int,
         inner_width: int,
         scaling: float,
+        *,
         dropout: float = 0.0,
         init_std: float = 0.02,
         generator: torch.Generator | None = None,
@@ -72,11 +73,6 @@ class TwoScaleLinear(RankedLinear):
         update_BO = F.linear(F.linear(ranks_BR, aa_kR), bb_Ok)
         base_BO: Tensor = self.base(x_BI)
         return base_BO + update_BO.to(base_BO.dtype)
-
-    def effective_factors(self) -> dict[str, Tensor]:
-        """The factors A (R, I), E (R,), B (O, R) of the same update in SVD form; whole parameters are needed."""
-        A_RI, B_OR = two_scale_pair(self.lora_A, self.lora_B, self.lora_aa, self.lora_bb)
-        return {"A": A_RI, "E": self.lora_E.detach().float(), "B": B_OR}
 
 
 def two_scale_pair(A_kI: Tensor, B_Rk: Tensor, aa_kR: Tensor, bb_Ok: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,18 @@ def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
     stays = base + adapters + optimizer + statistics
     forward = buffers + (activations or 0) + (low_precision_grads if work.accumulation > 1 else 0) + work.scoring
     peak = stays + max(forward, gradients, work.event)
-    return MemoryEstimate(stage, base, adapters, optimizer, gradients, buffers, statistics, activations, peak, host)
+    return MemoryEstimate(
+        stage=stage,
+        base=base,
+        adapters=adapters,
+        optimizer=optimizer,
+        gradients=gradients,
+        buffers=buffers,
+        statistics=statistics,
+        activations=activations,
+        peak=peak,
+        host=host,
+    )
 
 
 def estimate_stages(work: Workload, ds: DsSummary, world_size: int) -> dict[str, MemoryEstimate]:

@@ -150,7 +150,7 @@ class _Checks:
             in_features=tuple(wide for _, (_, wide), _ in modules),
             out_features=tuple(tall for _, (tall, _), _ in modules),
         )
-        self.facts["modules"] = len(linears)
+        self.facts["modules"] = len(modules)
         narrow = [(name, shape) for name, shape in linears if rank > min(shape)]
         if narrow:
             name, (tall, wide) = narrow[0]

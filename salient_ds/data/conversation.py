@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 USER = "user"
@@ -36,14 +36,6 @@ class Conversation:
     input: str | None = None
     source: tuple[str, int] = ("", 0)
 
-    @classmethod
-    def from_messages(cls, messages: Sequence[dict[str, str]], source: tuple[str, int] = ("", 0)) -> Conversation:
-        """Builds one from `[{"role": ..., "content": ...}]` that is known to be well formed (evaluation
-        prompts)."""
-        system = messages[0]["content"] if messages and messages[0]["role"] == SYSTEM else None
-        rest = messages[1:] if system is not None else messages
-        return cls(system, tuple(Turn(m["role"], m["content"]) for m in rest), source=source)
-
     @property
     def answers(self) -> tuple[str, ...]:
         """The assistant's texts, in order."""
@@ -54,11 +46,6 @@ class Conversation:
         """For messages: "train.jsonl, line 3"."""
         path, line = self.source
         return f"{path}, line {line}" if path else "this conversation"
-
-    def without_last_answer(self) -> Conversation:
-        """The same up to the last user turn: what a model is asked to continue."""
-        assert self.turns and self.turns[-1].role == ASSISTANT, "the conversation has no last answer"
-        return replace(self, turns=self.turns[:-1])
 
     def messages(self) -> list[dict[str, str]]:
         """As role/content dicts, the system message first, for `apply_chat_template`."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from salient_ds.data.conversation import Conversation
-from salient_ds.data.packing import PackingMode, pack_examples
+from salient_ds.data.packing import pack_examples
 from salient_ds.data.sampler import frozen_permutation
 from salient_ds.data.templates import Template
 from salient_ds.data.tokenize import TokenizationReport, count_targets, tokenize_all
@@ -107,7 +107,7 @@ def build_dataset(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    packing: bool | PackingMode = False,
+    packing: bool = False,
     progress: bool = False,
 ) -> tuple[InstructionDataset, TokenizationReport]:
     """Tokenises conversations, and packs them if wanted (True: "first_fit").
@@ -124,8 +124,7 @@ def build_dataset(
     if not len(dataset):
         raise ValueError("there are no conversations to tokenise")
     if packing:
-        mode: PackingMode = "first_fit" if packing is True else packing
-        dataset = InstructionDataset(pack_examples(dataset, dataset.lengths, max_length, mode))
+        dataset = InstructionDataset(pack_examples(dataset, dataset.lengths, max_length))
     report.sequences = len(dataset)
     return dataset, report
 

@@ -27,7 +27,6 @@ __all__ = [
     "count_rows",
     "detect_format",
     "is_local",
-    "iter_rows",
     "read_rows",
 ]
 
@@ -70,17 +69,6 @@ def read_rows(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers =
     ValueError for an unknown `fmt`.
     """
     return _Reading(path, fmt, empty_answers).conversations()
-
-
-def iter_rows(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error") -> Iterator[Conversation]:
-    """Like `read_rows`, one at a time; raises DataError at the first problem. JSONL and parquet are never
-    held whole."""
-    reading = _Reading(path, fmt, empty_answers)
-    for outcome in reading.outcomes():
-        if isinstance(outcome, Problem):
-            raise DataError(reading.container.name, [outcome], unit=reading.container.unit)
-        yield outcome
-    reading.require_rows()
 
 
 def check_file(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error") -> FileSummary:

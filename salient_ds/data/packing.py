@@ -8,24 +8,22 @@ the one before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from salient_ds.data.conversation import IGNORED
 
-PackingMode = Literal["first_fit", "in_order"]
 
-
-def plan_packs(
-    lengths: Sequence[int] | npt.NDArray[np.int64], max_length: int, mode: PackingMode = "first_fit"
-) -> list[list[int]]:
+def plan_packs(lengths: Sequence[int] | npt.NDArray[np.int64], max_length: int) -> list[list[int]]:
     """Which examples share a sequence: lists of indices, ascending in each, every index exactly once.
 
-    "first_fit": longest examples first, each into the first sequence with room (first-fit decreasing; equal
-    lengths in order). "in_order": examples stay in order, a sequence is closed when the next one does not
-    fit. Raises ValueError for an example longer than `max_length` and for an unknown mode.
+    The longest examples come first, each into the first sequence with room (first-fit decreasing; equal lengths in
+    order).
+
+    Raises:
+        ValueError: an example is longer than ``max_length``.
     """
     sizes = [int(length) for length in lengths]
     if sizes and max(sizes) > max_length:
@@ -34,10 +32,6 @@ def plan_packs(
             f"example {sizes.index(worst)} has {worst} tokens, a packed sequence holds {max_length}: cut "
             "examples to the same max_length first"
         )
-    if mode == "in_order":
-        return _in_order(sizes, max_length)
-    if mode != "first_fit":
-        raise ValueError(f'unknown packing mode "{mode}": known are first_fit, in_order')
     order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
     packs: list[list[int]] = []
     room = _FirstRoom(len(sizes), max_length)
@@ -53,11 +47,10 @@ def pack_examples(
     examples: Sequence[Mapping[str, npt.NDArray[Any]]],
     lengths: Sequence[int] | npt.NDArray[np.int64],
     max_length: int,
-    mode: PackingMode = "first_fit",
 ) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
     """Yields packed examples. Every column of an example must have one entry per token; raises as
     `plan_packs`."""
-    for pack in plan_packs(lengths, max_length, mode):
+    for pack in plan_packs(lengths, max_length):
         yield _join([examples[index] for index in pack])
 
 
@@ -71,18 +64,6 @@ def _join(parts: list[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[
     joined["segment_ids"] = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)
     joined["position_ids"] = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
     return joined
-
-
-def _in_order(sizes: list[int], max_length: int) -> list[list[int]]:
-    packs: list[list[int]] = []
-    used = max_length
-    for index, size in enumerate(sizes):
-        if used + size > max_length:
-            packs.append([])
-            used = 0
-        packs[-1].append(index)
-        used += size
-    return packs
 
 
 class _FirstRoom:

@@ -56,6 +56,7 @@ def write_shortcuts(
     factors: Sequence[AdapterFactors],
     meta: ExportMeta,
     base: Path | str,
+    *,
     norm_after_shortcut: str | None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,

@@ -30,7 +30,16 @@ def add_shortcuts(
     added = {}
     for name in select_shortcuts(shortcut_names(model), options.modules):
         kind, generator = cast(ShortcutKind, name.rpartition(".")[2]), module_generator(seed, name)
-        added[name] = Shortcut(kind, size, rank, options.alpha / rank, options.dropout, generator, dtype, device)
+        added[name] = Shortcut(
+            kind,
+            size,
+            rank,
+            options.alpha / rank,
+            dropout=options.dropout,
+            generator=generator,
+            dtype=dtype,
+            device=device,
+        )
         if device is not None:
             added[name].rank_mask_R = added[name].rank_mask_R.to(device)
     wire_shortcuts(model, added, options.norm_after_shortcut)

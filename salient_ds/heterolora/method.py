@@ -18,7 +18,7 @@ from salient_ds.heterolora.module_rates import ModuleRates
 from salient_ds.heterolora.module_select import Candidates, KeptShare, ModuleChoice, select_modules_on
 from salient_ds.heterolora.options import HeteroLoRAConfig
 from salient_ds.heterolora.probing import ProbeScores, ProbeSettings
-from salient_ds.heterolora.proxies import check_proxy, judge_scores
+from salient_ds.heterolora.proxies import check_proxy, check_scores
 from salient_ds.heterolora.results import SearchRecord, write_search
 from salient_ds.heterolora.schedule import SearchSpace, constant_steps, search_events
 from salient_ds.ranks import AdamView, Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
@@ -89,7 +89,7 @@ class HeteroLoRA:
             ValueError: the scores decide nothing, and ``degenerate`` is "refuse".
         """
         self._probe = None
-        verdict = judge_scores(proxy, self.layout.modules, scores.score_M, scores.trained_M)
+        verdict = check_scores(proxy, self.layout.modules, scores.score_M, scores.trained_M)
         if verdict.kind == "ok":
             self._probe = (proxy, scores.score_M)
             return None

@@ -98,8 +98,14 @@ class Prober:
         for k, (adapter, G) in enumerate(zip(self.adapted.adapters.values(), summed, strict=True)):
             own = weights[k] if weights is not None else G  # grad_norm does not look at them
             scores.append(
-                proxies.module_score(
-                    proxy, own["A"], own["B"], G["A"], G["B"], adapter.scaling, self.settings.scale_free
+                proxies.proxy_score(
+                    proxy,
+                    own["A"],
+                    own["B"],
+                    G["A"],
+                    G["B"],
+                    scaling=adapter.scaling,
+                    scale_free=self.settings.scale_free,
                 )
             )
         return torch.tensor(scores, dtype=torch.float64)

@@ -57,20 +57,6 @@ def snip(A_RI: Tensor, B_OR: Tensor, G_A: Tensor, G_B: Tensor) -> Tensor:
     return _connection_sensitivity(A_RI, G_A) + _connection_sensitivity(B_OR, G_B)
 
 
-def synflow(A_RI: Tensor, B_OR: Tensor, G_A: Tensor, G_B: Tensor) -> Tensor:
-    """SYNFLOW as released: SNIP's formula in the network of absolute values; () float64.
-
-    Args:
-        A_RI, B_OR: with or without their signs.
-        G_A, G_B: gradients of the loss of one batch, with its labels and attention mask, where the model's parameters
-            and buffers are replaced by their absolute values and its input embeddings by ones.
-
-    Unlike SynFlow as published (Tanaka et al. 2020) that is neither free of data nor a sum of outputs; values fall by
-    orders of magnitude from layer to layer towards the input, so that it ranks by depth.
-    """
-    return snip(A_RI, B_OR, G_A, G_B)
-
-
 def fisher(A_RI: Tensor, G_A: Tensor) -> Tensor:
     """FISHER of one probe batch: 1/2 sum_k (sum_i A_ki G_A,ki)^2; () float64. To be averaged over batches.
 
@@ -86,10 +72,15 @@ def _connection_sensitivity(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight.double() * gradient.double()).abs().sum()
 
 
-def module_score(
-    proxy: str, A_RI: Tensor, B_OR: Tensor, G_A: Tensor, G_B: Tensor, scaling: float, scale_free: bool = False
+def proxy_score(
+    proxy: str, A_RI: Tensor, B_OR: Tensor, G_A: Tensor, G_B: Tensor, *, scaling: float, scale_free: bool = False
 ) -> float:
     """Score of one module by GRAD-NORM, SNIP or SYNFLOW.
+
+    SYNFLOW as released is SNIP's formula with gradients taken in the network of absolute values: parameters and buffers
+    are replaced by their absolute values and input embeddings by ones, while the labels and mask of one batch stay.
+    Unlike SynFlow as published (Tanaka et al. 2020) that is neither free of data nor a sum of outputs. Values fall by
+    orders of magnitude from layer to layer towards the input, so that it ranks by depth.
 
     Args:
         scaling: the module's s = alpha / r.
@@ -150,7 +141,7 @@ def alpha_test(metric: Callable[[float], float], limit: MetricLimit, levels: int
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ScoreCheck:
     """Whether scores can rank modules."""
 
     kind: Literal["ok", "non_finite", "degenerate", "locked_in"]
@@ -159,7 +150,7 @@ class Verdict:
     """A sentence for the user; empty if all is well."""
 
 
-def judge_scores(proxy: str, names: Sequence[str], score_M: Tensor, trained_M: Tensor | None = None) -> Verdict:
+def check_scores(proxy: str, names: Sequence[str], score_M: Tensor, trained_M: Tensor | None = None) -> ScoreCheck:
     """Look for scores that say nothing, before modules are ranked by them.
 
     SNIP and SYNFLOW are zero for every module at the start. The reference then draws the modules at random, trains
@@ -173,17 +164,17 @@ def judge_scores(proxy: str, names: Sequence[str], score_M: Tensor, trained_M: T
     finite_M = torch.isfinite(score_M)
     if not bool(finite_M.all()):
         wrong = [names[i] for i in (~finite_M).nonzero().flatten().tolist()]
-        return Verdict(
+        return ScoreCheck(
             "non_finite", f"{proxy} is not finite for {len(wrong)} of {len(names)} modules ({wrong[0]}, ...)"
         )
     if proxy not in ZERO_WHILE_UNTRAINED:
-        return Verdict("ok")
+        return ScoreCheck("ok")
     because = f"{proxy} is 0 for a module whose B is 0, whatever the data say"
     if not bool(score_M.any()):
-        return Verdict("degenerate", f"{because}, and so for all {len(names)} modules: the choice would be a draw")
+        return ScoreCheck("degenerate", f"{because}, and so for all {len(names)} modules: the choice would be a draw")
     if trained_M is not None and not bool(trained_M.all()):
         count = int((~trained_M).sum())
-        return Verdict(
+        return ScoreCheck(
             "locked_in", f"{because}: {count} of {len(names)} modules have not been trained and could not win"
         )
-    return Verdict("ok")
+    return ScoreCheck("ok")

@@ -45,6 +45,7 @@ class Shortcut(RankedLinear):
         hidden_size: int,
         rank: int,
         scaling: float,
+        *,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,

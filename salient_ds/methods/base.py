@@ -1,4 +1,4 @@
-"""A method without statistics to build on, and what methods share.
+"""A method without statistics to build on, and what methods share. Importing this file loads no torch.
 
 Shape legend: M = adapted matrices, N = rows (:mod:`salient_ds.ranks`).
 """
@@ -6,12 +6,13 @@ Shape legend: M = adapted matrices, N = rows (:mod:`salient_ds.ranks`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from salient_ds.methods.options import MethodConfig
 from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def refuse_non_finite(what: str, modules: Sequence[str], bad: Sequence[int], when: str) -> None:

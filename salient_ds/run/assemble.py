@@ -39,6 +39,7 @@ def assemble(
     ds_config: dict[str, Any],
     total_steps: int,
     device: torch.device,
+    *,
     kept_N: Tensor | None = None,
     steps_per_epoch: int | None = None,
     probe_data: ProbeData | None = None,

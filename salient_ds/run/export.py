@@ -74,6 +74,7 @@ def export_run(
     run: Path,
     form: Form | None,
     target: Path,
+    *,
     overwrite: bool = False,
     checkpoint: Path | None = None,
     base: str | None = None,
@@ -106,7 +107,9 @@ def export_run(
     if form is None:
         form = "shortcuts" if shortcuts_act(factors, norm) else "peft"
     if form == "shortcuts":
-        return write_shortcuts(target, factors, meta, place, norm, dtype or torch.float32, overwrite)
+        return write_shortcuts(
+            target, factors, meta, place, norm_after_shortcut=norm, dtype=dtype or torch.float32, overwrite=overwrite
+        )
     refuse_shortcuts(factors, form, norm)
     factors = [item for item in factors if not is_shortcut(item.name)]  # all of them off
     return export_adapter(factors, meta, target, form, place, dtype, overwrite, pad_to=pad_to)

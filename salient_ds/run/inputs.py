@@ -62,6 +62,7 @@ def micro_batches(
     inputs: Inputs,
     sampler: StepSampler,
     batch: int,
+    *,
     global_rank: int,
     world_size: int,
     size: int,

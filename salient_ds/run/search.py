@@ -85,7 +85,16 @@ def main(
     """Score the modules of a run and write the configuration that trains the best of them."""
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    options = SearchOptions(proxy, batches, budget, unit, mode, scale_free, rank, output)
+    options = SearchOptions(
+        proxy=proxy,
+        batches=batches,
+        budget=budget,
+        unit=unit,
+        mode=mode,
+        scale_free=scale_free,
+        rank=rank,
+        output=output,
+    )
     raise SystemExit(run_search(run, overrides or [], options))
 
 

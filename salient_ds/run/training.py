@@ -183,7 +183,13 @@ class Training:
             while engine.step < self.total_steps:
                 began = time.perf_counter()
                 batches, targets = micro_batches(
-                    self.inputs, self.sampler, self.counters.batches, self.global_rank, self.world_size, size, device
+                    self.inputs,
+                    self.sampler,
+                    self.counters.batches,
+                    global_rank=self.global_rank,
+                    world_size=self.world_size,
+                    size=size,
+                    device=device,
                 )
                 report = self._step(batches, targets)
                 if report.skipped:

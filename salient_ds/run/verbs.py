@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import load_config
@@ -15,6 +15,7 @@ from salient_ds.run.exits import print_problems
 from salient_ds.strict import ConfigError
 
 if TYPE_CHECKING:
+    from salient_ds.export.meta import Form
     from salient_ds.run.search import SearchOptions
 
 
@@ -75,7 +76,7 @@ def convert_toml(
 
 
 def export(
-    run: str, form: str, target: str | None, overwrite: bool, base: str | None, dtype: str, pad_to: str | None
+    run: str, form: str, target: str | None, *, overwrite: bool, base: str | None, dtype: str, pad_to: str | None
 ) -> int:
     """Write an adapter or a merged model; 1 with the reason if that is not possible."""
     import torch
@@ -87,7 +88,8 @@ def export(
     pad: Any = int(pad_to) if pad_to and pad_to.isdigit() else pad_to
     kind = None if form == "merged" else getattr(torch, dtype)
     try:
-        written = export_run(Path(run), form, folder, overwrite, None, base, kind, pad)  # type: ignore[arg-type]
+        chosen = cast("Form", form)  # the command line has checked it
+        written = export_run(Path(run), chosen, folder, overwrite=overwrite, base=base, dtype=kind, pad_to=pad)
     except (ValueError, OSError, CheckpointError) as error:
         print_problems([str(error)])
         return 1

@@ -51,6 +51,7 @@ def influence(
     beta: float,
     gamma: float,
     leaf: float,
+    *,
     epsilon: float = 0.0,
     block_bytes: int = BLOCK_BYTES,
     share: WorkShare | None = None,

@@ -31,6 +31,7 @@ LIGHT = (
     "adapters.targets",
     "methods.duties",
     "methods.options",
+    "methods.base",
     "methods.salientlora.options",
     "methods.adalora.options",
     "methods.lora2.options",

@@ -87,7 +87,7 @@ def build(
     config = case.config(model)
     ds_config = effective_config(case.ds_config(config, world_size), config, world_size)
     base = load_model(config.model, config.train, ds_config)
-    return assemble(base, config, ds_config, case.steps, torch.device("cpu"), kept_N, probe_data=probe_data)
+    return assemble(base, config, ds_config, case.steps, torch.device("cpu"), kept_N=kept_N, probe_data=probe_data)
 
 
 def advance(engine: AllocatingEngine, until: int, global_rank: int, world_size: int) -> tuple[list[float], list[Any]]:

@@ -10,13 +10,13 @@ import torch
 
 from salient_ds.export.api import export_adapter
 from salient_ds.export.meta import ExportMeta
-from salient_ds.export.verify import verify_peft
 from salient_ds.run.export import read_factors
 from tests.dist import increlora_worker
 from tests.dist.plain_run import train_plain
 from tests.dist.scenario import TOTAL_STEPS, Case
 from tests.dist.test_parity import TINY_PARTITIONS, assemble, assert_factors
 from tests.support.spawn import spawn
+from tests.support.verify import verify_peft
 
 # events after steps 5, 9 and 13: the checkpoint after step 7 lies between the first two
 METHOD = {"name": "increlora", "target_rank": 2, "interval": 4, "top_h": 2, "block_bytes": 1000}

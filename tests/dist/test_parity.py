@@ -124,6 +124,12 @@ def test_four_processes_equal_plain_torch(four: list[Any], plain: dict[str, Any]
     assert_same_run(four, index, plain)
 
 
+def test_decisions_that_wait_for_a_step_and_spare_the_vectors_equal_plain_torch(tiny_llama: Path) -> None:
+    """The released code's policy: E alone, ungated, after the next step."""
+    case = Case(2, method=SALIENT | {"preset": "reference", "window_final": 4})
+    assert_same_run(spawn(2, scenario.run, tiny_llama, [case]), 0, train_plain(case, tiny_llama))
+
+
 @pytest.mark.parametrize("index", range(len(TWO_PROCESSES)), ids=str)
 def test_every_process_takes_the_identical_decision(two: list[Any], index: int) -> None:
     assert two[0][index]["digests"] == two[1][index]["digests"]

@@ -69,7 +69,7 @@ def scores(adapted: AdaptedModel, proxy: str, batches: list[Batch]) -> dict[str,
     for name, adapter in adapters.items():
         A, B = (a.parameter.detach() for a in adapter.factors().values())
         G = found[name]
-        result[name] = proxies.module_score(proxy, A, B, G["A"], G["B"], adapter.scaling)
+        result[name] = proxies.proxy_score(proxy, A, B, G["A"], G["B"], scaling=adapter.scaling)
     return result
 
 

@@ -152,9 +152,9 @@ def test_what_locks_in_is_noticed() -> None:
     assert all(s == sets[0] for s in sets)
     first, second = (torch.tensor([score for _, _, score, _ in e["entries"]]) for e in events[:2])
     names = [f"{layer}.{name}" for layer, name, _, _ in events[0]["entries"]]
-    assert proxies.judge_scores("snip", names, first).kind == "degenerate"
-    assert proxies.judge_scores("snip", names, second, second > 0).kind == "locked_in"
-    assert proxies.judge_scores("snip", names, second, torch.ones(len(names), dtype=torch.bool)).kind == "ok"
+    assert proxies.check_scores("snip", names, first).kind == "degenerate"
+    assert proxies.check_scores("snip", names, second, second > 0).kind == "locked_in"
+    assert proxies.check_scores("snip", names, second, torch.ones(len(names), dtype=torch.bool)).kind == "ok"
 
 
 def recorded(name: str) -> Path:

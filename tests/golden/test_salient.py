@@ -177,7 +177,7 @@ def test_edges_of_tiny_histories_depend_on_the_epsilon() -> None:
 @pytest.mark.parametrize(("leaf", "key"), [(0.0, "influence_raw_code"), (1.0, "influence_paper")])
 def test_influence(name: str, leaf: float, key: str) -> None:
     golden = read(name)
-    found_N = influence(tensor(golden["series"]), 0.9, 2.0, leaf, REFERENCE_EPSILON, block_bytes=2**16)
+    found_N = influence(tensor(golden["series"]), 0.9, 2.0, leaf, epsilon=REFERENCE_EPSILON, block_bytes=2**16)
     np.testing.assert_allclose(found_N.numpy(), golden[key], rtol=INFLUENCE_ERROR, atol=0)
 
 

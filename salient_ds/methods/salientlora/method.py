@@ -189,7 +189,7 @@ class SalientLoRA:
             self.config.beta,
             self.config.gamma,
             options.leaf_influence,
-            REFERENCE_EPSILON if reference else 0.0,
+            epsilon=REFERENCE_EPSILON if reference else 0.0,
             share=self.share,
         )
         terms = score.normalise(magnitude_L, influence_L, options.normalisation, sizes, "nan" if reference else "zero")

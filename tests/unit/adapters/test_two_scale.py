@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
-from salient_ds.adapters.two_scale import TwoScaleLinear
+from salient_ds.adapters.two_scale import TwoScaleLinear, two_scale_pair
 from salient_ds.export.fold import AdapterFactors, delta_weight, fold
 
 WIDE, TALL = 11, 7
@@ -101,7 +101,8 @@ def test_addresses() -> None:
 def test_folds_into_a_plain_pair_of_the_live_rank(rank: int, k: int) -> None:
     adapter = awake(adapter_of(rank, k))
     mask_R = torch.arange(rank) != 1
-    factors = AdapterFactors("m", **adapter.effective_factors(), mask=mask_R, scaling=adapter.scaling)
+    A_RI, B_OR = two_scale_pair(adapter.lora_A, adapter.lora_B, adapter.lora_aa, adapter.lora_bb)
+    factors = AdapterFactors("m", A_RI, adapter.lora_E.detach(), B_OR, mask=mask_R, scaling=adapter.scaling)
     pair = fold(factors)
     assert pair is not None and pair.rank == rank - 1
     torch.testing.assert_close(delta_weight(pair), dense_update(adapter, mask_R).float())

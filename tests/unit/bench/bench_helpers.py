@@ -20,7 +20,16 @@ def settings(**changes: Any) -> Settings:
 
 
 def spec(arm: str, rank: int = 8, loop: str = "plain", zero: int = 0, gpus: int = 1, **changes: Any) -> ArmSpec:
-    return ArmSpec(arm, loop, zero, rank, gpus, "none", False, settings(**changes))
+    return ArmSpec(
+        arm=arm,
+        loop=loop,
+        zero=zero,
+        rank=rank,
+        gpus=gpus,
+        checkpointing="none",
+        compiled=False,
+        settings=settings(**changes),
+    )
 
 
 def timed(arm: str, seconds: float, rank: int = 8, loop: str = "plain", zero: int = 0, gpus: int = 1) -> dict[str, Any]:

@@ -41,7 +41,16 @@ def test_a_spec_survives_its_way_to_the_worker() -> None:
     import json
     from dataclasses import asdict
 
-    spec = ArmSpec("salientlora", "deepspeed", 2, 8, 2, "all", True, settings())
+    spec = ArmSpec(
+        arm="salientlora",
+        loop="deepspeed",
+        zero=2,
+        rank=8,
+        gpus=2,
+        checkpointing="all",
+        compiled=True,
+        settings=settings(),
+    )
     assert ArmSpec.from_dict(json.loads(json.dumps(asdict(spec)))) == spec
 
 

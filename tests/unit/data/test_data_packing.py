@@ -69,16 +69,9 @@ def test_plan_is_first_fit_decreasing() -> None:
         assert plan_packs(lengths, 32) == first_fit_decreasing(lengths, 32)
 
 
-def test_plan_in_order() -> None:
-    assert plan_packs([5, 9, 3, 12, 7, 4], 16, "in_order") == [[0, 1], [2, 3], [4, 5]]
-    assert plan_packs([], 16, "in_order") == []
-
-
 def test_plan_errors() -> None:
     with pytest.raises(ValueError, match="example 1 has 20 tokens, a packed sequence holds 16"):
         plan_packs([5, 20], 16)
-    with pytest.raises(ValueError, match=r'unknown packing mode "best".*first_fit, in_order'):
-        plan_packs([5], 16, "best")  # type: ignore[arg-type]
 
 
 def test_packed_examples_keep_every_token_and_target(examples: InstructionDataset) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from salient_ds.adapters.ranked_linear import SVDLinear
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta
-from salient_ds.export.verify import logits_of, probe_inputs
+from tests.support.verify import logits_of, probe_inputs
 
 VOCAB, RANK, SCALING = 64, 6, 2.0
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "bert_qa": "QUESTION_ANS", "t5": "SEQ_2_SEQ_LM"}

@@ -15,7 +15,7 @@ from salient_ds.export.api import export_adapter
 from salient_ds.export.base_files import locate_weights, open_base
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.merge import write_merged
-from salient_ds.export.verify import load_model, verify_merged
+from tests.support.verify import load_model, verify_merged
 from tests.unit.export.builders import Case, build
 
 

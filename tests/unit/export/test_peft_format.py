@@ -15,7 +15,7 @@ from salient_ds.export.api import export_adapter
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta
 from salient_ds.export.peft_format import VLLM_RANKS, padded_rank
-from salient_ds.export.verify import verify_peft
+from tests.support.verify import verify_peft
 from tests.unit.export.builders import Case, build
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from salient_ds.export.api import export_adapter
-from salient_ds.export.verify import verify_merged, verify_peft
+from tests.support.verify import verify_merged, verify_peft
 from tests.unit.export.builders import TASKS, Case
 
 pytest.importorskip("peft", reason="the round trip is tested against real PEFT")

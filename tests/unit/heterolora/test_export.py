@@ -45,7 +45,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_a_fresh_model_with_the_loaded_adapter_is_the_trained_one(name: str, norm: str, tmp_path: Path) -> None:
     adapted = models.adapt(models.make(name), name, norm, warm=True)
     adapted.model.eval()
-    target = write_shortcuts(tmp_path / "out", half_on(adapted), META, "base", norm)
+    target = write_shortcuts(tmp_path / "out", half_on(adapted), META, "base", norm_after_shortcut=norm)
     expected = logits(adapted.model)
     loaded = load_shortcuts(models.make(name), target)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-6)
@@ -56,7 +56,7 @@ def test_a_fresh_model_with_the_loaded_adapter_is_the_trained_one(name: str, nor
 def test_modules_that_are_off_are_left_out(tmp_path: Path) -> None:
     adapted = models.adapt(models.make("llama"), "llama", warm=True)
     factors = half_on(adapted)
-    write_shortcuts(tmp_path / "out", factors, META, "base", "none", torch.bfloat16)
+    write_shortcuts(tmp_path / "out", factors, META, "base", norm_after_shortcut="none", dtype=torch.bfloat16)
     saved = load_file(tmp_path / "out" / WEIGHTS)
     live = {f.name for f in factors if f.rank}
     assert {key.rpartition(".lora_")[0] for key in saved} == live and 0 < len(live) < len(factors)
@@ -67,7 +67,7 @@ def test_modules_that_are_off_are_left_out(tmp_path: Path) -> None:
 
 def test_a_loaded_model_generates_with_and_without_cache(tmp_path: Path) -> None:
     adapted = models.adapt(models.make("llama"), "llama", warm=True)
-    target = write_shortcuts(tmp_path / "out", half_on(adapted), META, "base", "none")
+    target = write_shortcuts(tmp_path / "out", half_on(adapted), META, "base", norm_after_shortcut="none")
     model: Any = load_shortcuts(models.make("llama"), target)
     prompt = models.batch()["input_ids"][:1]
     common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -89,7 +89,7 @@ def test_other_forms_are_refused_with_the_way_out() -> None:
 
 def test_wrong_directories_and_models(tmp_path: Path) -> None:
     factors = half_on(models.adapt(models.make("llama"), "llama"))
-    target = write_shortcuts(tmp_path / "out", factors, META, "base", "none")
+    target = write_shortcuts(tmp_path / "out", factors, META, "base", norm_after_shortcut="none")
     with pytest.raises(ValueError, match="made for another model.*model.layers.0.self_attn.q_proj"):
         load_shortcuts(models.make("opt-post"), target)
     with pytest.raises(ValueError, match="--form shortcuts"):

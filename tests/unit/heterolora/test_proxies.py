@@ -15,13 +15,12 @@ from salient_ds.heterolora.proxies import (
     MetricLimit,
     alpha_test,
     check_proxy,
+    check_scores,
     constant,
     fisher,
     grad_norm,
-    judge_scores,
-    module_score,
+    proxy_score,
     snip,
-    synflow,
 )
 from salient_ds.heterolora.shortcut import Shortcut
 from salient_ds.heterolora.switched import SwitchedLinear
@@ -41,7 +40,7 @@ def test_formulas() -> None:
         )
 
     assert math.isclose(float(snip(A, B, G_A, G_B)), total((A, G_A), (B, G_B)))
-    assert math.isclose(float(synflow(-A, B, G_A, G_B)), total((A, G_A), (B, G_B)))
+    assert math.isclose(proxy_score("synflow", -A, B, G_A, G_B, scaling=1.0), total((A, G_A), (B, G_B)))
     norms = [math.sqrt(sum(g * g for g in G.flatten().tolist())) for G in (G_A, G_B)]
     assert math.isclose(float(grad_norm(G_A, G_B)), sum(norms))
     assert not math.isclose(float(grad_norm(G_A, G_B)), math.hypot(*norms))
@@ -102,7 +101,7 @@ def test_untrained_modules(proxy: str) -> None:
     """With B = 0 only GRAD-NORM sees anything, and only B's gradient."""
     layer, loss = model(warm=False)
     G = gradients(layer, loss(draw(7, 5, seed=4)))
-    score = module_score(proxy, A, layer.lora_B.detach(), *G, layer.scaling)
+    score = proxy_score(proxy, A, layer.lora_B.detach(), *G, layer.scaling)
     assert score == (float(G[1].norm()) if proxy == "grad_norm" else 0.0)
 
 
@@ -112,11 +111,14 @@ def test_scale_free_takes_alpha_out() -> None:
     for alpha in (4.0, 16.0):
         layer, loss = model(alpha, warm=False)
         G = gradients(layer, loss(draw(7, 5, seed=4)))
-        plain.append(module_score("grad_norm", A, layer.lora_B.detach(), *G, layer.scaling))
-        free.append(module_score("grad_norm", A, layer.lora_B.detach(), *G, layer.scaling, scale_free=True))
+        plain.append(proxy_score("grad_norm", A, layer.lora_B.detach(), *G, layer.scaling))
+        free.append(proxy_score("grad_norm", A, layer.lora_B.detach(), *G, layer.scaling, scale_free=True))
     assert math.isclose(plain[1], 4 * plain[0])
     assert math.isclose(free[1], free[0])
-    assert math.isclose(module_score("snip", A, B, G_A, G_B, 5.0, True) * 5, module_score("snip", A, B, G_A, G_B, 5.0))
+    assert math.isclose(
+        proxy_score("snip", A, B, G_A, G_B, scaling=5.0, scale_free=True) * 5,
+        proxy_score("snip", A, B, G_A, G_B, scaling=5.0),
+    )
 
 
 def test_a_shortcut_and_a_layer_with_the_same_update_score_alike() -> None:
@@ -130,7 +132,7 @@ def test_a_shortcut_and_a_layer_with_the_same_update_score_alike() -> None:
     leaves = [layer.lora_A, layer.lora_B, shortcut.lora_A, shortcut.lora_B]
     G = torch.autograd.grad(loss, leaves)
     found = [
-        module_score("grad_norm", leaves[i], leaves[i + 1], G[i], G[i + 1], m.scaling, free)
+        proxy_score("grad_norm", leaves[i], leaves[i + 1], G[i], G[i + 1], scaling=m.scaling, scale_free=free)
         for free in (False, True)
         for i, m in ((0, layer), (2, shortcut))
     ]
@@ -178,7 +180,7 @@ NAMES = ["a", "b", "c"]
 
 def verdict(proxy: str, scores: list[float], trained: list[bool] | None = None) -> str:
     trained_M = None if trained is None else torch.tensor(trained)
-    found = judge_scores(proxy, NAMES, torch.tensor(scores, dtype=torch.float64), trained_M)
+    found = check_scores(proxy, NAMES, torch.tensor(scores, dtype=torch.float64), trained_M)
     assert (found.kind == "ok") == (found.reason == "")
     return found.kind
 
@@ -197,9 +199,9 @@ def test_verdicts() -> None:
 
 
 def test_reasons_name_modules_and_numbers() -> None:
-    found = judge_scores("grad_norm", NAMES, torch.tensor([1.0, math.nan, math.inf]))
+    found = check_scores("grad_norm", NAMES, torch.tensor([1.0, math.nan, math.inf]))
     assert "2 of 3 modules (b, ...)" in found.reason
-    found = judge_scores("snip", NAMES, torch.tensor([0.0, 1, 1]), torch.tensor([False, True, True]))
+    found = check_scores("snip", NAMES, torch.tensor([0.0, 1, 1]), torch.tensor([False, True, True]))
     assert "1 of 3 modules have not been trained" in found.reason
 
 

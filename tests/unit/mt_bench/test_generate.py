@@ -183,7 +183,12 @@ def test_an_adapter_with_shortcuts_answers_and_its_run_says_where_it_is(
     shortcut = AdapterFactors("model.layers.1.residual_1", A, None, B, torch.ones(4, dtype=torch.bool), 0.1)
     meta = ExportMeta("heterolora", "CAUSAL_LM", "run", record_of(llama))
     for name, factors in (("with", [*random_factors(llama), shortcut]), ("without", random_factors(llama))):
-        generate(tmp_path, write_shortcuts(tmp_path / name, factors, meta, llama, "none"), "--batch-size", "4")
+        generate(
+            tmp_path,
+            write_shortcuts(tmp_path / name, factors, meta, llama, norm_after_shortcut="none"),
+            "--batch-size",
+            "4",
+        )
     assert answers_of(tmp_path, "without") == answers_of(reference, "m")
     changed = zip(answers_of(tmp_path, "with"), answers_of(reference, "m"), strict=True)
     assert sum(a[1] != b[1] for a, b in changed) >= 10, "the shortcut must show"

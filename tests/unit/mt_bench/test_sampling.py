@@ -32,7 +32,9 @@ def chosen(scores: torch.Tensor) -> list[int]:
 
 def test_draws_follow_the_softmax_at_the_rows_temperature() -> None:
     logits_V, rows, steps, degree = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.0]), 500, 40, 0.7
-    sampler = SeededSampler([turn_seed(0, row, 1) for row in range(rows)], [degree] * rows, 0, steps, 0, CPU)
+    sampler = SeededSampler(
+        [turn_seed(0, row, 1) for row in range(rows)], [degree] * rows, 0, max_new=steps, end=0, device=CPU
+    )
     counts, draws = torch.zeros(5), rows * steps
     for step in range(steps):
         counts += torch.bincount(
@@ -49,7 +51,7 @@ def test_a_row_draws_the_same_whatever_its_neighbours() -> None:
     seeds, degrees = [turn_seed(0, number, 1) for number in range(6)], [0.7, 0.0, 1.0, 0.1, 0.7, 2.0]
 
     def draw(rows: list[int]) -> list[list[int]]:
-        sampler = SeededSampler([seeds[r] for r in rows], [degrees[r] for r in rows], 0, 9, 0, CPU)
+        sampler = SeededSampler([seeds[r] for r in rows], [degrees[r] for r in rows], 0, max_new=9, end=0, device=CPU)
         steps = [chosen(sampler(torch.zeros(len(rows), step), logits_BV[rows])) for step in range(9)]
         return [list(row) for row in zip(*steps, strict=True)]
 
@@ -60,7 +62,7 @@ def test_a_row_draws_the_same_whatever_its_neighbours() -> None:
 
 
 def test_the_largest_uniform_number_draws_the_last_token_and_the_smallest_the_first() -> None:
-    sampler = SeededSampler([1, 1], [1.0, 1.0], 0, 1, 0, CPU)
+    sampler = SeededSampler([1, 1], [1.0, 1.0], 0, max_new=1, end=0, device=CPU)
     sampler.uniform_BT = torch.tensor([[1.0 - 2.0**-53], [0.0]], dtype=torch.float64)
     assert chosen(sampler(torch.zeros(2, 0), torch.zeros(2, 32003))) == [32002, 0]
     with_gaps_V = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])
@@ -69,7 +71,7 @@ def test_the_largest_uniform_number_draws_the_last_token_and_the_smallest_the_fi
 
 @pytest.mark.parametrize("degree", [0.0, 0.7])
 def test_a_row_with_broken_logits_ends_and_says_when(degree: float) -> None:
-    sampler = SeededSampler([1, 2], [degree] * 2, 3, 5, 4, CPU)
+    sampler = SeededSampler([1, 2], [degree] * 2, 3, max_new=5, end=4, device=CPU)
     scores_BV = torch.zeros(2, 6)
     sampler(torch.zeros(2, 3), scores_BV)
     scores_BV[1, 2] = torch.nan
