@@ -101,7 +101,7 @@ def test_untrained_modules(proxy: str) -> None:
     """With B = 0 only GRAD-NORM sees anything, and only B's gradient."""
     layer, loss = model(warm=False)
     G = gradients(layer, loss(draw(7, 5, seed=4)))
-    score = proxy_score(proxy, A, layer.lora_B.detach(), *G, layer.scaling)
+    score = proxy_score(proxy, A, layer.lora_B.detach(), *G, scaling=layer.scaling)
     assert score == (float(G[1].norm()) if proxy == "grad_norm" else 0.0)
 
 
@@ -111,8 +111,8 @@ def test_scale_free_takes_alpha_out() -> None:
     for alpha in (4.0, 16.0):
         layer, loss = model(alpha, warm=False)
         G = gradients(layer, loss(draw(7, 5, seed=4)))
-        plain.append(proxy_score("grad_norm", A, layer.lora_B.detach(), *G, layer.scaling))
-        free.append(proxy_score("grad_norm", A, layer.lora_B.detach(), *G, layer.scaling, scale_free=True))
+        plain.append(proxy_score("grad_norm", A, layer.lora_B.detach(), *G, scaling=layer.scaling))
+        free.append(proxy_score("grad_norm", A, layer.lora_B.detach(), *G, scaling=layer.scaling, scale_free=True))
     assert math.isclose(plain[1], 4 * plain[0])
     assert math.isclose(free[1], free[0])
     assert math.isclose(
