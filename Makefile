@@ -32,7 +32,10 @@ lint: $(BIN)/.installed-dev
 	$(BIN)/mypy
 
 coverage: $(BIN)/.installed-dev
-	PATH="$(abspath $(BIN)):$$PATH" launch/coverage.sh
+	$(BIN)/coverage erase
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 audit: $(BIN)/.installed-dev
 	$(BIN)/pip-audit --skip-editable
