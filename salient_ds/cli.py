@@ -1,4 +1,4 @@
-"""The ``salient-ds`` command. Verbs live in modules of their own and are imported when they are called."""
+"""The ``salient-ds`` command. What its subcommands do is in modules of their own, imported when they are called."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ def main() -> None:
 @app.command()
 def check(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of processes, all nodes together.")] = 1,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Replace settings of the run file."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of processes on all nodes together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Validate a run without GPUs: config, ZeRO JSON, data, model files; print events, parameters and memory."""
+    """Check a run without a GPU: run file, ZeRO JSON, data, model files. Print events, parameters and memory."""
     from salient_ds.check.printing import run_check
 
     raise typer.Exit(run_check(run, overrides, gpus, as_json))
@@ -48,11 +51,16 @@ def check(
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Replace settings of the run file."),
+    ] = None,
     gpus: Annotated[int, typer.Option(min=0, help="Processes on this node (0: all GPUs).")] = 0,
-    hostfile: Annotated[str | None, typer.Option(help="Hosts and slots, one per line, for several nodes.")] = None,
-    master_port: Annotated[int | None, typer.Option(help="Port of the rendezvous.")] = None,
-    resume: Annotated[str, typer.Option(help='"auto": go on from the last whole checkpoint; or its path.')] = "never",
+    hostfile: Annotated[str | None, typer.Option(help="File of hosts and slots, one host per line.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Port on which the processes meet.")] = None,
+    resume: Annotated[
+        str, typer.Option(help='"auto" (continue from the last whole checkpoint) or the path of a checkpoint.')
+    ] = "never",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in output_dir.")] = False,
 ) -> None:
     """Check a run, then start it with the deepspeed launcher."""
@@ -66,7 +74,10 @@ def train(
 @app.command()
 def search(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="Replace settings of the run file."),
+    ] = None,
     proxy: ProxyOption = "grad_norm",
     batches: BatchesOption = 32,
     budget: BudgetOption = 0.25,
@@ -76,10 +87,10 @@ def search(
     rank: RankOption = None,
     output: OutputOption = None,
     gpus: Annotated[int, typer.Option(min=0, help="Processes on this node (0: all GPUs).")] = 0,
-    hostfile: Annotated[str | None, typer.Option(help="Hosts and slots, one per line, for several nodes.")] = None,
-    master_port: Annotated[int | None, typer.Option(help="Port of the rendezvous.")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="File of hosts and slots, one host per line.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Port on which the processes meet.")] = None,
 ) -> None:
-    """Score all modules before training and write a configuration that trains the best of them (HeteroLoRA)."""
+    """Score all modules before training and write a run file that trains only the best of them (HeteroLoRA)."""
     from salient_ds.run.verbs import search as body
 
     launcher = ["--hostfile", hostfile] if hostfile else []
@@ -99,14 +110,14 @@ def search(
 
 @app.command("convert-toml")
 def convert_toml(
-    lora: Annotated[str, typer.Argument(metavar="LORA.toml", help="The released HeteroLoRA code's LoRA settings.")],
-    shortcuts: Annotated[str | None, typer.Option(help="Its file of shortcuts (ags_*.toml).")] = None,
+    lora: Annotated[str, typer.Argument(metavar="LORA.toml", help="LoRA settings of the released HeteroLoRA code.")],
+    shortcuts: Annotated[str | None, typer.Option(help="Shortcut settings of that code (ags_*.toml).")] = None,
     model: Annotated[str, typer.Option(help="model_type of the model's config.json, e.g. opt or llama.")] = "opt",
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model, for layer-wise files.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers (for files per layer).")] = None,
     norm: Annotated[str, typer.Option(help="norm_after_shortcut: reuse (as the released code) or none.")] = "none",
     output: Annotated[str | None, typer.Option("--output", "-o", help="YAML file (default: print it).")] = None,
 ) -> None:
-    """Turn TOML settings of the released HeteroLoRA code into an adapter section for a run file."""
+    """Convert TOML settings of the released HeteroLoRA code to an adapter section for a run file."""
     from salient_ds.run.exits import print_problems
     from salient_ds.run.verbs import convert_toml as body
 
@@ -119,14 +130,18 @@ def convert_toml(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run directory, or one of its checkpoints.")],
-    form: Annotated[str, typer.Option(help="peft (own ranks), padded (one rank), merged or shortcuts.")] = "peft",
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Target (default: RUN/export-FORM).")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, for adapters.")] = "float32",
-    pad_to: Annotated[
-        str | None, typer.Option(help='padded: a rank, or "vllm" for the next one that vLLM takes.')
+    form: Annotated[
+        str, typer.Option(help="peft (each module at its own rank), padded (all at one rank), merged or shortcuts.")
+    ] = "peft",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write (default: RUN/export-FORM).")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the target.")] = False,
+    base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of an adapter's tensors: float32, bfloat16 or float16.")] = "float32",
+    pad_to: Annotated[
+        str | None, typer.Option(help='Rank of form padded: a number, or "vllm" for the next one that vLLM accepts.')
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
 ) -> None:
     """Write the trained adapter for PEFT or vLLM, or a merged model."""
     from salient_ds.run.exits import print_problems

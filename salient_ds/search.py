@@ -1,4 +1,4 @@
-"""Entry of a searching process: ``deepspeed --module salient_ds.search run.yaml --proxy grad_norm ...``."""
+"""Entry point of a search process: ``deepspeed --module salient_ds.search run.yaml --proxy grad_norm ...``."""
 
 from __future__ import annotations
 

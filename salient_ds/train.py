@@ -1,6 +1,6 @@
-"""Entry of a training process: ``deepspeed --module salient_ds.train run.yaml [key=value ...]``.
+"""Entry point of a training process: ``deepspeed --module salient_ds.train run.yaml [key=value ...]``.
 
-Imports no torch until the configuration is known to be sound: a mistake is reported in a second, by the main process.
+Imports no torch before the configuration has been checked, so that the main process reports a mistake within a second.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from salient_ds.strict import ConfigError
 
 
 def main(
-    run: Annotated[str, typer.Argument(help="Run YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
-    resume: Annotated[str, typer.Option(help='"auto": go on from the last whole checkpoint; or its path.')] = "never",
+    run: Annotated[str, typer.Argument(help="Run file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs that replace settings of the run file.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help='"auto" (continue from the last whole checkpoint) or the path of a checkpoint.')
+    ] = "never",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in output_dir.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:

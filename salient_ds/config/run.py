@@ -1,8 +1,9 @@
-"""The whole run as strict typed models: one YAML file plus ``key=value`` overrides.
+"""The run file as strict typed models: one YAML file plus ``key=value`` overrides.
 
-Imports no torch: ``salient-ds check`` and the launcher's pre-flight read it in well under a second.
-One owner per number: batch sizes, precision, learning rate and clipping live here and are written into the
-``"auto"`` fields of the ZeRO JSON (see :mod:`salient_ds.zero.ds_json`); a conflict is an error naming both places.
+Imports no torch, so that ``salient-ds check`` and the launcher's pre-flight read it in well under a second.
+Every number has one owner. Batch sizes, precision, learning rate and clipping are set here and written into the
+``"auto"`` fields of the ZeRO JSON (see :mod:`salient_ds.zero.ds_json`). A JSON that sets another value is refused with
+an error that names both places.
 """
 
 from __future__ import annotations
@@ -23,69 +24,91 @@ from salient_ds.strict import ConfigError, Strict, did_you_mean
 
 
 class ModelConfig(Strict):
+    """Section ``model`` of a run file."""
+
     path: str
-    """Checkpoint directory in Hugging Face format, or a hub name."""
+    """Checkpoint directory in Hugging Face format, or the name of a model on the Hub."""
     tokenizer: str | None = None
-    """Tokenizer directory or hub name; the model's own by default."""
+    """Tokenizer directory or Hub name. Default: the model's own tokenizer."""
     revision: str | None = None
-    """Hub revision."""
+    """Revision of the model on the Hub, such as a branch, tag or commit. Not used for `tokenizer`, if that is set."""
     task: Literal["causal-lm"] = "causal-lm"
-    """Head to load; decides dataset, collator and metrics."""
+    """Model head to load. It also decides the task type that an exported adapter states."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
     trust_remote_code: bool = False
+    """Allow transformers to run Python code that comes with the checkpoint."""
     random_weights: bool = False
-    """Build the model from its config.json with random weights (speed measurements only)."""
+    """Build the model from its config.json with random weights. Only for speed measurements."""
 
 
 class DataConfig(Strict):
+    """Section ``data`` of a run file."""
+
     train: str
-    """Training data: .json, .jsonl or .parquet file, or a `datasets` name ("name", "name:config", "name[split]")."""
+    """Training data: a .json, .jsonl or .parquet file, or a `datasets` name ("name", "name:config", "name[split]")."""
     eval: str | None = None
-    """Held-out data in the same form."""
+    """Held-out data, in the same form as `train`."""
     eval_size: float = Field(0, ge=0)
-    """Without `eval`: hold out this many training rows (or this fraction, if below 1)."""
+    """Without `eval`: hold out this many training rows, or this fraction of them if below 1. With `packing`, packed
+    sequences are counted instead of rows. 0: hold out nothing."""
     format: Literal["auto", "alpaca", "messages", "sharegpt"] = "auto"
+    """Format of the rows. auto: found from the keys of the first row that fits one of the formats."""
     template: str = "alpaca"
-    """alpaca, vicuna_v1.1, llama-2, tokenizer (its own chat template), or fastchat:NAME."""
+    """Prompt template: alpaca, vicuna_v1.1, llama-2, tokenizer (the tokenizer's own chat template), or fastchat:NAME
+    (any template of FastChat)."""
     max_length: int = Field(512, gt=1)
-    """Tokens per example; longer ones are cut on the right and counted."""
+    """Maximum number of tokens per example. Longer examples are cut on the right; the log says how many were cut."""
     empty_answers: Literal["error", "skip"] = "error"
-    """Rows whose answer is empty: refuse the file, or leave them out (the published Alpaca file holds 28)."""
+    """What to do with rows whose answer is empty (the published Alpaca file holds 28). error: refuse the file. skip:
+    leave those rows out."""
     packing: bool = False
-    """Fill sequences of max_length with several examples that do not attend to each other."""
+    """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other."""
 
 
 class TrainConfig(Strict):
+    """Section ``train`` of a run file."""
+
     max_steps: int | None = Field(None, gt=0)
-    """Applied optimizer steps; overrides epochs."""
+    """Number of applied optimizer steps. Takes precedence over `epochs`; one of the two must be set."""
     epochs: float | None = Field(None, gt=0)
+    """Passes over the training data, rounded up to whole optimizer steps."""
     global_batch_size: int = Field(gt=0)
-    """Examples per optimizer step over all processes: micro_batch_size x accumulation x processes."""
+    """Examples per optimizer step over all processes: micro_batch_size x gradient accumulation steps x processes."""
     micro_batch_size: int = Field(gt=0)
-    """Examples per forward pass on one process; accumulation follows from the number of processes."""
+    """Examples per forward pass on one process. The number of gradient accumulation steps follows from it and from the
+    number of processes."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Training precision of base model and adapters. With bf16 and fp16 the optimizer steps fp32 master copies."""
     lr: float = Field(gt=0)
+    """Peak learning rate, reached at the end of the warm-up."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up: linear or cosine decay to 0, or constant."""
     lr_warmup: float = Field(0, ge=0)
-    """Warm-up steps (or fraction of all steps, if below 1)."""
+    """Warm-up steps, or a fraction of all steps if below 1."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW decay of A and B; singular values are never decayed."""
+    """Weight decay (AdamW) of the adapter factors A and B. Singular values are never decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment."""
     eps: float = Field(1e-8, gt=0)
+    """Epsilon in the denominator of AdamW's update."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Gradient clipping (0 = none)."""
+    """Clip the global norm of the gradients to this value. 0: no clipping."""
     activation_checkpointing: Literal["none", "selective", "all"] = "none"
-    """all: recompute decoder layers in the backward pass (non-reentrant); selective: keep the results of matrix
-    products and attention and recompute only what is cheap."""
+    """none: keep all activations for the backward pass. all: recompute decoder layers in the backward pass
+    (non-reentrant). selective: keep the results of matrix products and attention, and recompute only what is cheap."""
     seed: int = 0
+    """Seed of the adapters' initial values, the order of the data, the held-out rows and dropout."""
     log_every: int = Field(10, gt=0)
+    """Optimizer steps between two lines of metrics. Steps with an allocation event and the last step get one too."""
     eval_every: int = Field(0, ge=0)
-    """Steps between evaluations (0 = at the end only)."""
+    """Optimizer steps between two evaluations on held-out data. 0: evaluate only at the end."""
     save_every: int = Field(0, ge=0)
-    """Steps between checkpoints (0 = at the end only)."""
+    """Optimizer steps between two checkpoints. 0: save only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
+    """Number of checkpoints to keep. Older ones are deleted."""
     max_skipped_steps: int = Field(30, gt=0)
-    """Stop after this many steps in a row without an update (non-finite gradients)."""
+    """Stop the run after this many skipped steps in a row. A step is skipped when its gradients are not finite."""
     timeout_minutes: float = Field(30.0, gt=0)
     """How long a process waits for the others in a collective before it gives up."""
 
@@ -102,23 +125,31 @@ class TrainConfig(Strict):
 
 
 class RunConfig(Strict):
-    """A training run. Sections mirror the packages that read them."""
+    """A training run: everything that a run file may set."""
 
     output_dir: str
-    """Run directory; never overwritten without --overwrite."""
+    """Run directory. A run that is already in it is replaced only with --overwrite, and continued only with
+    --resume."""
     deepspeed: str
-    """Path of a plain DeepSpeed JSON (see ds_configs/), relative to the working directory or to the YAML file."""
+    """Path of a plain DeepSpeed JSON (see ds_configs/). A relative path is looked for in the working directory, then in
+    the folder of the run file."""
     model: ModelConfig
+    """Base model and tokenizer."""
     adapter: AdapterConfig
+    """Adapters: which layers, initial rank, scaling."""
     method: SerializeAsAny[MethodConfig]
+    """The rank-allocation method, chosen by `name`, and its options."""
     data: DataConfig
+    """Training and held-out data, and how rows become tokens."""
     train: TrainConfig
+    """Length of the run, batch sizes, precision, optimizer, logging and checkpoints."""
     speed: SpeedConfig = SpeedConfig()
+    """How parameters are stored and which kernels compute."""
 
     @field_validator("method", mode="before")
     @classmethod
     def _known_method(cls, value: Any) -> Any:
-        """The section as the options class of its method, whatever package that comes from."""
+        """Validate the section with the options class of its method, which may come from another package."""
         if not isinstance(value, Mapping):
             return value
         name = value.get("name")
@@ -143,12 +174,12 @@ class RunConfig(Strict):
         return self
 
     def speed_plan(self, stage: int) -> SpeedPlan:
-        """What section ``speed`` comes to at this ZeRO stage."""
+        """Section ``speed``, resolved for this ZeRO stage."""
         return speed_plan(self.speed, self.method, stage, self.adapter.shortcuts is not None)
 
 
 def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
-    """Field names of the model that holds the unknown key at ``loc`` (union tags in ``loc`` are skipped)."""
+    """Field names of the section that holds the unknown key at ``loc`` (union tags in ``loc`` are skipped)."""
     model: Any = RunConfig
     for part in loc[:-1]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
@@ -188,10 +219,10 @@ def describe_errors(error: ValidationError, data: dict[str, Any]) -> list[str]:
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a run YAML and apply dotted ``key=value`` overrides.
+    """Read a run file (YAML) and apply dotted ``key=value`` overrides such as ``train.lr=1e-4``.
 
     Raises:
-        ConfigError: listing every problem found, not only the first.
+        ConfigError: lists every problem found, not only the first.
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -215,10 +246,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def parse_config(data: dict[str, Any], base: Path | None = None) -> RunConfig:
-    """Validate a plain mapping. A relative DeepSpeed JSON is looked for in the working directory, then in ``base``.
+    """Validate a plain mapping of sections.
+
+    Args:
+        base: folder in which a relative DeepSpeed JSON is looked for, if it is not in the working directory.
 
     Raises:
-        ConfigError: listing every problem found.
+        ConfigError: lists every problem found.
     """
     try:
         config = RunConfig.model_validate(data)

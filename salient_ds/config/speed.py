@@ -1,4 +1,7 @@
-"""How a run is laid out for speed: choices that change no result beyond rounding. Imports no torch."""
+"""Section ``speed`` of a run file: how parameters are stored and which kernels compute. Imports no torch.
+
+These choices change no result beyond rounding, with one exception: see ``compaction``.
+"""
 
 from __future__ import annotations
 
@@ -13,51 +16,66 @@ from salient_ds.strict import Strict
 
 
 class SpeedConfig(Strict):
-    """Section ``speed`` of a run. Every default is the one that measured fastest where it works."""
+    """Section ``speed`` of a run file. Every default is the choice that measured fastest where it works."""
 
     packing: Literal["auto", "layer", "none"] = "auto"
-    """Keep the adapters' factors as two flat parameters per few layers instead of one parameter each. auto: wherever
-    adapters are not partitioned themselves (`zero3: partitioned`) and the method allows it."""
+    """Store the adapter factors of four decoder layers in two flat parameters (singular values, everything else)
+    instead of one parameter per factor. This saves host time in every step. layer: pack, or refuse the run if that is
+    impossible. none: do not pack. auto: pack, unless the method does not support it, adapter.shortcuts is set, or
+    ZeRO-3 partitions the adapters (`zero3: partitioned`)."""
     zero3: Literal["auto", "sharded_base", "partitioned"] = "auto"
-    """What ZeRO-3 partitions. sharded_base: the frozen base only, gathered layer by layer; adapters are replicated in
-    training precision, their masters and moments partitioned. partitioned: adapters too, as plain DeepSpeed does.
-    auto: sharded_base, unless the method or packing rules it out."""
+    """What ZeRO stage 3 partitions; other stages ignore this option. sharded_base: only the layers of the frozen base,
+    which are gathered one after the other. The adapters are replicated in training precision; their fp32 masters and
+    Adam moments are partitioned. partitioned: base and adapters, as plain DeepSpeed does. auto: sharded_base if the
+    adapters are packed (see `packing`), else partitioned."""
     compaction: Literal["auto", "none", "last", "every"] = "auto"
-    """Drop pruned rows from parameters, masters and moments: after the last event, after every one, or never. auto:
-    after the last one, if the method's pruned rows have no effect any more (salientlora with its default options), and
-    what is left of increlora's room."""
+    """When to drop pruned rows from parameters, fp32 masters and Adam moments. none: never. last: after the last
+    allocation event. every: after every event; of the built-in methods only salientlora allows it, with its default
+    options. auto: last if the adapters are packed and pruned rows no longer affect the training, else none. So auto is
+    last for salientlora with its default options, and for increlora, where it drops rows that were allocated but never
+    activated. With adalora and lora2, pruned rows still count in the orthogonality penalty: there auto is none, and
+    last changes the training."""
     compaction_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """A compaction leaves matrices with live rows pruned ones too, without effect, up to a multiple of so many if there
-    are that many: matrix products of other sizes are slow on GPUs. increlora's matrices get room in such multiples. 1:
-    neither. auto: 8 on a GPU, 1 elsewhere."""
+    """After a compaction, round the rank of every matrix up to a multiple of this number, because GPUs multiply
+    matrices of other sizes slowly. Example: with 8, a matrix with 13 live rows keeps 16; the 3 extra rows stay masked.
+    A matrix is not rounded if it has no live row, or too few rows to reach the multiple. The room that increlora makes
+    in flight is rounded up too, but not above adapter.rank. 1: no rounding. auto: 8 on a GPU, 1 elsewhere."""
     growth: Literal["auto", "in_flight", "preallocated"] = "auto"
-    """When increlora's rows come into being. in_flight: with little room to spare, before events that need more of it
-    (the engine is made anew each time, as by compaction). preallocated: all of adapter.rank from the start. auto:
-    in_flight, wherever adapters are packed."""
+    """When the rows of increlora are allocated. in_flight: every matrix starts with room for a few rows. Before an
+    event that needs more, all matrices get more room; the DeepSpeed engine is rebuilt each time, as after a compaction.
+    preallocated: all adapter.rank rows exist from the start. auto: in_flight if the adapters are packed, else
+    preallocated."""
     compile_layers: bool | Literal["auto"] = "auto"
-    """Compile every decoder layer with torch.compile: fewer and fused elementwise kernels, a minute of start-up. Not
-    with `zero3: partitioned`. auto: on a GPU, with packed salientlora, adalora and lora; if the compiler fails, layers
-    run as they are, with a warning."""
+    """Compile every decoder layer with torch.compile. Elementwise kernels are fused, so that there are fewer of them;
+    start-up takes a minute longer. Does not work with `zero3: partitioned`. auto: compile on a GPU if the adapters are
+    packed, the method is salientlora, adalora or lora, and `liger` is not all. If the compiler fails under auto, layers
+    run uncompiled, with a warning."""
     liger: Literal["none", "loss", "all"] = "none"
-    """Kernels of liger-kernel, an extra (pip install 'salient-ds[liger]'), on CUDA devices. loss: output layer and
-    cross-entropy in one, so that logits (tokens x vocabulary) are never stored as a whole. all: norms, rotary embedding
-    and gated activations too, instead of compile_layers."""
+    """Use the Triton kernels of liger-kernel, an optional dependency (pip install 'salient-ds[liger]'). They need a
+    CUDA device. none: do not use them. loss: compute output layer and cross-entropy together, so that the full logits
+    (tokens x vocabulary) are never stored. all: loss, and kernels for norms, rotary embeddings and gated activations,
+    instead of compile_layers."""
 
 
 @dataclass(frozen=True)
 class SpeedPlan:
-    """What section ``speed`` comes to in a run."""
+    """Section ``speed`` with every "auto" resolved that depends on the configuration alone."""
 
     packed: bool
-    """Factors lie in banks."""
+    """Adapter factors are packed into banks of a few layers."""
     sharded_base: bool
-    """ZeRO-3 partitions the frozen base alone."""
+    """ZeRO-3 partitions only the frozen base."""
     grows_in_flight: bool
-    """Matrices get room for new rows when they need it."""
+    """Matrices get room for new rows during training, when they need it."""
 
 
 def speed_plan(speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool = False) -> SpeedPlan:
-    """Resolve everything that is ``auto``, as far as it depends on nothing but the configuration."""
+    """Resolve every "auto" that depends on the configuration alone.
+
+    Args:
+        stage: ZeRO stage.
+        shortcuts: whether ``adapter.shortcuts`` is set.
+    """
     together = stage < 3 or speed.zero3 != "partitioned"
     packed = speed.packing != "none" and method.packable and not shortcuts and together
     return SpeedPlan(
@@ -68,21 +86,21 @@ def speed_plan(speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: 
 
 
 def compiles(speed: SpeedConfig, method: MethodConfig, packed: bool, on_gpu: bool) -> bool:
-    """Whether decoder layers are compiled."""
+    """Whether decoder layers are compiled with torch.compile."""
     if speed.compile_layers == "auto":
         return on_gpu and packed and method.compilable and speed.liger != "all"
     return speed.compile_layers
 
 
 def row_multiple(speed: SpeedConfig, on_gpu: bool) -> int:
-    """What compacted ranks are multiples of."""
+    """The number to whose multiples compacted ranks are rounded up."""
     if speed.compaction_multiple == "auto":
         return 8 if on_gpu else 1
     return speed.compaction_multiple
 
 
 def replaced_weights_problems(speed: SpeedConfig, method: MethodConfig) -> list[str]:
-    """What does not see that a method replaces weights while the model runs."""
+    """Conflicts with a method that replaces weights while the model runs, one sentence each."""
     option = method.replaces_weights
     if option is None:
         return []
@@ -138,16 +156,16 @@ def speed_problems(speed: SpeedConfig, method: MethodConfig, stage: int, shortcu
     if speed.liger == "all" and speed.compile_layers is True:
         problems.append("speed.liger=all: layers compiled by speed.compile_layers fuse these already, use liger: loss")
     if speed.liger == "all" and shortcuts:
-        # its norms overwrite the gradient of their output, which a shortcut may share with another branch
+        # liger's norms overwrite the gradient of their output, which a shortcut may share with another branch
         problems.append("speed.liger=all does not work with adapter.shortcuts: use liger: loss")
     return problems
 
 
 def speed_notes(speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool, events: bool) -> list[str]:
-    """What the run goes without because its method or its shortcuts do not allow it, one sentence each.
+    """Optimisations that the run goes without because of its method or its shortcuts, one sentence each.
 
     Args:
-        events: whether the run has any, so that there are rows to drop.
+        events: whether the run has allocation events (without any there are no rows to drop).
     """
     notes = []
     if speed.packing == "auto" and not method.packable:

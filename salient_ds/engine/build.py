@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and DeepSpeed engine of a run."""
+"""Builds the optimizer, the learning-rate schedule and the DeepSpeed engine of a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from salient_ds.zero.internals.clipping import can_fold_clipping, fold_clipping
 
 
 def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: singular values by themselves (no decay), everything else.
+    """Split the trainable parameters into two groups: the singular values (no weight decay) and everything else.
 
-    Singular values share a group so that they lie side by side in the optimizer's flat buffer: one slice shows or masks
-    them all.
+    The singular values have a group of their own so that they lie side by side in the optimizer's flat buffer. One
+    slice then reads or masks them all.
     """
     sigmas = {
         id(address.parameter)
@@ -43,7 +43,11 @@ def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str
 
 
 def optimizer_factory(train: TrainConfig, fused: bool) -> Callable[[Any], torch.optim.Optimizer]:
-    """AdamW for ZeRO JSON files without an ``optimizer`` section."""
+    """A function that builds AdamW, for ZeRO JSON files without an ``optimizer`` section.
+
+    Args:
+        fused: use torch's fused kernel.
+    """
 
     def build(groups: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=fused or None)
@@ -52,7 +56,7 @@ def optimizer_factory(train: TrainConfig, fused: bool) -> Callable[[Any], torch.
 
 
 def scheduler_factory(train: TrainConfig, total_steps: int) -> Callable[[torch.optim.Optimizer], LRScheduler]:
-    """The learning-rate schedule over applied steps."""
+    """A function that builds the learning-rate schedule over applied steps."""
     from transformers.optimization import get_scheduler
 
     warmup = steps_or_fraction(train.lr_warmup, total_steps)
@@ -66,7 +70,7 @@ def scheduler_factory(train: TrainConfig, total_steps: int) -> Callable[[torch.o
 
 
 def rate_plan(train: TrainConfig, total_steps: int) -> RatePlan:
-    """The same schedule as numbers, for methods that let rows join late."""
+    """The same schedule as plain numbers, for methods whose late rows get their own learning rate."""
     warmup = steps_or_fraction(train.lr_warmup, total_steps)
     return RatePlan(train.lr_schedule, warmup, total_steps, train.betas, train.weight_decay)
 
@@ -79,11 +83,13 @@ def build_engine(
     device: torch.device,
     folding: bool = False,
 ) -> Any:
-    """``deepspeed.initialize`` on the adapted model; ``ds_config`` is already resolved (no "auto" left).
-
-    For a base that :class:`salient_ds.zero.sharded_base.ShardedBase` partitions, give its ``adapter_config``.
+    """Call ``deepspeed.initialize`` on the adapted model and return the engine.
 
     Args:
+        ds_config: resolved DeepSpeed settings (no "auto" left). If a
+            :class:`salient_ds.zero.sharded_base.ShardedBase` holds the base, pass them through
+            :func:`salient_ds.zero.sharded_base.adapter_config` first.
+        total_steps: applied optimizer steps of the run.
         folding: clip inside the optimizer's kernel where possible (:mod:`salient_ds.zero.internals.clipping`).
     """
     fused = uses_fused_optimizer(ds_config, device)
@@ -92,7 +98,7 @@ def build_engine(
     bound = float(ds_config["gradient_clipping"]) if folding else 0.0
     if bound:
         ds_config = ds_config | {"gradient_clipping": 0.0}
-    if world().world_size == 1:  # nothing to overlap; DeepSpeed would wait for the device at every bucket
+    if world().world_size == 1:  # nothing to overlap, and with overlap_comm DeepSpeed waits for the device per bucket
         zero = ds_config.get("zero_optimization", {})
         ds_config = ds_config | {"zero_optimization": zero | {"overlap_comm": False}}
     engine = make_engine(
@@ -104,5 +110,5 @@ def build_engine(
 
 
 def uses_fused_optimizer(ds_config: dict[str, Any], device: torch.device) -> bool:
-    """Whether AdamW takes its fused kernel."""
+    """Whether AdamW uses its fused kernel: on CUDA devices, unless the optimizer is offloaded."""
     return device.type == "cuda" and not summary(ds_config).offload_optimizer

@@ -1,11 +1,12 @@
 """Checkpoints of the trainable state that any ZeRO stage and process count can read.
 
 Every process writes the elements it owns (fp32 masters, Adam moments, statistics), named by parameter and first
-element; a reader asks for any range and gets it from whichever files hold it. DeepSpeed's own format is not used: it is
-tied to stage and process count, and its universal form loses the step count of several parameter groups at stage 3.
+element. A reader asks for any range of elements and gets it from whichever files hold it. DeepSpeed's own format is not
+used, because it is tied to ZeRO stage and process count. Its universal form loses the step count of several parameter
+groups at stage 3.
 
-A checkpoint is *whole* once its directory carries the final name: it is written as ``step-N.partial``, checked on all
-processes, listed in ``manifest.json`` and renamed. A failed or killed save leaves the earlier ones untouched.
+A checkpoint is *whole* once its directory has its final name. It is written as ``step-N.partial``, checked on all
+processes, listed in ``manifest.json`` and renamed. A failed or killed save leaves earlier checkpoints untouched.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ from salient_ds.zero.internals.engine_state import describe
 
 
 def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int) -> Path:
-    """Write one checkpoint; called by all processes after a step.
+    """Write one checkpoint. All processes call this after a step.
 
     Args:
         folder: the run's ``checkpoints`` directory, on a file system that all processes share.
-        identity: what a resuming run must have in common (method, model, layout).
+        identity: facts that must be the same in a run that resumes from it (method, model, layout).
         extra: small state of the training loop, equal on all processes.
         keep: how many whole checkpoints to keep.
+
+    Returns:
+        The directory of the new checkpoint.
 
     Raises:
         CheckpointError: on all processes, if any of them could not write (disk full); older checkpoints survive.
@@ -70,7 +74,7 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
     if not all_succeeded(failure is None, state.device):
         if global_rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        all_succeeded(True, state.device)  # removed before anybody looks or tries again
+        all_succeeded(True, state.device)  # wait for the removal before any process looks for checkpoints
         whole = find_checkpoints(folder)
         last = f"the last whole one is {whole[-1]}" if whole else "there is no earlier one"
         raise CheckpointError(
@@ -118,7 +122,7 @@ def _seal(
 
 
 def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:
-    """What an export needs to know without the model: path, scaling, form and parameter names of every adapter."""
+    """What an export must know about every adapter, since it has no model: path, scaling, form and factor names."""
     return [
         {
             "name": name,
@@ -179,8 +183,11 @@ def _pack(decision: RankDecision) -> dict[str, Any]:
 def load(state: AllocationState, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Restore everything that :func:`save` wrote and return its ``extra``.
 
+    Random state is restored only on the number of processes that saved it.
+
     Raises:
-        CheckpointError: damaged, or from another method, model or adapter shape (every difference is named).
+        CheckpointError: the checkpoint is damaged, or another method, model or adapter shape wrote it (the message
+            names the differences).
     """
     reader = ShardReader(path)
     _check_identity(reader.manifest, identity, state, path)
@@ -204,10 +211,12 @@ def load(state: AllocationState, path: Path, identity: dict[str, Any]) -> dict[s
 
 
 def kept_rows(path: Path) -> Tensor:
-    """Rows of the initial layout (bool) that a checkpoint still holds; all of them if it was made before compaction.
+    """Which rows of the initial layout a checkpoint holds (bool, CPU).
+
+    Rows are missing if it was saved after a compaction, or while rows were still to be added in flight.
 
     Raises:
-        CheckpointError: damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     kept: Tensor = ShardReader(path).shared()["kept"]
     return kept

@@ -1,6 +1,6 @@
-"""When a run goes on with other rows: pruned ones are dropped, and matrices that grow get more room.
+"""Decides when a run changes its number of rows: pruned rows are dropped, and growing matrices get more room.
 
-How it is done: :mod:`salient_ds.engine.resize`.
+:mod:`salient_ds.engine.resize` carries it out.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ from salient_ds.zero.collectives import all_equal
 
 @dataclass
 class Resizer:
-    """Decides on other rows, and knows how the engine is made anew."""
+    """Decides when to drop rows (compaction) or make room for more (growth), and can rebuild the engine."""
 
     rebuild: Rebuild
     compaction: Literal["none", "last", "every"]
     multiple: int = 1
-    """Matrices that get another size keep pruned rows, or get spare ones, up to a multiple of so many."""
+    """Resized matrices are rounded up to a multiple of this number of rows. A compaction keeps pruned rows for that,
+    growth adds spare ones."""
     _done: RankDecision | None = None
-    """The decision whose pruned rows have been looked through."""
+    """The last decision whose pruned rows were considered for dropping."""
 
     def before_event(self, state: AllocationState, event: Event) -> float | None:
-        """Make the room that ``event`` needs; seconds it took, None if it was there.
+        """Make room for the rows that ``event`` may add.
+
+        Returns:
+            Seconds it took; None if there was enough room.
 
         Raises:
-            RuntimeError: on all processes, if they do not need the same.
+            RuntimeError: on all processes, if they disagree on the room that is needed.
         """
         if not isinstance(state.method, GrowingMethod):
             return None
@@ -55,15 +59,19 @@ class Resizer:
         return time.perf_counter() - began
 
     def after_step(self, state: AllocationState) -> float | None:
-        """Compact if a decision that is to be compacted has just come into force; seconds it took, None if not."""
+        """Drop pruned rows, if a decision after which to compact has just taken effect.
+
+        Returns:
+            Seconds it took; None if nothing was dropped.
+        """
         decisions, events = state.decisions, state.method.events
         decision = decisions.held
         if self.compaction == "none" or not events or decisions.pending or not decision.hold:
             return None
         if self.compaction == "last":
-            due = state.step >= events[-1].step  # later too: a checkpoint may come from a run without compaction
+            due = state.step >= events[-1].step  # later too: a run may resume from one without compaction
         else:
-            due = state.step - decision.step <= state.method.policy.delay  # never inside a window
+            due = state.step - decision.step <= state.method.policy.delay  # never inside an observation window
         if not due or decision is self._done:
             return None
         began = time.perf_counter()
@@ -71,14 +79,18 @@ class Resizer:
         compacts = not bool(stay_n.all())
         if compacts:
             resize(state, self.rebuild, state.in_initial_rows(stay_n))
-        self._done = state.decisions.held  # a compaction has put another one there, over the rows that are left
+        self._done = state.decisions.held  # read again: a compaction replaced it by one over the remaining rows
         return time.perf_counter() - began if compacts else None
 
 
 def rounded_up(mask_N: Tensor, ranks: Sequence[int], multiple: int) -> Tensor:
-    """``mask_N`` (bool) and the first other rows of every matrix, so that it has a multiple of ``multiple``.
+    """Extend ``mask_N`` (bool) so that every matrix has a multiple of ``multiple`` rows in it.
 
-    A matrix without any row in the mask gets none, nor does one that has too few rows to get there.
+    The first rows outside of the mask are added. A matrix stays as it is if it has no row in the mask, or too few rows
+    to reach the multiple. Example: with ``multiple`` 8, a matrix of 16 rows with 13 in the mask gets all 16.
+
+    Args:
+        ranks: number of rows of every matrix.
     """
     parts = []
     for mask_R in mask_N.split(list(ranks)):
@@ -91,5 +103,5 @@ def rounded_up(mask_N: Tensor, ranks: Sequence[int], multiple: int) -> Tensor:
 
 
 def in_multiples(room: int, multiple: int, most: int) -> int:
-    """``room`` rows rounded up to a multiple, but no more than ``most``."""
+    """``room`` rounded up to a multiple of ``multiple``, but no more than ``most``."""
     return min(most, -(-room // multiple) * multiple)

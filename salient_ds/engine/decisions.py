@@ -1,6 +1,6 @@
-"""In which order decisions take effect: taken, held, pending, applied. Knows neither DeepSpeed nor shards.
+"""The order in which decisions are taken and take effect. Knows neither DeepSpeed nor shards.
 
-The engine and the plain training of tests and benchmarks go through this one sequence:
+The engine, and the plain training loop of tests and benchmarks, go through this one sequence:
 
     inside the optimizer's step, after it wrote the masters   before_observation(), then the method observes
     after an applied step                                     settle(), then the method ends its step
@@ -19,10 +19,10 @@ from salient_ds.ranks import MaskPolicy, RankDecision
 
 
 class Actuator(Protocol):
-    """What brings parameters in line with a decision."""
+    """Brings parameters in line with a decision."""
 
     def hold(self, decision: RankDecision) -> None:
-        """From now on, zero the singular values that ``decision`` drops after every step (if it holds them)."""
+        """After every later step, zero the singular values that ``decision`` drops (if its ``hold`` is set)."""
         ...
 
     def apply(self, decision: RankDecision) -> None:
@@ -30,13 +30,19 @@ class Actuator(Protocol):
         ...
 
     def start_rows(self, new_N: Tensor, sigma: float) -> None:
-        """Give E of the rows ``new_N`` (bool, CPU), which an event has switched on, its first value."""
+        """Set E to ``sigma`` in the rows ``new_N`` (bool, CPU), which an event has just switched on."""
         ...
 
 
 @dataclass
 class Decisions:
-    """The last decision taken, and the one that masks; they differ for one step if the policy delays."""
+    """The latest decision taken and the one that is enforced. They differ for one step if the policy delays.
+
+    Attributes:
+        latest: the decision taken last.
+        held: the decision that is enforced.
+        pending: decisions that wait for the next step.
+    """
 
     policy: MaskPolicy
     actuator: Actuator
@@ -45,17 +51,21 @@ class Decisions:
     pending: list[RankDecision] = field(default_factory=list)
 
     def before_observation(self) -> None:
-        """A decision that waited for this step masks from here on, before the method looks."""
+        """Enforce a decision that waited for this step, before the method observes."""
         if self.pending:
             self._hold(self.pending[0])
 
     def settle(self) -> None:
-        """A decision that waited for the step that is over takes effect."""
+        """Apply a decision that waited for the step that has just ended."""
         if self.pending:
             self.apply(self.pending.pop(0))
 
     def take(self, decision: RankDecision) -> int:
-        """A new decision, which takes effect now or after the next step; returns how many rows it changes."""
+        """Record a new decision. It takes effect now, or after the next step if the policy delays.
+
+        Returns:
+            Number of rows that it switches on or off.
+        """
         previous, self.latest = self.latest, decision
         if self.policy.delay:
             self.pending.append(decision)
@@ -66,7 +76,7 @@ class Decisions:
         return int((decision.mask_N != previous.mask_N).sum())
 
     def apply(self, decision: RankDecision) -> None:
-        """``decision`` takes effect now."""
+        """Let ``decision`` take effect now."""
         self._hold(decision)
         self.actuator.apply(decision)
 

@@ -23,25 +23,27 @@ from salient_ds.zero.internals.engine_state import loss_scale
 
 
 class BeforeStep(Protocol):
-    """Events that come before a step instead of after one (HeteroLoRA's probes)."""
+    """Allocation events that come before a step instead of after one (HeteroLoRA's probes)."""
 
     def take_due(self) -> None:
-        """Decide an event that is due before the next step, if there is one."""
+        """Take the event that is due before the next step, if there is one."""
         ...
 
     def reported(self) -> EventReport | None:
-        """What was decided since the last applied step, once."""
+        """Return what was decided since the last applied step. The next call returns None."""
         ...
 
 
 class AllocatingEngine:
-    """Wraps a DeepSpeed engine and a :class:`Method`: one call trains a step and decides the event that is due."""
+    """Wraps a DeepSpeed engine and a :class:`Method`: one call trains a step and handles the event that is due."""
 
     def __init__(self, state: AllocationState, *, resizer: Resizer | None = None, before: BeforeStep | None = None):
         """
         Args:
-            resizer: drops pruned rows and makes room for new ones; None: rows stay as they are, masked.
-            before: events before a step, of methods that have them.
+            state: rows, decisions and the DeepSpeed engine.
+            resizer: drops pruned rows and makes room for new ones. None: the number of rows never changes, and pruned
+                rows stay masked.
+            before: events that come before a step, for methods that have them.
         """
         self.state = state
         self.resizer = resizer
@@ -60,7 +62,7 @@ class AllocatingEngine:
 
     @property
     def engine(self) -> Any:
-        """The DeepSpeed engine of the moment; another one after rows were dropped or added."""
+        """The current DeepSpeed engine. Dropping or adding rows replaces it."""
         return self.state.engine
 
     @property
@@ -85,24 +87,25 @@ class AllocatingEngine:
 
     @property
     def initial_layout(self) -> RankLayout:
-        """The layout of all rows that there may be."""
+        """The layout of all rows that may ever exist."""
         return self.state.initial_layout
 
     @property
     def kept_N(self) -> Tensor:
-        """Which rows of the initial layout there are now (bool, CPU)."""
+        """Which rows of the initial layout exist now (bool, CPU)."""
         return self.state.kept_N
 
-    # The order of one step, as a table of contents.
+    # Kept as a plain list of calls, so that it shows the order of one step.
     def train_step(self, micro_batches: Iterable[MicroBatch], global_targets: int) -> StepReport:
-        """One optimizer step over ``micro_batches`` of this process.
+        """Take one optimizer step, and the allocation event that is due after it.
 
         Args:
-            micro_batches: exactly ``gradient_accumulation_steps`` of them.
-            global_targets: targets in the whole global batch: every target weighs the same on any number of processes.
+            micro_batches: those of this process, exactly ``gradient_accumulation_steps`` of them.
+            global_targets: number of targets in the whole global batch. The loss is normalised by it, so that every
+                target weighs the same on any number of processes.
 
         Raises:
-            NonFiniteLoss: on all processes, before parameters changed.
+            NonFiniteLoss: on all processes, before any parameter changes.
         """
         batches = list(micro_batches)
         assert len(batches) == self.engine.gradient_accumulation_steps(), "one micro-batch per accumulation step"
@@ -135,14 +138,14 @@ class AllocatingEngine:
         scale = world().world_size * len(batches) / max(global_targets, 1)
         check = LossCheck(self.device, global_targets)
         if not self.adapted.model.training:
-            self.engine.train()  # visits every module: milliseconds of the host's time
+            self.engine.train()  # only when needed: it visits every module, which takes the host milliseconds
         self._arm_scores()
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             if last:
                 self._arm_penalty()
             loss = self.engine(**batch.inputs).loss
-            # a micro-batch without any target has a mean of 0/0: it contributes nothing but keeps the graph whole
+            # a micro-batch without targets has a mean loss of 0/0: count it as zero, but keep its graph for backward
             weighted = loss * (batch.num_targets * scale) if batch.num_targets else loss.nan_to_num() * 0.0
             check.add(loss, batch.num_targets)
             if last:
@@ -185,7 +188,7 @@ class AllocatingEngine:
             scores.arm(loss_scale(self.engine), self.device, average if several else None)
 
     def _end_scores(self) -> Tensor | None:
-        """Scores of this process (M,) float64, summed over its micro-batches; None for a step without."""
+        """Scores of this process (M,) float64, summed over its micro-batches; None if the step is not scored."""
         scores = self.adapted.scores
         if scores is None or not scores.armed:
             return None
@@ -193,11 +196,11 @@ class AllocatingEngine:
         return scores.score_M
 
     def _allocate(self, event: Event) -> EventReport | None:
-        """Make room for the rows that the event will give, decide, apply; None if there was nothing to decide."""
+        """Make room for the rows that the event adds, decide, apply. None if there was nothing to decide."""
         growth = None if self.resizer is None else self.resizer.before_event(self.state, event)
         report = self.state.allocate(event)
         return None if report is None else replace(report, growth=growth)
 
     def finish(self) -> None:
-        """After the last step: a decision that still waits for its next step takes effect now."""
+        """Call after the last step: a decision that still waits for a next step takes effect now."""
         self.decisions.settle()

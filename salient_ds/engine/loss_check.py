@@ -1,7 +1,7 @@
-"""Is the loss of a step finite on every process? Asked before parameters change, without holding the device up.
+"""Checks that the loss of a step is finite on every process, before parameters change and without stalling the device.
 
-The answer is on its way to the host while the backward pass runs: it depends on the forward pass only, so that waiting
-for it does not wait for the gradients.
+The loss depends on the forward pass only. It is copied to the host while the backward pass runs, so that waiting for it
+does not mean waiting for the gradients.
 """
 
 from __future__ import annotations
@@ -17,18 +17,22 @@ from salient_ds.zero.collectives import world
 
 @dataclass(frozen=True)
 class StepLoss:
+    """The loss of one step, as all processes know it."""
+
     loss: float
     """Mean loss over the targets of the global batch."""
     broken: bool
-    """Some process has a loss that is not finite."""
+    """The loss of at least one process is not finite."""
     broken_here: bool
+    """The loss of this process is not finite."""
 
 
 class LossCheck:
     """Sums the loss over micro-batches and processes.
 
     Args:
-        global_targets: targets in the whole global batch.
+        device: where the losses are.
+        global_targets: number of targets in the whole global batch.
     """
 
     def __init__(self, device: torch.device, global_targets: int) -> None:
@@ -38,12 +42,12 @@ class LossCheck:
         self._arrived: torch.cuda.Event | None = None
 
     def add(self, loss: Tensor, num_targets: int) -> None:
-        """One micro-batch: its mean loss over ``num_targets`` targets."""
+        """Add one micro-batch: its mean loss over ``num_targets`` targets."""
         if num_targets:
             self._total += loss.detach().double() * num_targets
 
     def start(self) -> None:
-        """After the last forward pass and before its backward: all processes combine what they have."""
+        """Combine the sums of all processes. Call it after the last forward pass and before its backward pass."""
         finite = self._total.isfinite()
         broken = (~finite).double()
         numbers = torch.stack([torch.where(finite, self._total, 0.0) / self._targets, broken])
@@ -59,7 +63,7 @@ class LossCheck:
         self._arrived.record()
 
     def finish(self) -> StepLoss:
-        """Wait for the numbers."""
+        """Wait for the combined numbers and return them."""
         assert self._host is not None, "start() comes first"
         if self._arrived is not None:
             self._arrived.synchronize()

@@ -1,4 +1,4 @@
-"""What passes between the training loop and the engine: batches in, reports out."""
+"""What the training loop and the engine exchange: batches in, reports out."""
 
 from __future__ import annotations
 
@@ -11,47 +11,52 @@ from salient_ds.ranks import Event, RankDecision
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: model inputs on the device, and how many targets its mean loss averages over."""
+    """The data of one forward pass: model inputs on the device, and the number of targets its loss averages over."""
 
     inputs: dict[str, Tensor]
     num_targets: int
     indices: tuple[int, ...]
-    """Rows of the training data, named when the loss is not finite."""
+    """Row numbers in the training data. The error names them if the loss is not finite."""
 
 
 @dataclass(frozen=True)
 class EventReport:
-    """An allocation that took place, and where its time went (seconds)."""
+    """An allocation event that took place, and how long its parts took."""
 
     decision: RankDecision
     event: Event
     gather: float
+    """Seconds to combine the statistics of all processes (with HeteroLoRA, probes included)."""
     solve: float
+    """Seconds to decide, and to compare the decisions of all processes."""
     apply: float
+    """Seconds to apply the decision."""
     changed: int
-    """Rows switched on or off."""
+    """Number of rows switched on or off."""
     ranks: tuple[int, ...]
     """Live rank of every matrix."""
     kept_N: Tensor
-    """Rows of the initial layout that live now (bool, CPU); the decision's own mask is over the rows there were, fewer
-    after a compaction or where room is made in flight."""
+    """Rows of the initial layout that live now (bool, CPU). The decision's own mask covers only the rows that existed
+    at the event, which are fewer after a compaction or while rows are added in flight."""
     growth: float | None = None
-    """Seconds it took to make room for new rows before; None: there was room."""
+    """Seconds it took to make room for new rows before the event; None if there was enough room."""
 
 
 @dataclass
 class StepReport:
+    """What one call of :meth:`AllocatingEngine.train_step` did."""
+
     loss: float
     """Mean task loss over the targets of the global batch, without the orthogonality penalty."""
     skipped: bool
-    """No update: non-finite gradients. Statistics and schedule did not move."""
+    """Nothing was updated, because gradients were not finite. Statistics and schedule did not advance."""
     norm_value: Tensor | float | None = None
     penalty_value: Tensor | None = None
     event: EventReport | None = None
     compaction: float | None = None
-    """Seconds it took to drop pruned rows after this step; None: nothing was dropped."""
+    """Seconds it took to drop pruned rows after this step; None if nothing was dropped."""
 
-    # Read only when somebody wants them: reading waits for the device, which then has nothing to do.
+    # Become numbers only on access, because reading a value waits for the device and then leaves it idle.
     @property
     def grad_norm(self) -> float:
         """Norm of the gradient before clipping."""
@@ -64,7 +69,7 @@ class StepReport:
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; raised on every process before the step was taken."""
+    """The loss is NaN or infinite. Raised on every process, before the step is taken."""
 
     def __init__(self, step: int, indices: list[int]) -> None:
         self.step, self.indices = step, indices

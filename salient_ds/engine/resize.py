@@ -1,11 +1,13 @@
-"""Other rows in flight: smaller or larger adapters, masters and moments, the same training.
+"""Changes the number of rows during training: adapters, masters and moments are resized, and training continues.
 
-Shape legend: N = rows of the initial layout (all that there may be), n = rows that are there, R = those of one matrix.
+Shape legend: N = rows of the initial layout (all that may ever exist), n = rows that exist now, R = rows of one matrix.
 
-Factor by factor what stays is summed over processes (every element has one owner), the engine that owns the adapters is
-retired, banks of the new size are made, and a new engine over the same module takes masters, moments, step counts,
-learning-rate schedule and loss scale over. New rows get the values that they would have been drawn with at the start,
-and moments of zero. The frozen base is not touched.
+1. Factor by factor, the rows that stay are summed over processes (every element has one owner).
+2. The engine that owns the adapters is retired, and banks of the new size are made.
+3. A new engine over the same module takes over masters, moments, step counts, learning-rate schedule and loss scale.
+
+New rows get the values that they would have been drawn with at the start, and moments of zero. The frozen base is not
+touched.
 """
 
 from __future__ import annotations
@@ -31,14 +33,20 @@ from salient_ds.zero.collectives import world
 from salient_ds.zero.internals.engine_state import describe, retire
 
 Rebuild = Callable[[], Any]
-"""A new DeepSpeed engine over the adapted model."""
+"""Builds a new DeepSpeed engine over the adapted model."""
 Collected = dict[tuple[str, str], Tensor]
 """Whole masters and moments on every process: (kind, name) -> fp32 (elements,)."""
 
 
 @torch.no_grad()
 def resize(state: AllocationState, rebuild: Rebuild, kept_N: Tensor) -> None:
-    """Go on with the rows ``kept_N`` (bool, CPU); called by all processes alike, after a step."""
+    """Resize every adapter to the rows ``kept_N`` (bool, CPU) and continue with a new engine.
+
+    Collective: all processes call it with the same mask, between two steps.
+
+    Args:
+        kept_N: rows of the initial layout that exist from now on; some of them may be new.
+    """
     method, before_N = state.method, state.kept_N
     assert isinstance(method, ResizableMethod), f"{method.name} cannot go on with other rows"
     latest = state.decisions.latest
@@ -61,18 +69,18 @@ def resize(state: AllocationState, rebuild: Rebuild, kept_N: Tensor) -> None:
 
 
 def all_rows(adapted: AdaptedModel) -> RankLayout:
-    """The layout of fresh adapters with all rows that they may come to have."""
+    """The layout of fresh adapters, with all rows that they may ever have."""
     ranks = tuple(a.most if isinstance(a, GrowingLinear) else a.rank for a in adapted.adapters.values())
     return replace(adapted.layout, ranks=ranks)
 
 
 def first_rows(layout: RankLayout, room_M: Sequence[int]) -> Tensor:
-    """The first rows of every matrix, as many as it has room for, as a mask over those of ``layout`` (bool, CPU)."""
+    """A mask over the rows of ``layout`` (bool, CPU) that selects the first ``room_M[k]`` rows of every matrix k."""
     return torch.cat([torch.arange(rank) < room for rank, room in zip(layout.ranks, room_M, strict=True)])
 
 
 def set_rows(adapted: AdaptedModel, initial: RankLayout, kept_N: Tensor) -> None:
-    """Give every adapter the size of its part of ``kept_N`` (bool, CPU); values are zero until somebody writes them."""
+    """Give every adapter as many rows as its part of ``kept_N`` (bool, CPU) has. Values are zero until written."""
     ranks = [int(part.sum()) for part in kept_N.split(list(initial.ranks))]
     for adapter, rank in zip(adapted.adapters.values(), ranks, strict=True):
         adapter.resize(rank)
@@ -82,9 +90,9 @@ def set_rows(adapted: AdaptedModel, initial: RankLayout, kept_N: Tensor) -> None
 
 
 def collect(shards: ShardMap, stay_n: Tensor, device: torch.device) -> Collected:
-    """Masters and moments of the rows that stay.
+    """Gather masters and moments of the rows ``stay_n`` (bool) on every process.
 
-    One factor at a time: of what does not stay, no more than one factor is ever held whole.
+    Works factor by factor, so that no more than one factor is ever held with the rows that do not stay.
     """
     masks = [part.to(device) for part in stay_n.split(list(shards.rank_layout.ranks))]
     moments = _moment_names(shards)
@@ -106,7 +114,7 @@ def collect(shards: ShardMap, stay_n: Tensor, device: torch.device) -> Collected
 def add_new_rows(
     found: Collected, adapted: AdaptedModel, initial: RankLayout, before_N: Tensor, kept_N: Tensor
 ) -> None:
-    """Complete ``found`` by the rows of ``kept_N`` that were not there ``before_N``, one matrix after the other."""
+    """Add to ``found`` the rows of ``kept_N`` that did not exist before (``before_N``), one matrix after the other."""
     sizes = list(initial.ranks)
     kinds = {kind for kind, _ in found}
     parts = zip(adapted.adapters.items(), before_N.split(sizes), kept_N.split(sizes), strict=True)
@@ -125,7 +133,13 @@ def add_new_rows(
 
 
 def _with_rows(old: Tensor, address: FactorAddress, old_r: Tensor, new: Tensor | None) -> Tensor:
-    """A whole factor, flat: ``old`` where ``old_r`` (rows that there will be) says so, else ``new`` or zero."""
+    """A whole factor, flat, of old and new rows.
+
+    Args:
+        old: values of the old rows, in order.
+        old_r: which of the resized factor's rows are old ones (bool).
+        new: values of all other rows, in order; None: they are zero.
+    """
     axis = address.rank_axis
     assert axis is not None
     whole = torch.zeros(address.shape, dtype=old.dtype, device=old.device)
@@ -145,7 +159,7 @@ def _survivors(whole: Tensor, owned: Owned, mask_R: Tensor) -> Tensor:
 
 
 def _moment_names(shards: ShardMap) -> tuple[str, ...]:
-    """The same on every process, also on one that owns no element."""
+    """Names of the optimizer's moments: the same on every process, even on one that owns no element."""
     mine = next((tuple(sorted(shards.moments(f))) for f in shards.layout.fragments), ())
     everyone: list[Any] = [mine]
     if world().world_size > 1:

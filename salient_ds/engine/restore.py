@@ -1,4 +1,4 @@
-"""Bring a fresh engine to the state of another one: from a checkpoint, or from an engine that had other rows."""
+"""Brings a fresh engine to the state of an earlier one: from a checkpoint, or from the engine before a resize."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from salient_ds.engine.shards import ShardMap
 from salient_ds.zero.internals.engine_state import adopt, sync_copies
 
 Read = Callable[[str, str, int, int], Tensor]
-"""``read(kind, name, lo, numel)``: elements [lo, lo + numel) of "master" or a moment of a trainable tensor."""
+"""``read(kind, name, lo, numel)`` returns elements [lo, lo + numel) of a trainable tensor; ``kind`` is "master" or the
+name of a moment."""
 
 
 def restore(inner: Any, shards: ShardMap, state: dict[str, Any], read: Read) -> None:
-    """Bring a fresh DeepSpeed engine to ``state`` and fill masters, moments and copies of its shards.
+    """Bring a fresh DeepSpeed engine to ``state``, and fill the masters, moments and copies of its shards.
 
     Args:
         state: from :func:`salient_ds.zero.internals.engine_state.describe`.
+        read: where the values of masters and moments come from.
     """
     fragments = shards.layout.fragments
     for fragment in fragments:

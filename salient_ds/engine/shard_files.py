@@ -1,4 +1,4 @@
-"""Files of a checkpoint as anybody can read them: no DeepSpeed, no process group."""
+"""Reads the files of a checkpoint without DeepSpeed or a process group."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ STEP_DIR = re.compile(r"step-(\d{8})$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read, with what is left and what to do."""
+    """A checkpoint cannot be written or read. The message says what is left and what to do."""
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints under ``folder``, oldest first; damaged ones are left out."""
+    """Whole checkpoints in ``folder``, oldest first. Damaged ones are left out."""
     if not folder.is_dir():
         return []
     named = sorted(p for p in folder.iterdir() if STEP_DIR.match(p.name))
@@ -30,7 +30,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None if every listed file has its listed size."""
+    """What is wrong with a checkpoint directory; None if every file of the manifest is there with the listed size."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, size in manifest["files"].items():
@@ -43,17 +43,21 @@ def damage(path: Path) -> str | None:
 
 
 def shard_key(statistic: str, owner: str, lo: int) -> str:
-    """Name of a tensor in a shard file."""
+    """Name of a tensor in a shard file: what it is, whose it is, and its first element."""
     return f"{statistic}|{owner}|{lo}"
 
 
 def part_name(part: Part) -> str:
-    """Owner of a method's statistic in a shard file: matrix and factor."""
+    """The owner of a method's statistic in :func:`shard_key`: matrix and factor."""
     return f"{part.module}.{part.factor}"
 
 
 class ShardReader:
-    """Reads any range of any saved tensor, whatever sharding wrote it."""
+    """Reads any range of any saved tensor, however it was sharded when it was saved.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,22 +74,23 @@ class ShardReader:
                 self._pieces.setdefault((statistic, owner), []).append((int(lo), numel, index, key))
 
     def shared(self) -> dict[str, Any]:
-        """State that was equal on all processes."""
+        """The state that was equal on all processes."""
         loaded: dict[str, Any] = torch.load(self.path / "shared.pt", weights_only=True)
         return loaded
 
     def process(self, global_rank: int) -> dict[str, Any]:
+        """The state of one process: its random state."""
         loaded: dict[str, Any] = torch.load(self.path / f"process-{global_rank:05d}.pt", weights_only=True)
         return loaded
 
     def read(self, statistic: str, owner: str, lo: int, numel: int) -> Tensor:
-        """Elements [lo, lo + numel) of the last axis; shape (..., numel).
+        """Elements [lo, lo + numel) of the last axis, in shape (..., numel).
 
         Raises:
-            CheckpointError: if some element is in no file.
+            CheckpointError: no file holds some of the elements.
         """
         if numel == 0:
-            return torch.zeros(0)  # a matrix that a compaction has left without rows is in no file
+            return torch.zeros(0)  # no file holds a matrix that a compaction left without rows
         out: Tensor | None = None
         missing = numel
         for first, count, index, key in self._pieces.get((statistic, owner), []):
@@ -102,4 +107,5 @@ class ShardReader:
         return out
 
     def read_part(self, statistic: str, part: Part) -> Tensor:
+        """A method's statistic for exactly the elements of ``part``, in shape (..., numel)."""
         return self.read(statistic, part_name(part), part.lo, part.numel)

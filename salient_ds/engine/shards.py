@@ -1,4 +1,4 @@
-"""Adapter factors seen through their local shards: views for the methods, writes for the decisions."""
+"""The parts of adapter factors that this process holds: views for methods, writes for decisions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from salient_ds.zero.internals.layouts import BufferLayout, Fragment, copies, fu
 
 @dataclass(frozen=True)
 class Owned:
-    """One factor of one adapted matrix: its name in checkpoints and where it lies."""
+    """One factor of one adapted matrix: its name in checkpoints and its address."""
 
     name: str
     module: int
@@ -33,7 +33,7 @@ class Owned:
 
 
 def owned_factors(adapted: AdaptedModel) -> list[Owned]:
-    """Every factor of every adapter, by names that do not depend on how parameters are packed."""
+    """Every factor of every adapter. The names do not depend on how parameters are packed."""
     return [
         Owned(f"{path}.lora_{factor}", module, factor, address)
         for module, (path, adapter) in enumerate(adapted.adapters.items())
@@ -42,7 +42,10 @@ def owned_factors(adapted: AdaptedModel) -> list[Owned]:
 
 
 def split_by_factor(fragments: list[Fragment], owned: list[Owned]) -> list[Fragment]:
-    """Cut fragments of packed parameters at the borders of factors; each piece has its factor's name and elements."""
+    """Cut fragments of packed parameters at the borders of factors.
+
+    Each piece gets the name of its factor, and its first element is counted from the start of that factor.
+    """
     inside: dict[int, list[Owned]] = defaultdict(list)
     for factor in owned:
         inside[id(factor.address.parameter)].append(factor)
@@ -65,14 +68,14 @@ def split_by_factor(fragments: list[Fragment], owned: list[Owned]) -> list[Fragm
 
 
 class LocalView:
-    """One buffer (or, where nothing is partitioned, all of them) as methods see it; a :class:`StepView`."""
+    """A :class:`StepView` of one optimizer buffer (of all of them where nothing is partitioned)."""
 
     def __init__(
         self, key: str, pieces: list[tuple[Part, Fragment]], buffers: list[Tensor], layout: RankLayout
     ) -> None:
         self.key = key
         self.optimizer: Any = None
-        """The basic torch optimizer, once there is one."""
+        """The basic torch optimizer. Whoever builds the view sets it."""
         self.parts = tuple(part for part, _ in pieces)
         self._at = dict(pieces)
         self._buffers = buffers
@@ -98,7 +101,7 @@ class LocalView:
         return _moments(self.optimizer, self._buffers[fragment.buffer], fragment)
 
     def settings(self, part: Part) -> AdamSettings:
-        """What the optimizer steps ``part`` with; only inside its step."""
+        """The optimizer's settings for ``part``. Valid only inside its step."""
         buffer = self._buffers[self._at[part].buffer]
         (group,) = [g for g in self.optimizer.param_groups if any(t is buffer for t in g["params"])]
         decoupled = bool(getattr(self.optimizer, "adam_w_mode", isinstance(self.optimizer, torch.optim.AdamW)))
@@ -109,12 +112,12 @@ class LocalView:
         return self.rows_n, torch.cat(pieces) if pieces else self.rows_n.to(torch.float32)
 
     def sigma_slices(self) -> list[Tensor]:
-        """Live slices of the masters whose concatenation is ``sigma()``."""
+        """Live slices of the masters. Concatenated, they are the values of :meth:`sigma`."""
         return [_slice(self._buffers[b].data, off, numel) for b, off, numel in self._runs]
 
 
 class ShardMap:
-    """All trainable parameters of an engine on this process, factor by factor."""
+    """What this process holds of an engine's trainable parameters, factor by factor."""
 
     def __init__(self, engine: Any, adapted: AdaptedModel) -> None:
         self.engine = engine
@@ -142,7 +145,7 @@ class ShardMap:
         return self.layout.replicated
 
     def part(self, fragment: Fragment) -> Part | None:
-        """The fragment in the methods' terms; None for a trainable parameter that is no adapter factor."""
+        """The fragment as a :class:`Part` for methods; None for a trainable parameter that is no adapter factor."""
         owned = self.owned.get(fragment.name)
         if owned is None:
             return None
@@ -150,7 +153,7 @@ class ShardMap:
         return Part(owned.factor, owned.module, fragment.lo, fragment.numel, where.shape, where.rank_axis)
 
     def _make_views(self) -> dict[int, LocalView]:
-        """Views by buffer index; where nothing is partitioned one view (index 0) covers all buffers."""
+        """Views by buffer index. Where nothing is partitioned, one view (index 0) covers all buffers."""
         grouped: dict[int, list[tuple[Part, Fragment]]] = defaultdict(list)
         for fragment in self.layout.fragments:
             part = self.part(fragment)
@@ -180,17 +183,18 @@ class ShardMap:
 
     @torch.no_grad()
     def zero_rows(self, owned: Owned, drop_R: Tensor, moments: bool) -> None:
-        """Zero the given ranks of one factor in master, copies and, if asked, both moments. No communication.
+        """Zero rows of one factor in the master, in its copies and, if asked, in both moments. No communication.
 
         Args:
-            owned: a factor; nothing happens if all its ranks share it.
+            owned: a factor. Nothing happens if it has no rank axis, because all rows share it.
             drop_R: bool (R,), True = zero.
+            moments: zero the Adam moments too.
         """
         self.write_rows(owned, drop_R, 0.0, moments)
 
     @torch.no_grad()
     def write_rows(self, owned: Owned, rows_R: Tensor, value: float, zero_moments: bool) -> None:
-        """As :meth:`zero_rows`, with ``value`` in master and copies."""
+        """Like :meth:`zero_rows`, but write ``value`` into master and copies."""
         if owned.address.rank_axis is None:
             return
         rows = _expand(rows_R, owned.address.shape, owned.address.rank_axis)
@@ -213,7 +217,7 @@ def _moments(optimizer: Any, buffer: Tensor, fragment: Fragment) -> dict[str, Te
 
 
 def _expand(drop_R: Tensor, shape: tuple[int, ...], rank_axis: int) -> Tensor:
-    """The rank mask for every element of a flattened factor."""
+    """Expand a mask over rows to one over all elements of a flattened factor."""
     view = [1] * len(shape)
     view[rank_axis] = -1
     return drop_R.view(view).expand(shape).reshape(-1)
@@ -224,7 +228,7 @@ def _slice(tensor: Tensor, off: int, numel: int) -> Tensor:
 
 
 def _merge_runs(fragments: list[Fragment]) -> list[tuple[int, int, int]]:
-    """(buffer, off, numel) with neighbours joined: one kernel per run instead of one per matrix."""
+    """(buffer, off, numel) of the fragments, adjacent ones joined: one kernel per run instead of one per matrix."""
     runs: list[tuple[int, int, int]] = []
     for fragment in fragments:
         if runs and runs[-1][0] == fragment.buffer and runs[-1][1] + runs[-1][2] == fragment.off:

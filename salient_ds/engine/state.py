@@ -1,4 +1,4 @@
-"""What a run trains and what is decided about it: rows, shards, decisions, on whichever optimizer they live now."""
+"""The state that allocation works on: rows, local shards and decisions, on top of the current engine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from salient_ds.zero.internals.engine_state import basic_optimizer
 
 
 class AllocationState:
-    """Rows, decisions and local shards of a run; compaction, growth, probes and checkpoints work on it.
+    """Rows, decisions and local shards of a run. Compaction, growth, probes and checkpoints work on it.
 
-    Observation and masking happen in the step post hook of the *basic* torch optimizer: it sees the new fp32 master and
-    the averaged, unscaled, clipped gradient as local slices, before the low-precision copy and the all-gather, and it
-    does not fire for skipped steps. So a value zeroed there is zero in master, copy and on every process for free.
+    Methods observe, and pruned values are zeroed, in the step post hook of the *basic* torch optimizer. That hook sees
+    the new fp32 masters and the averaged, unscaled, clipped gradients as local slices. It runs before the low-precision
+    copy and the all-gather, so a value that is zeroed there is zero in the master, in the copies and on every process
+    at no extra cost. It does not fire for skipped steps.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class AllocationState:
     ) -> None:
         """
         Args:
-            engine: from ``deepspeed.initialize`` over ``adapted.model``.
-            initial_layout, kept_N: the layout of all rows that there may be, if ``adapted`` has only some of them,
-                and which (bool, CPU).
+            engine: from ``deepspeed.initialize`` over ``adapted.trained``.
+            initial_layout: the layout of all rows that may ever exist (default: those of ``adapted``).
+            kept_N: which rows of ``initial_layout`` the adapters have (bool, CPU; default: all).
         """
         self.initial_layout = initial_layout or adapted.layout
         self.adapted = adapted
@@ -55,11 +56,11 @@ class AllocationState:
         self.adopt(engine, initial, initial.mask_N.new_ones(adapted.layout.total) if kept_N is None else kept_N)
 
     def adopt(self, engine: Any, decision: RankDecision, kept_N: Tensor) -> None:
-        """Go on with ``engine``: the first one, or one with other rows.
+        """Work with ``engine`` from now on: the first one, or the one after a resize.
 
         Args:
-            decision: what is in force for the rows there are now.
-            kept_N: which rows of the initial layout they are (bool, CPU).
+            decision: the decision in force, over the rows that exist now.
+            kept_N: which rows of the initial layout exist now (bool, CPU).
         """
         self.engine = engine
         self.shards = ShardMap(engine, self.adapted)
@@ -73,13 +74,13 @@ class AllocationState:
         basic_optimizer(engine).register_step_post_hook(self._after_optimizer)
 
     def forget(self) -> None:
-        """Let go of the engine and of every view of its buffers; :meth:`adopt` comes next."""
+        """Drop all references to the engine and to views of its buffers. :meth:`adopt` must follow."""
         self.method.attach(self.adapted.layout, [])
         self._zeroed.clear()
         del self.engine, self.shards
 
     def in_initial_rows(self, mask_n: Tensor) -> Tensor:
-        """A mask over the rows there are now as one over those of the initial layout (bool, CPU)."""
+        """Turn a mask over the rows that exist now into one over the rows of the initial layout (bool, CPU)."""
         mask_N = self.kept_N.clone()
         mask_N[self.kept_N] = mask_n
         return mask_N
@@ -98,19 +99,22 @@ class AllocationState:
             self.method.observe(view, self.step + 1)
 
     def _stepped_views(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, LocalView]]:
-        """Views whose buffer the optimizer steps right now (with sub-groups it steps one buffer at a time)."""
+        """Views whose buffer the optimizer is stepping (with sub-groups it steps one buffer at a time)."""
         stepped = {id(t) for group in optimizer.param_groups for t in group["params"]}
         for index, view in self.shards.views.items():
             if id(self.shards.layout.buffers[index]) in stepped:
                 yield index, view
 
     def allocate(self, event: Event) -> EventReport | None:
-        """Gather statistics, decide and apply; None if the method had reached its target before.
+        """Combine the statistics of all processes, decide, and apply the decision.
 
-        Collective: all processes, at the same step.
+        Collective: all processes call it at the same step.
+
+        Returns:
+            A report; None if the method keeps the previous decision, because its target was reached before.
 
         Raises:
-            RuntimeError: on all processes, if they do not decide the same.
+            RuntimeError: on all processes, if their decisions differ.
         """
         began = time.perf_counter()
         contribute = not self.shards.replicated or world().global_rank == 0
@@ -138,17 +142,17 @@ class AllocationState:
         )
 
     def hold(self, decision: RankDecision) -> None:
-        """From now on, zero the singular values that ``decision`` drops after every step (if it holds them)."""
+        """After every later step, zero the singular values that ``decision`` drops (if its ``hold`` is set)."""
         dropped_N = ~decision.mask_N if decision.hold else torch.zeros_like(decision.mask_N)
         self._zeroed = {index: _by_run(view, dropped_N) for index, view in self.shards.views.items()}
 
     @torch.no_grad()
     def apply(self, decision: RankDecision) -> None:
-        """Bring masks, masters, copies and moments in line with ``decision``; purely local."""
+        """Bring masks, masters, copies and moments in line with ``decision``. No communication."""
         policy = self.method.policy
         self.adapted.set_mask(decision.mask_N, policy.gate_forward, decision.hold)
         if not decision.hold and decision.step < self.step:
-            return  # taken up again from a checkpoint: what has grown back since the event stays
+            return  # resumed from a checkpoint: rows that have grown back since the event keep their values
         ranks = list(self.adapted.layout.ranks)
         prunes = [not bool(mask_R.all()) for mask_R in decision.mask_N.split(ranks)]
         drops = (~decision.mask_N).to(self.device).split(ranks)  # one copy to the device for all matrices
@@ -158,7 +162,7 @@ class AllocationState:
 
     @torch.no_grad()
     def start_rows(self, new_N: Tensor, sigma: float) -> None:
-        """Give E of the rows ``new_N`` its first value in masters and copies, and moments of zero."""
+        """Set E of the rows ``new_N`` (bool, CPU) to ``sigma`` in masters and copies, and zero its moments."""
         news = new_N.split(list(self.adapted.layout.ranks))
         for owned in self.shards.owned.values():
             if owned.factor == "E" and bool(news[owned.module].any()):

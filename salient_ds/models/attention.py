@@ -1,10 +1,10 @@
-"""Causal attention that is told of no padding.
+"""Causal attention without masks for padding.
 
-Before every forward pass transformers asks the device whether a batch has padding, or packed sequences, and waits for
-the answer and so for everything that the device was given before: the optimizer's step of the step before, and all
-that the host could have prepared meanwhile (LLaMA-7B on an H100: some 5 of 174 ms). Where batches are padded on the
-right the answer does not matter: no token looks at what comes after it, and nothing is learned from padding itself.
-Without a mask, attention also takes its fast kernels for padded batches.
+Before every forward pass, transformers asks the device whether the batch has padding or packed sequences. The host then
+waits until the device has done everything queued before, including the previous optimizer step, and prepares nothing
+meanwhile (LLaMA-7B on an H100: some 5 of 174 ms). If batches are padded on the right, the answer does not matter: no
+token attends to what comes after it, and nothing is learned from padding itself. Without a mask, attention can use its
+fast kernels for padded batches as well.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ import torch
 from torch import nn
 
 NAME = "salient_ds_causal"
-"""Under this name transformers runs its own "sdpa", and makes no masks for it, since it does not know the name."""
+"""A second name for transformers' own "sdpa". transformers does not know the name, and so makes no masks for it."""
 
 MODEL_TYPES = ("gemma", "llama", "mistral", "opt", "qwen2", "qwen3")
-"""Decoders whose attention is all there is to their mask."""
+"""Decoders that need their mask for attention only."""
 
 
 def leave_out_masks(model: nn.Module, device: torch.device) -> bool:
-    """Let a causal language model with attention "sdpa" go without masks where that is known to change nothing.
+    """Make a causal language model with attention "sdpa" run without masks, if that is known to change nothing.
 
-    From then on the model is for training and evaluation on batches that are padded on the right. Masks with four axes
-    (packed sequences) are used as before; position_ids that start again are not looked at, nor is padding on the left.
+    Afterwards, the model is only for training and evaluation on batches that are padded on the right. Masks with four
+    axes (packed sequences) work as before. Padding on the left, and position_ids that restart, are no longer noticed.
 
     Returns:
-        Whether it now does.
+        Whether the model now runs without masks.
     """
     config: Any = model.config
     if config._attn_implementation != "sdpa" or not _plainly_causal(model, config):
         return False
     if device.type == "cuda" and model.dtype == torch.float32 and _grouped(config):
-        return False  # without a mask transformers leaves grouping to kernels, and the fast ones for fp32 know none
+        # without a mask transformers leaves grouped heads to the kernel, and fast kernels for fp32 do not support them
+        return False
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -44,7 +45,7 @@ def leave_out_masks(model: nn.Module, device: torch.device) -> bool:
 
 
 def _plainly_causal(model: nn.Module, config: Any) -> bool:
-    """Every token of every layer looks at itself and all before it, and the code is one that is known."""
+    """Whether in every layer each token attends to itself and to all tokens before it, in model code that we know."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         config.model_type in MODEL_TYPES
@@ -57,5 +58,5 @@ def _plainly_causal(model: nn.Module, config: Any) -> bool:
 
 
 def _grouped(config: Any) -> bool:
-    """Several heads share keys and values."""
+    """Whether several heads share keys and values (grouped-query attention)."""
     return getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)

@@ -1,11 +1,11 @@
-"""Triton kernels of liger-kernel (option ``speed.liger``): which models have them, and their way into a loaded model.
+"""Triton kernels of liger-kernel (option ``speed.liger``): which models have them, and how a loaded model gets them.
 
 The fused loss (Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training") multiplies hidden states by
-the output layer in chunks, and takes loss and gradient of a chunk before the next: of the logits (tokens x vocabulary)
-never more than one chunk exists. It is the mean over targets that are not -100, as transformers' is, and returns no
-logits.
+the output layer in chunks, and computes loss and gradient of each chunk before the next. So no more than one chunk of
+the logits (tokens x vocabulary) ever exists. Like transformers' loss, it is the mean over targets that are not -100. It
+returns no logits.
 
-No torch here until :func:`apply_kernels` is called: the checks before a run read the library's source.
+Nothing here imports torch before :func:`apply_kernels` is called: the checks before a run read the library's source.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _PATCHES = "transformers/monkey_patch.py"
 _TABLE = "MODEL_TYPE_TO_APPLY_LIGER_FN"
 """The library's table from transformers' model types to the functions that patch them."""
 _LOSS = "fused_linear_cross_entropy"
-"""The switch of the fused loss in each of them; off by default where the model has none."""
+"""The argument of these functions that switches the fused loss on. Its default is False where there is no such loss."""
 
 
 def kernel_problems(speed: SpeedConfig, model_type: str | None) -> list[str]:
     """Why this model cannot have the kernels that ``speed.liger`` asks for: at most one sentence.
 
-    A missing GPU is none of them: runs are checked on machines without one.
+    A missing GPU is not a reason, because runs are checked on machines without one.
 
     Args:
-        model_type: of config.json; None: unknown, only the installation is checked.
+        model_type: from config.json; None: unknown, so only the installation is checked.
     """
     if speed.liger == "none":
         return []
@@ -61,7 +61,7 @@ def kernel_problems(speed: SpeedConfig, model_type: str | None) -> list[str]:
 
 
 def _patches() -> Path | None:
-    """The library's file of patches, found without importing it (that would import torch and triton)."""
+    """The library's file of patches. It is found without an import, which would also import torch and triton."""
     spec = importlib.util.find_spec(PACKAGE)
     places = (spec.submodule_search_locations or []) if spec is not None else []
     return next((path for path in (Path(place) / _PATCHES for place in places) if path.is_file()), None)
@@ -69,10 +69,13 @@ def _patches() -> Path | None:
 
 @functools.cache
 def model_types(source: Path) -> list[str]:
-    """Model types with a fused loss by the library's own table, sorted.
+    """The model types for which the library has a fused loss, sorted.
+
+    Args:
+        source: the library's file of patches.
 
     Raises:
-        ValueError: the file holds no such table: a version of the library that is not known here.
+        ValueError: the file does not hold the expected table, as in a version of the library that is not known here.
     """
     tree = ast.parse(source.read_text())
     table = next((node.value for node in tree.body if isinstance(node, ast.Assign) and _names(node) == [_TABLE]), None)
@@ -96,13 +99,14 @@ def _has_loss(function: ast.FunctionDef) -> bool:
 
 
 def apply_kernels(model: nn.Module, speed: SpeedConfig, device: torch.device) -> None:
-    """Give ``model`` the kernels that ``speed.liger`` asks for; nothing to do for "none".
+    """Give ``model`` the kernels that ``speed.liger`` asks for. Does nothing for "none".
 
-    "loss" changes this object only. "all" also exchanges functions in transformers' module of the model type (rotary
-    embedding), for the rest of the process. Adapters may come before or after it: modules are called, not replaced.
+    "loss" changes only this object. "all" also replaces functions in transformers' module of the model type (rotary
+    embedding), for the rest of the process. Adapters may be injected before or after: the kernels call the model's
+    modules and do not replace them.
 
     Raises:
-        ValueError: no CUDA device, library not installed, or no fused loss for this model.
+        ValueError: there is no CUDA device, the library is not installed, or it has no fused loss for this model.
     """
     if speed.liger == "none":
         return
@@ -131,7 +135,7 @@ def _patch_function(model_type: str) -> Callable[..., None]:
 
 
 def _switches(patch: Callable[..., None], everything: bool) -> Iterator[tuple[str, bool]]:
-    """The fused loss on; everything else off, or what the library turns on itself."""
+    """Arguments of the patch: the fused loss on, and all else off, or with ``everything`` at the library's defaults."""
     for name, parameter in inspect.signature(patch).parameters.items():
         if name == _LOSS:
             yield name, True
@@ -140,13 +144,13 @@ def _switches(patch: Callable[..., None], everything: bool) -> Iterator[tuple[st
 
 
 def has_fused_loss(model: nn.Module) -> bool:
-    """Whether ``model``'s forward pass is the library's: only that one can be told to return no logits."""
+    """Whether ``model`` has the library's forward pass: only that one takes an argument for returning no logits."""
     return "skip_logits" in inspect.signature(model.forward).parameters
 
 
 def loss_only(speed: SpeedConfig) -> dict[str, Any]:
-    """Arguments of a forward pass in evaluation mode of which nothing but the loss is wanted.
+    """Arguments for a forward pass in evaluation mode if only its loss is needed.
 
-    In training mode the fused loss is taken whenever there are labels, in evaluation mode it must be asked for.
+    In training mode the fused loss is used whenever there are labels. In evaluation mode it must be requested.
     """
     return {} if speed.liger == "none" else {"skip_logits": True}

@@ -1,4 +1,4 @@
-"""Load the base model and tokenizer of a run, already partitioned where ZeRO-3 asks for it."""
+"""Loads the base model and the tokenizer of a run. Under ZeRO-3 the model is partitioned while it is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM"}
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The run's tokenizer, with a padding token (EOS if it has none of its own)."""
+    """The run's tokenizer. If it has no padding token, EOS becomes one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -37,10 +37,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 @contextlib.contextmanager
 def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Inside, ``from_pretrained`` partitions weights as it reads them if the configuration is ZeRO stage 3.
+    """Context in which ``from_pretrained`` partitions weights as it reads them, if the configuration is ZeRO stage 3.
 
-    transformers decides by a live HfDeepSpeedConfig object; it must be gone afterwards, or a later stage-2 run in the
-    same process would be partitioned too.
+    transformers partitions while an HfDeepSpeedConfig object is alive. The object must be gone afterwards, or a later
+    stage-2 run in the same process would be partitioned too.
     """
     if ds_config.get("zero_optimization", {}).get("stage", 0) != 3:
         yield
@@ -56,10 +56,10 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 
 
 def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]) -> nn.Module:
-    """The base model in training precision, on CPU or partitioned; not yet adapted.
+    """The base model in training precision, without adapters; on CPU, or partitioned under ZeRO-3.
 
     Raises:
-        ValueError: if the checkpoint does not hold every weight of the model.
+        ValueError: the checkpoint does not hold every weight of the model.
     """
     import transformers
 
@@ -93,7 +93,10 @@ def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
 
 
 def keep_products() -> Any:
-    """Contexts of selective checkpointing: results of matrix products and attention stay, the rest is recomputed."""
+    """Contexts for selective activation checkpointing.
+
+    Results of matrix products and attention are kept; everything else is recomputed.
+    """
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     aten = torch.ops.aten
@@ -106,7 +109,8 @@ def keep_products() -> Any:
 
 
 def hidden_size(model: ModelConfig) -> int | None:
-    """Width of the model, from which ZeRO-3's "auto" buffer sizes follow (needs config.json only)."""
+    """Hidden size of the model, read from config.json; None if that does not state it. "auto" buffer sizes follow
+    from it."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
@@ -115,7 +119,7 @@ def hidden_size(model: ModelConfig) -> int | None:
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
-    """What two runs must share for one to read the other's checkpoint: architecture and sizes, not the path."""
+    """What must be equal for one run to read another's checkpoint: architecture and sizes, but not the path."""
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     keys = (
         "model_type",

@@ -1,4 +1,4 @@
-"""Adapters of a run from its configuration: the same model for training and searching."""
+"""Adds the adapters that a run's configuration describes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ def adapt(
     device: torch.device | None = None,
     in_flight: bool = False,
 ) -> AdaptedModel:
-    """Freeze ``model`` and add the run's adapters to it; ``in_flight`` and errors as inject's and add_shortcuts'."""
+    """Freeze ``model`` and add the run's adapters and shortcuts to it, in place.
+
+    Args:
+        in_flight: see :func:`salient_ds.adapters.inject.inject`.
+
+    Raises:
+        ValueError: as :func:`~salient_ds.adapters.inject.inject` and
+            :func:`~salient_ds.heterolora.injection.add_shortcuts`.
+    """
     adapter, seed = config.adapter, config.train.seed
     adapted = inject(model, adapter, config.method, seed, dtype, device, in_flight=in_flight)
     if adapter.shortcuts is not None:

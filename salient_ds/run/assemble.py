@@ -1,4 +1,4 @@
-"""From a loaded base model to an engine that allocates ranks: the order in which the parts must be put together."""
+"""From a loaded base model to an engine that allocates ranks: puts the parts together in the order they need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from salient_ds.zero.ds_json import summary
 from salient_ds.zero.sharded_base import ShardedBase, adapter_config
 
 MakeEngine = Callable[[AdaptedModel, dict[str, Any], bool], Any]
-"""An engine over the adapted model, given DeepSpeed settings and whether clipping may be folded into the optimizer."""
+"""Builds an engine from the adapted model, DeepSpeed settings, and whether clipping may move into the optimizer."""
 
 
 def assemble(
@@ -45,25 +45,27 @@ def assemble(
     probe_data: ProbeData | None = None,
     make_engine: MakeEngine | None = None,
 ) -> AllocatingEngine:
-    """Adapters, method and DeepSpeed engine(s) around ``model``.
+    """Put adapters, method and DeepSpeed engine around ``model``.
 
     Args:
         model: from :func:`salient_ds.models.loading.load_model` with the same ``ds_config``.
         ds_config: resolved DeepSpeed settings.
-        kept_N: rows that the checkpoint to be continued has (bool, CPU); None: those that a run begins with.
-        steps_per_epoch: for methods whose events are given in epochs.
-        probe_data: the batches of events that come before a step, for methods that probe.
-        make_engine: instead of :func:`salient_ds.engine.build.build_engine` (benchmarks).
+        total_steps: applied optimizer steps of the run.
+        kept_N: which rows of the initial layout the checkpoint has that the run resumes from (bool, CPU); None: begin
+            with the rows of a fresh run.
+        steps_per_epoch: needed by methods whose events are given in epochs.
+        probe_data: needed by methods that probe: the batches of events that come before a step.
+        make_engine: used instead of :func:`salient_ds.engine.build.build_engine` (benchmarks).
 
     Raises:
-        ValueError: the checkpoint lacks rows and this run's adapters are not packed, or the kernels of
-            ``speed.liger`` cannot be had.
+        ValueError: the checkpoint lacks rows but this run's adapters are not packed, or the kernels of ``speed.liger``
+            are not available.
     """
     plan = config.speed_plan(summary(ds_config).stage)
     apply_kernels(model, config.speed, device)
     leave_out_masks(model, device)
     if plan.sharded_base:
-        ShardedBase(model, ds_config, device)  # before there are adapters, which it must not partition
+        ShardedBase(model, ds_config, device)  # before adapters are added, because it must not partition them
         ds_config = adapter_config(ds_config)
     dtype = DTYPES[config.train.precision]
     adapted = adapt(model, config, dtype, device, plan.grows_in_flight)
@@ -78,7 +80,7 @@ def assemble(
     method = config.method.build(layout, total_steps, rates, steps_per_epoch)
     check_capabilities(config.method, method)
     here_N = first_rows(layout, adapted.layout.ranks)
-    if kept_N is None or len(kept_N) != len(here_N):  # another model's: refused when the checkpoint is read
+    if kept_N is None or len(kept_N) != len(here_N):  # of another model: the checkpoint is refused when it is read
         kept_N = here_N
     if not torch.equal(kept_N, here_N):
         if not plan.packed:
@@ -112,7 +114,11 @@ def assemble(
 
 
 def check_capabilities(options: MethodConfig, method: Method) -> None:
-    """Raise TypeError, for authors of methods, where options promise what the method's class cannot do."""
+    """Check that the method's class can do what its options promise. It helps authors of methods.
+
+    Raises:
+        TypeError: the options declare something for which the class lacks functions.
+    """
     resizes = options.compactable != "never" or options.grows
     for promised, protocol, name in (
         (resizes, ResizableMethod, "compactable or grows"),
@@ -127,20 +133,24 @@ def check_capabilities(options: MethodConfig, method: Method) -> None:
 
 
 def compaction(config: RunConfig, method: Method, packed: bool) -> Literal["none", "last", "every"]:
-    """When this run drops pruned rows."""
+    """When this run drops pruned rows: ``speed.compaction`` with "auto" resolved."""
     wanted = config.speed.compaction
     possible = packed and config.method.compactable != "never"
     if wanted == "auto":
-        # Otherwise pruned rows still act through the penalty, and dropping them would change the training.
+        # Without gating, pruned rows still act through the penalty, and dropping them would change the training.
         return "last" if possible and method.policy.gate_forward else "none"
     return wanted if possible else "none"
 
 
 def compile_layers(adapted: AdaptedModel, may_fail: bool) -> None:
-    """torch.compile the forward of every adapted layer. Hooks stay outside, and all layers share one compilation.
+    """Compile the forward pass of every adapted layer with torch.compile. Hooks stay outside of the compiled code.
 
-    After a compaction ranks differ from layer to layer: they become symbols, and as every symbol is taken for itself
-    (no duck shapes), one more compilation serves all layers but those with a rank of 0 or 1.
+    All layers share one compilation. After a compaction, ranks differ from layer to layer and become symbols. Each rank
+    is a symbol of its own, even if two are equal (no duck shapes). So one more compilation serves all layers except
+    those with a rank of 0 or 1.
+
+    Args:
+        may_fail: if the compiler fails, run layers uncompiled instead of raising.
     """
     from torch.fx.experimental import _config as shapes
 

@@ -1,4 +1,4 @@
-"""Export what a run trained: from its newest (or a given) checkpoint, without DeepSpeed or a process group."""
+"""Exports what a run trained, from its newest or a given checkpoint, without DeepSpeed or a process group."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from salient_ds.heterolora.export import refuse_shortcuts, shortcuts_act, write_
 from salient_ds.models.loading import PEFT_TASK_TYPES
 
 _FORMS_THAT_DROP_MASKED = ("GrowingLinear", "SwitchedLinear", "Shortcut")
-"""In checkpoints from before 2026-11-26, which do not say so themselves."""
+"""Forms of adapters that drop masked rows, for checkpoints from before 2026-11-26, which do not state it."""
 
 
 def newest_checkpoint(run: Path) -> Path:
     """The last whole checkpoint of a run directory, or ``run`` itself if it is a checkpoint.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the run has no whole checkpoint.
     """
     if (run / "manifest.json").is_file():
         return run
@@ -38,10 +38,10 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def read_factors(checkpoint: Path) -> list[AdapterFactors]:
-    """All adapters of a checkpoint as fp32 CPU tensors, with the mask that is in force.
+    """All adapters of a checkpoint as fp32 CPU tensors, with the mask of the rows that count.
 
-    Between the events of a method that lets dropped rows grow back (AdaLoRA, LoRA^2) all rows are in force. While
-    IncreLoRA still grows, its reserve rows, with singular values of 1e-5, are left out.
+    Before the last event of a method that lets dropped rows grow back (AdaLoRA, LoRA^2), all rows count. While
+    IncreLoRA still grows, its reserve rows (singular values of 1e-5) do not.
     """
     reader = ShardReader(checkpoint)
     adapters = reader.manifest["adapters"]
@@ -84,13 +84,17 @@ def export_run(
     """Write the run's adapter (or merged model) to ``target``.
 
     Args:
-        run: run directory with run.yaml and run.json beside its checkpoints.
+        run: run directory with run.yaml and run.json beside its checkpoints, or one of these checkpoints.
         form: None chooses "peft", or "shortcuts" for an adapter that no other form can hold.
+        overwrite: replace what ``target`` holds.
+        checkpoint: the checkpoint to export (default: the newest one).
         base: base model, if it is not where training found it.
+        dtype: of the adapter's tensors (default float32). A merged model keeps the dtypes of its base.
+        pad_to: rank of the form "padded"; see :func:`salient_ds.export.peft_format.write_peft`.
 
     Raises:
-        CheckpointError: no whole checkpoint.
-        ValueError: not exportable as asked, with the remedy.
+        CheckpointError: there is no whole checkpoint.
+        ValueError: the export is not possible as asked; the message gives the remedy.
     """
     chosen = checkpoint or newest_checkpoint(run)
     folder = run if (run / "run.yaml").is_file() else chosen.parent.parent

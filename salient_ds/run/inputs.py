@@ -1,4 +1,4 @@
-"""From files to micro-batches: the part of a run that knows data, tokenizer and template together."""
+"""From files to micro-batches: the part of a run that brings data, tokenizer and template together."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Inputs:
     collator: Collator
     record: TemplateRecord
     notes: list[str]
-    """What was truncated or dropped, for the log."""
+    """Lines for the log that say what was truncated or dropped."""
 
     def total_steps(self, run: RunConfig) -> int:
-        """Optimizer steps of the run: max_steps, or epochs over all rows (the last batch wraps around)."""
+        """Optimizer steps of the run: max_steps, or as many as its epochs take (the last batch is filled from the
+        next epoch)."""
         if run.train.max_steps is not None:
             return run.train.max_steps
         assert run.train.epochs is not None
@@ -42,7 +43,7 @@ class Inputs:
 
 
 def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
-    """Read, render and tokenise the run's data; deterministic, the same on every process."""
+    """Read, render and tokenise the run's data. Deterministic: the result is the same on every process."""
     template = get_template(run.data.template)
     rows = read_rows(run.data.train, run.data.format, run.data.empty_answers)
     dataset, report = build_dataset(rows, template, tokenizer, run.data.max_length, run.data.packing)
@@ -68,7 +69,12 @@ def micro_batches(
     size: int,
     device: torch.device,
 ) -> tuple[list[MicroBatch], int]:
-    """This process' part of global batch number ``batch``, and the number of targets in all of it."""
+    """This process' micro-batches of one global batch, and the number of targets in the whole global batch.
+
+    Args:
+        batch: number of the global batch, counted from 0.
+        size: examples per micro-batch.
+    """
     everyone = sampler.indices(batch)
     parts = [
         _to_micro(inputs.train, inputs.collator, indices, device)
@@ -80,7 +86,10 @@ def micro_batches(
 def evaluation_batches(
     inputs: Inputs, global_rank: int, world_size: int, size: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """The held-out rows of this process; every process yields the same number of batches, fillers count no target."""
+    """Batches of ``size`` held-out rows for this process.
+
+    Every process yields the same number of batches. Those without rows of their own repeat row 0 and count no target.
+    """
     assert inputs.held_out is not None
     total = len(inputs.held_out)
     rounds = math.ceil(total / (size * world_size))
@@ -95,7 +104,10 @@ def evaluation_batches(
 
 
 def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) -> ProbeData:
-    """The first ``batches`` batches of the training data in its own order, fewer if there is no more of it."""
+    """The first ``batches`` batches of ``size`` rows of the training data, in the data set's own order.
+
+    There are fewer if the data set is too small, but at least one.
+    """
     rows = len(inputs.train)
     count = max(1, min(batches, rows // size))
 
@@ -107,7 +119,7 @@ def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) ->
 
 def _to_micro(dataset: InstructionDataset, collator: Collator, rows: np.ndarray, device: torch.device) -> MicroBatch:
     batch = collator([dataset[int(i)] for i in rows])
-    if device.type == "cuda":  # from memory that is not pinned, a copy waits until the device has done all before it
+    if device.type == "cuda":  # a copy from memory that is not pinned waits for everything queued on the device
         batch = {k: v.pin_memory() for k, v in batch.items()}
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     return MicroBatch(inputs, int(dataset.num_targets[rows].sum()), tuple(int(i) for i in rows))

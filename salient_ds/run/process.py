@@ -1,4 +1,4 @@
-"""What every launched process does around its work: join the group, report an error in one line, leave."""
+"""What every launched process does around its work: join the process group, report an error in one line, leave."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 
 
 def refused(problems: list[str]) -> int:
-    """Print the problems on the main process; the exit status (0: there are none)."""
+    """Print the problems on the main process and return the exit status (0: there are none)."""
     if problems and int(os.environ.get("RANK", "0")) == 0:
         print_problems(problems)
     return USAGE_ERROR if problems else 0
 
 
 def launched(work: Callable[[torch.device], None], timeout_minutes: float) -> int:
-    """Do ``work`` in the process group that the launcher described; the exit status.
+    """Run ``work`` in the process group that the launcher described, and return the exit status.
 
-    Errors that a user can mend are printed in one line without a traceback (SALIENT_TRACEBACK=1 shows it). The process
-    then ends at once, without waiting for others that did not fail.
+    Errors that a user can fix are printed in one line without a traceback (SALIENT_TRACEBACK=1 shows it). The process
+    then exits at once and does not wait for others that did not fail.
+
+    Args:
+        work: called with this process' device.
+        timeout_minutes: how long a process waits for the others in a collective.
     """
     from salient_ds.engine.reports import NonFiniteLoss
     from salient_ds.engine.shard_files import CheckpointError
@@ -40,7 +44,7 @@ def launched(work: Callable[[torch.device], None], timeout_minutes: float) -> in
         if os.environ.get("SALIENT_TRACEBACK"):
             raise
         here = world().global_rank
-        if here:  # usually the main process has the same error: it speaks first, and the launcher stops the others
+        if here:  # the main process usually has the same error: let it report first; the launcher stops the others
             time.sleep(3)
         print(f"error on process {here}: {error}" if here else f"error: {error}", file=sys.stderr, flush=True)
         os._exit(RUN_ERROR)

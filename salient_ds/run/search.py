@@ -1,6 +1,7 @@
-"""Static search, alone or under a launcher: ``deepspeed --module salient_ds.search run.yaml --proxy grad_norm ...``.
+"""Static search of modules (HeteroLoRA): scores all modules of a run once, before training.
 
-Scores all modules of a run once, before training, and writes the configuration that trains the best ones.
+It writes the configuration of a run that trains only the best modules. It works on one process, or under a launcher:
+``deepspeed --module salient_ds.search run.yaml --proxy grad_norm ...``.
 """
 
 from __future__ import annotations
@@ -21,19 +22,32 @@ if TYPE_CHECKING:
     import torch
 
 
-ProxyOption = Annotated[str, typer.Option(help="grad_norm, snip, synflow, fisher, alpha_test or constant.")]
-BatchesOption = Annotated[int, typer.Option(min=1, help="Probe batches.")]
-BudgetOption = Annotated[float, typer.Option(help="Share of the modules (or parameters) that is kept.")]
-UnitOption = Annotated[str, typer.Option(help="Budget in modules or params.")]
-ModeOption = Annotated[str, typer.Option(help="Shortcuts: combined, separated, or off (unranked).")]
-ScaleFreeOption = Annotated[bool, typer.Option("--scale-free", help="Divide alpha / r out of the scores.")]
-RankOption = Annotated[int | None, typer.Option(min=1, help="Rank of the chosen modules (default: the run's).")]
-OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="Folder (default: OUTPUT_DIR-search).")]
+ProxyOption = Annotated[
+    str, typer.Option(help="How modules are scored: grad_norm, snip, synflow, fisher, alpha_test or constant.")
+]
+BatchesOption = Annotated[int, typer.Option(min=1, help="Number of training batches that modules are scored on.")]
+BudgetOption = Annotated[
+    float, typer.Option(help="Share of the modules (or of their parameters) to keep, above 0 and up to 1.")
+]
+UnitOption = Annotated[str, typer.Option(help="What --budget counts: modules or params.")]
+ModeOption = Annotated[
+    str,
+    typer.Option(
+        help="Shortcuts compete with LoRA modules (combined), among themselves (separated), or are always on (off)."
+    ),
+]
+ScaleFreeOption = Annotated[bool, typer.Option("--scale-free", help="Divide the scaling alpha / r out of the scores.")]
+RankOption = Annotated[
+    int | None, typer.Option(min=1, help="Rank of the chosen modules (default: as in the run file).")
+]
+OutputOption = Annotated[
+    str | None, typer.Option("--output", "-o", help="Folder for the results (default: OUTPUT_DIR-search).")
+]
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What the command line adds to a run file."""
+    """Options of a search on the command line. The ``Option`` types above describe them."""
 
     proxy: str = "grad_norm"
     batches: int = 32
@@ -42,15 +56,17 @@ class SearchOptions:
     mode: str = "combined"
     scale_free: bool = False
     rank: int | None = None
-    """Rank of the chosen modules; None: the run's."""
+    """Rank of the chosen modules; None: as in the run file."""
     output: str | None = None
 
 
 def search_config(run: RunConfig, options: SearchOptions) -> RunConfig:
-    """The run with HeteroLoRA's method and a single event, before the first step.
+    """The run with method HeteroLoRA and a search before the first step.
+
+    If the run's method is HeteroLoRA already, its other options are kept.
 
     Raises:
-        ConfigError: an option is out of its bounds.
+        ConfigError: an option has a value that is not allowed.
     """
     data = run.model_dump(mode="json", by_alias=True, exclude_unset=True)
     own = data["method"] if run.method.name == "heterolora" else {}
@@ -63,15 +79,17 @@ def search_config(run: RunConfig, options: SearchOptions) -> RunConfig:
 
 
 def next_method(run: RunConfig) -> dict[str, Any] | None:
-    """Section ``method`` of the configuration that comes out: the run's own, LoRA if that was a search."""
+    """Section ``method`` of the resulting configuration: the run's own, or None (LoRA) if that is HeteroLoRA."""
     if run.method.name == "heterolora":
         return None
     return run.method.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def main(
-    run: Annotated[str, typer.Argument(help="Run YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    run: Annotated[str, typer.Argument(help="Run file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs that replace settings of the run file.")
+    ] = None,
     proxy: ProxyOption = "grad_norm",
     batches: BatchesOption = 32,
     budget: BudgetOption = 0.25,
@@ -99,7 +117,7 @@ def main(
 
 
 def run_search(path: str, overrides: list[str], options: SearchOptions) -> int:
-    """Search on the processes that the launcher started; the exit status."""
+    """Search on the processes that the launcher started, and return the exit status."""
     try:
         run = load_config(path, overrides)
         config = search_config(run, options)
@@ -112,7 +130,7 @@ def run_search(path: str, overrides: list[str], options: SearchOptions) -> int:
 
 
 def _as_typed(problem: str) -> str:
-    """Name the option of the command line that set a key of the method."""
+    """Replace keys of the method in a message by the command-line options that set them."""
     for option, key in (("proxy", "proxy"), ("budget", "keep"), ("unit", "budget_unit"), ("mode", "mode")):
         problem = problem.replace(f"method.{key}=", f"--{option} ")
     return problem
@@ -126,7 +144,7 @@ def _search(run: RunConfig, config: RunConfig, options: SearchOptions, device: t
     from salient_ds.zero.collectives import all_succeeded
 
     class Unrecorded(Training):
-        """Builds a run without touching its directory."""
+        """Builds a run without writing to its directory."""
 
         def _record(self, *args: Any) -> None:
             pass

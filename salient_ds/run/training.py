@@ -1,4 +1,4 @@
-"""One training run, from files to adapter: :meth:`Training.run` reads as the order of events."""
+"""One training run, from files to adapter. :meth:`Training.run` shows the order of its parts."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from salient_ds.zero.sharded_base import effective_config
 
 @dataclass
 class Counters:
-    """State of the loop that a checkpoint carries besides the engine's."""
+    """State of the training loop that a checkpoint keeps, besides that of the engine."""
 
     batches: int = 0
-    """Global batches consumed, skipped steps included."""
+    """Number of global batches consumed, including those of skipped steps."""
     tokens: int = 0
     skipped_in_a_row: int = 0
 
 
 class Training:
-    """One run on this process."""
+    """One training run, as this process takes part in it."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
@@ -56,7 +56,17 @@ class Training:
         self.resume_from: Path | None = None
 
     def run(self, resume: str, overwrite: bool) -> None:
-        """Train to the end, or raise with the reason; the run directory then holds all there is."""
+        """Train to the end. Every process calls it.
+
+        Args:
+            resume: "never", "auto" (continue from the last whole checkpoint), or the path of a checkpoint.
+            overwrite: replace an earlier run in the run directory.
+
+        Raises:
+            RunDirectoryError: the run directory cannot be used.
+            CheckpointError: a checkpoint cannot be written or read.
+            ValueError: the run cannot start or continue, for example because its loss is not finite.
+        """
         self.open_directory(resume, overwrite)
         self.load_data()
         self.build()
@@ -65,7 +75,11 @@ class Training:
         self.finish()
 
     def open_directory(self, resume: str, overwrite: bool) -> None:
-        """Claim the run directory on the main process; all agree on where to continue."""
+        """Claim the run directory on the main process, and agree with all processes on the checkpoint to resume.
+
+        Raises:
+            RunDirectoryError: on all processes, if the directory is taken, or not shared by all nodes.
+        """
         path = Path(self.config.output_dir)
         problem, start, token = None, None, secrets.token_hex(8)
         if self.is_main:
@@ -81,8 +95,8 @@ class Training:
             self.directory = RunDirectory(path)
         if self.is_main:
             shared_by_all(path, True, token)
-        all_succeeded(True, self.device)  # written before anyone looks
-        # the main process must not write again: another one may be reading
+        all_succeeded(True, self.device)  # the marker is written before any other process looks for it
+        # the main process must not call shared_by_all again: it would write while others read
         if not all_succeeded(self.is_main or shared_by_all(path, False, token), self.device):
             raise RunDirectoryError(
                 f"output_dir {path} is not on a file system that all nodes share: choose one that is"
@@ -104,7 +118,7 @@ class Training:
         return values
 
     def load_data(self) -> None:
-        """Tokenizer, data and the number of steps they make."""
+        """Load tokenizer and data, and compute the number of steps."""
         self.tokenizer = load_tokenizer(self.config.model)
         self.inputs = load_inputs(self.config, self.tokenizer)
         self.total_steps = self.inputs.total_steps(self.config)
@@ -114,7 +128,7 @@ class Training:
             self.say(note)
 
     def build(self) -> None:
-        """Base model, adapters, method, engine: in this order, because ZeRO-3 partitions the base while it loads."""
+        """Build base model, adapters, method and engine, in this order: ZeRO-3 partitions the base while it loads."""
         config = self.config
         ds_config = resolve_ds_config(
             load_ds_config(config.deepspeed),
@@ -146,14 +160,14 @@ class Training:
         self._record(ds_config, layout)
 
     def _record(self, ds_config: dict[str, Any], layout: RankLayout) -> None:
-        """Write what the run really uses into its directory."""
+        """Write the resolved settings and some facts of the run into its directory."""
         if self.is_main:
             facts = {"processes": self.world_size, "total_steps": self.total_steps, "identity": self.identity,
                      "modules": layout.modules, "template": self.inputs.record.to_dict()}  # fmt: skip
             self.directory.write_resolved(self.config.model_dump(mode="json", by_alias=True), ds_config, facts)
 
     def _identity(self, model: dict[str, Any], layout: RankLayout) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run to be continued by it."""
+        """What must be equal in a checkpoint and in this run for the run to resume from it."""
         modules = hashlib.sha256(json.dumps([layout.modules, layout.ranks]).encode()).hexdigest()[:16]
         return {
             "method": self.config.method.model_dump(mode="json", by_alias=True),
@@ -167,7 +181,7 @@ class Training:
         }
 
     def restore(self) -> None:
-        """Continue from the chosen checkpoint, and forget what the logs say about later steps."""
+        """Restore the checkpoint to resume, if there is one, and remove log lines of later steps."""
         if self.resume_from is not None:
             self.counters = Counters(**load(self.engine.state, self.resume_from, self.identity)["counters"])
             self.say(f"continuing from {self.resume_from} after step {self.engine.step}")
@@ -175,7 +189,7 @@ class Training:
         self.log.rewind(self.engine.step)
 
     def loop(self) -> None:
-        """Steps until the last one; saves and evaluates on the way."""
+        """Train until the last step, with evaluations and checkpoints on the way."""
         train, engine, log = self.config.train, self.engine, self.log
         size, device = train.micro_batch_size, self.device
         total = engine.decisions.latest.total
@@ -224,7 +238,7 @@ class Training:
         return report
 
     def evaluate(self) -> str:
-        """Mean held-out loss per target over all processes, logged and as a line of text."""
+        """Compute the mean held-out loss per target over all processes, log it, and return it as a line of text."""
         if self.inputs.held_out is None:
             return f"step {self.engine.step}: no held-out data (data.eval, data.eval_size)"
         engine = self.engine.engine
@@ -244,13 +258,13 @@ class Training:
         return f"step {self.engine.step}: held-out loss {mean:.4f}"
 
     def save(self) -> Path:
-        """A checkpoint of this moment."""
+        """Write a checkpoint of the current state and return its directory."""
         extra = {"counters": asdict(self.counters)}
         keep = self.config.train.keep_checkpoints
         return save(self.engine.state, self.directory.checkpoints, self.identity, extra, keep)
 
     def finish(self) -> None:
-        """Last checkpoint, held-out loss, pictures, and the adapter in PEFT's format."""
+        """Write the last checkpoint, the held-out loss, the exported adapter and pictures."""
         self.engine.finish()
         path = self.save()
         self.say(self.evaluate())
@@ -261,9 +275,9 @@ class Training:
                 run = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
                 self.engine.method.write_results(self.directory.path, run)
             self.say(f"adapter: {self.directory.adapter}")
-        all_succeeded(True, self.device)  # nobody leaves while the main process still writes
+        all_succeeded(True, self.device)  # no process leaves while the main process still writes
 
     def say(self, text: str) -> None:
-        """A line for the user, once."""
+        """Print a line for the user, on the main process only."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Bodies of the verbs that start a run or look at one: train, export, show."""
+"""Bodies of the commands train, search, convert-toml, export and show."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 
 def launch(run: str, overrides: list[str], launcher: list[str], resume: str, overwrite: bool, processes: int) -> int:
-    """Check the run here, then become the ``deepspeed`` launcher; returns (1) only if the check fails.
+    """Check the run in this process, then replace the process by the ``deepspeed`` launcher.
 
     Args:
-        launcher: options handed to the launcher unchanged, such as --hostfile.
-        processes: number the check assumes and the launcher is asked for (0: let the launcher decide, check for 1).
+        launcher: options for the launcher, passed on unchanged, such as --hostfile.
+        processes: number of processes that the check assumes and the launcher starts on a node (0: the launcher
+            decides, and the check assumes 1).
+
+    Returns:
+        1, only if the check fails.
     """
     try:
         problems = preflight(load_config(run, overrides), max(processes, 1), run_source=run).problems
@@ -45,7 +49,15 @@ def _become_launcher(script: list[str], launcher: list[str], processes: int) -> 
 
 
 def search(run: str, overrides: list[str], options: SearchOptions, launcher: list[str], processes: int) -> int:
-    """Static search: here for one process, else as the ``deepspeed`` launcher (0: let it decide how many)."""
+    """Search for modules before training.
+
+    Args:
+        processes: 1 searches in this process. Any other number replaces it by the ``deepspeed`` launcher (0: the
+            launcher decides how many).
+
+    Returns:
+        The exit status.
+    """
     from salient_ds.run.search import run_search
 
     if processes == 1:
@@ -59,7 +71,11 @@ def search(run: str, overrides: list[str], options: SearchOptions, launcher: lis
 def convert_toml(
     lora: str, shortcuts: str | None, model_type: str, num_layers: int | None, norm: str, output: str | None
 ) -> int:
-    """The released code's TOML files as an ``adapter`` section, printed or written; 1 with every problem."""
+    """Convert the released code's TOML files to an ``adapter`` section, and print it or write it to ``output``.
+
+    Returns:
+        0, or 1 after printing every problem.
+    """
     from salient_ds.heterolora.released_toml import convert, to_yaml
 
     try:
@@ -78,7 +94,11 @@ def convert_toml(
 def export(
     run: str, form: str, target: str | None, *, overwrite: bool, base: str | None, dtype: str, pad_to: str | None
 ) -> int:
-    """Write an adapter or a merged model; 1 with the reason if that is not possible."""
+    """Write an adapter or a merged model.
+
+    Returns:
+        0, or 1 after printing why that is not possible.
+    """
     import torch
 
     from salient_ds.engine.shard_files import CheckpointError
@@ -98,7 +118,7 @@ def export(
 
 
 def show(run: str) -> int:
-    """The rank every matrix kept, as a heat map in the terminal, and the events that led there."""
+    """Print the allocation events of a run, and the rank that every matrix kept as a heat map."""
     from rich.console import Console
 
     from salient_ds.monitor.events import read_records

@@ -1,1 +1,1 @@
-"""Everything that knows DeepSpeed: engine, shards, reductions, checkpoints."""
+"""Everything that knows DeepSpeed: its JSON, its start-up, collectives, the sharded base, undocumented internals."""

@@ -12,14 +12,14 @@ from salient_ds.ranks import WorkShare
 
 
 class World(NamedTuple):
-    """Which of how many data-parallel processes this is."""
+    """The number of this data-parallel process, and how many there are."""
 
     global_rank: int
     world_size: int
 
 
 def world() -> World:
-    """This process among all; (0, 1) without a process group."""
+    """Number of this process and number of processes; (0, 1) without a process group."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World(0, 1)
 
 
@@ -28,7 +28,7 @@ def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.devic
 
     Args:
         tensors: the same names and shapes on every process.
-        contribute: False counts this process' values as zeros (replicated statistics are counted once).
+        contribute: False counts this process' values as zeros, so that replicated statistics are counted only once.
     """
     if not tensors:
         return {}
@@ -44,7 +44,7 @@ def packed_sum(tensors: dict[str, Tensor], contribute: bool, device: torch.devic
 
 
 def share_of_work() -> WorkShare:
-    """This process' part of work that all processes divide among themselves."""
+    """This process' share of work that is divided over all processes."""
     here = world()
     return WorkShare(here.global_rank, here.world_size, dist.all_reduce)
 
@@ -77,5 +77,5 @@ def sum_numbers(values: list[float], device: torch.device) -> list[float]:
 
 
 def all_succeeded(ok: bool, device: torch.device) -> bool:
-    """True when every process reports success: decides together, so that no process waits for a failed one."""
+    """Whether every process reports success. All get the same answer, so that none waits for one that failed."""
     return sum_numbers([0.0 if ok else 1.0], device)[0] == 0.0

@@ -1,8 +1,8 @@
-"""The ZeRO JSON: read it, check it, fill its "auto" fields from the run. Imports neither torch nor deepspeed.
+"""Reads the ZeRO JSON, checks it, and fills its "auto" fields from the run. Imports neither torch nor deepspeed.
 
-The file stays plain DeepSpeed JSON that works elsewhere. Numbers that the run file owns (batch sizes,
-precision, clipping, optimizer hyper-parameters) are "auto" or missing there; a concrete value that differs is
-a conflict, and the message names both places.
+The file stays plain DeepSpeed JSON that works elsewhere. Numbers that the run file owns (batch sizes, precision,
+clipping, optimizer hyper-parameters) are "auto" or missing there. A concrete value that differs from the run file is
+refused, and the message names both places.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DsProblems(ConfigError):
 
 @dataclass(frozen=True)
 class DsSummary:
-    """What a resolved ZeRO JSON means for memory: stage, offload, and the sizes (elements) of its buffers."""
+    """What a resolved ZeRO JSON means for memory: stage, offload, and buffer sizes in elements."""
 
     stage: int
     offload_optimizer: bool
@@ -81,12 +81,12 @@ def resolve_ds_config(
     Args:
         raw: a ZeRO JSON as read by :func:`load_ds_config`; not changed.
         world_size: number of data-parallel processes.
-        total_steps: applied optimizer steps of the run, None if unknown.
-        hidden_size: the model's hidden size, for bucket sizes on "auto" (DeepSpeed's defaults without it).
-        source, run_source: how messages name the two files.
+        total_steps: applied optimizer steps of the run; None if unknown.
+        hidden_size: the model's hidden size, from which "auto" buffer sizes are computed (None: DeepSpeed's defaults).
+        source, run_source: names of the two files in messages.
 
     Raises:
-        DsProblems: with every problem found: unknown keys, wrong kinds, refused features, conflicts.
+        DsProblems: lists every problem found: unknown keys, wrong types, refused features, conflicts.
     """
     resolver = Resolver(copy.deepcopy(raw), run, world_size, source or run.deepspeed, run_source)
     resolver.drop_nulls()
@@ -105,7 +105,7 @@ def resolve_ds_config(
 
 
 def summary(ds: dict[str, Any]) -> DsSummary:
-    """Stage, offload flags and buffer sizes of a resolved ZeRO JSON, DeepSpeed's defaults filled in."""
+    """Stage, offload flags and buffer sizes of a resolved ZeRO JSON. Missing keys have DeepSpeed's defaults."""
     zero = ds.get("zero_optimization") or {}
     stage = int(zero.get("stage", 0))
 

@@ -1,8 +1,8 @@
 """Configuration keys that DeepSpeed 0.19.8 reads, with the kind of value that it expects.
 
-DeepSpeed ignores a misspelt top-level key in silence, so the names are listed here and checked before
+DeepSpeed silently ignores a misspelt top-level key, so the names are listed here and checked before
 processes start. They come from its source (runtime/config.py, runtime/constants.py, runtime/zero/config.py,
-runtime/zero/offload_config.py, runtime/precision_config.py, monitor/config.py, comm/config.py); a contract
+runtime/zero/offload_config.py, runtime/precision_config.py, monitor/config.py, comm/config.py). A contract
 test compares them with the installed version.
 """
 
@@ -77,7 +77,7 @@ REMOVED_TOP_LEVEL = (
     "curriculum_learning",
     "progressive_layer_drop",
 )
-"""Features that 0.19.8 no longer has; it raises when it meets them."""
+"""Keys of features that 0.19.8 no longer has; DeepSpeed raises an error when it finds them."""
 
 REMOVED_ZERO = ("mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param")
 

@@ -1,8 +1,8 @@
-"""DeepSpeed features that a run refuses by name, each with the reason and the way out.
+"""DeepSpeed features that a run refuses by name, each with a reason and a remedy.
 
-Two kinds of reason: the feature breaks what adaptive ranks rest on (fp32 masters that this process can read,
-one optimizer step hook per applied step, averaged gradients), or nothing in this package would read the
-setting, so that accepting it would promise what does not happen.
+There are two kinds of reason. Either the feature breaks what adaptive ranks rely on (fp32 masters that this process can
+read, one optimizer step hook per applied step, averaged gradients). Or nothing in this package would read the setting,
+so that accepting it would promise something that does not happen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refusal:
-    """One refused setting: ``path`` is dotted, ``when`` sees the value found there."""
+    """One refused setting: ``path`` is its dotted path, ``when`` says whether the value found there is refused."""
 
     path: str
     when: Callable[[Any], bool]
@@ -71,7 +71,7 @@ _DROP = "remove the section"
 _FP32 = "singular values are read from fp32 masters; 16-bit ones round most updates away"
 
 _Rule = tuple[str, Callable[[Any], bool], str, str]
-"""Where the setting is, when it is refused, why, what to do."""
+"""Path of the setting, condition on its value, reason, remedy."""
 
 _ZERO_RULES: list[_Rule] = [
     (
@@ -245,7 +245,7 @@ _UNSUPPORTED_OPTIMIZERS = {
 
 
 def optimizer_refusal(name: str) -> str | None:
-    """Reason why the optimizer type ``name`` is refused, or None for Adam and AdamW."""
+    """Why the optimizer type ``name`` is refused; None for Adam and AdamW."""
     lowered = name.lower()
     if lowered in ("adam", "adamw"):
         return None

@@ -1,4 +1,4 @@
-"""Fills the "auto" fields of one ZeRO JSON from the run and collects everything that is wrong with it."""
+"""Fills the "auto" fields of one ZeRO JSON from the run, and collects all of its problems."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _REFUSED_PARAMS: dict[str, tuple[Any, str]] = {
     "adam_w_mode": (False, "train.weight_decay is decoupled (AdamW); remove it"),
     "fp32_optimizer_states": (False, "moments are kept in fp32; remove it"),
 }
-"""Optimizer parameters, the value that is refused (ANY = all), and why."""
+"""Refused values of optimizer parameters (ANY: every value), and why."""
 
 _AUTO_ALLOWED = ("data_types.keep_in_fp32_modules", "zero_optimization.stage")
-"""The first means something to DeepSpeed; the second has its own message."""
+"""Keys that may still be "auto" at the end: the first means something to DeepSpeed, the second has its own message."""
 
 
 class Resolver:
-    """Fills one ZeRO JSON in place and collects problems."""
+    """Fills one ZeRO JSON in place and collects its problems."""
 
     def __init__(self, ds: dict[str, Any], run: RunConfig, world_size: int, source: str, run_source: str) -> None:
         self.ds, self.run, self.world_size = ds, run, world_size
         self.source, self.run_source = source, run_source
         self.problems: list[str] = []
-        self.refused: set[str] = set()  # paths whose values are wrong anyway
+        self.refused: set[str] = set()  # paths that have a problem already, so that no second one is reported
 
     def problem(self, text: str) -> None:
         self.problems.append(f"{self.source}: {text}")
@@ -63,7 +63,11 @@ class Resolver:
         node[last] = value
 
     def own(self, path: str, value: Any, owner: str) -> None:
-        """The run owns ``path``: fill it if it is "auto" or missing, else insist that both agree."""
+        """Fill ``path``, which the run owns, if it is "auto" or missing. Any other value must equal the run's.
+
+        Args:
+            owner: names the run's setting and its value in the message.
+        """
         given = self.get(path)
         if given is MISSING or given == "auto":
             self.put(path, value)
@@ -73,15 +77,16 @@ class Resolver:
             )
 
     def default(self, path: str, value: Any) -> None:
-        """Fill ``path`` if it is "auto" or missing, and accept whatever else stands there."""
+        """Fill ``path`` if it is "auto" or missing, and accept any other value."""
         if self.get(path) in (MISSING, "auto"):
             self.put(path, value)
 
     def drop_nulls(self) -> None:
-        """null means "not set"; DeepSpeed would take it for a value in some places and fail on it in others."""
+        """Remove null values, which mean "not set". DeepSpeed would use some of them as values and fail on others."""
         self.ds = _without_nulls(self.ds)
 
     def check_keys(self) -> None:
+        """Report unknown keys and values of the wrong type, and rename "bfloat16" to "bf16"."""
         self._check_section("", self.ds, TOP_LEVEL, REMOVED_TOP_LEVEL)
         for path, known in SECTIONS.items():
             section = self.get(path)
@@ -111,6 +116,7 @@ class Resolver:
                 self.problem(f"{prefix}{key}={json.dumps(value)} {wrong}")
 
     def refuse(self, total_steps: int | None) -> None:
+        """Report settings that :mod:`salient_ds.zero.ds_refusals` lists, and profiling after the last step."""
         for rule in REFUSALS:
             value = self.get(rule.path)
             if value is not MISSING and rule.when(value):
@@ -123,6 +129,7 @@ class Resolver:
             self.problem(f"flops_profiler.profile_step={step} is beyond the run's last step {total_steps}: lower it")
 
     def batch(self) -> None:
+        """Fill in batch sizes, gradient accumulation and clipping."""
         train, world = self.run.train, self.world_size
         self.own("train_batch_size", train.global_batch_size, f"train.global_batch_size={train.global_batch_size}")
         self.own(
@@ -152,6 +159,7 @@ class Resolver:
         )
 
     def precision(self) -> None:
+        """Fill in the training precision."""
         precision = self.run.train.precision
         for section in ("bf16", "fp16"):
             if self.get(section) == "auto":
@@ -168,6 +176,7 @@ class Resolver:
             )
 
     def optimizer(self) -> None:
+        """Fill in the optimizer's parameters, if there is an optimizer section (else the run builds torch's AdamW)."""
         section = self.get("optimizer")
         if not isinstance(section, dict):
             self.ds.pop("optimizer", None)
@@ -209,6 +218,7 @@ class Resolver:
                 self.problem(f"optimizer.params.{key}={json.dumps(value)} is refused: {reason}")
 
     def zero(self, hidden_size: int | None) -> None:
+        """Check stage and offload, and fill in buffer sizes from the hidden size."""
         zero = self.ds.get("zero_optimization")
         if zero is None or zero == "auto":
             self.ds["zero_optimization"] = zero = {}
@@ -224,7 +234,7 @@ class Resolver:
             if zero.get(key) == "auto" and hidden_size is not None:
                 zero[key] = formula(hidden_size)
         for key in [key for key, value in zero.items() if value == "auto" and key != "stage"]:
-            del zero[key]  # DeepSpeed itself takes its default for "auto" in this section
+            del zero[key]  # DeepSpeed too uses its default for "auto" in this section
         for section, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
             if (zero.get(section) or {}).get("device", "none") != "none" and stage in range(lowest):
                 self.problem(
@@ -233,7 +243,7 @@ class Resolver:
                 )
 
     def monitors(self) -> None:
-        """TensorBoard and CSV files go into the run directory unless the JSON says otherwise."""
+        """Put TensorBoard and CSV files into the run directory, unless the JSON says otherwise."""
         run_dir = Path(self.run.output_dir)
         for section in ("tensorboard", "csv_monitor"):
             if self.get(f"{section}.enabled") is True:
@@ -241,7 +251,7 @@ class Resolver:
                 self.default(f"{section}.job_name", run_dir.name)
 
     def leftovers(self, node: dict[str, Any], prefix: str) -> None:
-        """Whatever is still "auto" has no owner in the run."""
+        """Report every value that is still "auto": the run has no setting for it."""
         for key, value in node.items():
             path = prefix + key
             if path in self.refused:

@@ -1,4 +1,4 @@
-"""Start of a process and of an engine: device, process group, and the traps of DeepSpeed's start on CPU."""
+"""Start-up of a process and of an engine: device, process group, and a workaround for DeepSpeed on CPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from salient_ds.zero.internals.engine_state import leave_out_shared_memory_colle
 
 
 def start(timeout_minutes: float) -> torch.device:
-    """Join the process group that the launcher described (one process alone without a launcher) and return the device.
+    """Join the process group that the launcher described, and return this process' device.
 
-    On CPU DeepSpeed's shared-memory collective is left out: gloo gives the same numbers, and the extension costs half a
-    minute of compilation per fresh machine and hangs for ever if an earlier build was killed.
+    Without a launcher the group has one process.
+
+    On CPU, DeepSpeed's shared-memory collective is switched off. gloo gives the same numbers, while the extension takes
+    half a minute to compile on a fresh machine and hangs forever if an earlier build was killed.
+
+    Args:
+        timeout_minutes: how long a process waits for the others in a collective.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -52,12 +57,12 @@ def make_engine(
     scheduler: Callable[[torch.optim.Optimizer], Any],
     ds_config: dict[str, Any],
 ) -> Any:
-    """``deepspeed.initialize``.
+    """Call ``deepspeed.initialize`` and return the engine.
 
     Args:
-        groups: trainable parameters as an optimizer takes them.
-        optimizer: makes the optimizer; None: the one that ``ds_config`` describes.
-        scheduler: makes the learning-rate schedule of an optimizer.
+        groups: parameter groups of the optimizer.
+        optimizer: builds the optimizer from the groups; None: DeepSpeed builds the one that ``ds_config`` describes.
+        scheduler: builds the learning-rate schedule of an optimizer.
         ds_config: resolved DeepSpeed settings (no "auto" left).
     """
     import deepspeed
@@ -68,7 +73,7 @@ def make_engine(
 
 
 def stop() -> None:
-    """Leave the process group, so that the interpreter can exit without complaints from the backend."""
+    """Leave the process group, so that the backend prints no warnings when the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,14 +1,14 @@
-"""ZeRO-3 for the frozen base alone: every process keeps a part of each layer and gathers whole layers in their turn.
+"""ZeRO-3 for the frozen base only: every process keeps a part of each layer, and layers are gathered one by one.
 
-The base never changes, so nothing of ZeRO-3 but its fetching is needed: no gradients, no masters, no writing back.
-DeepSpeed partitions the weights while they are loaded; then each layer becomes one flat run of bytes, of which a
-process keeps its part, and is gathered by one collective while the layer before it computes. Adapters live in banks
-beside the model, replicated in training precision, and belong to an ordinary ZeRO-2 engine, which partitions masters
-and moments.
+The base never changes, so of ZeRO-3 only the gathering is needed: no gradients, no masters, no writing back. DeepSpeed
+partitions the weights while they are loaded. Then each layer becomes one flat run of bytes, and every process keeps its
+part of it. One collective gathers a layer while the layer before it computes. Adapters live in banks beside the model.
+They are replicated in training precision and belong to an ordinary ZeRO-2 engine, which partitions masters and moments.
 
-Layers take turns in two buffers. Layer i always lies in buffer i mod 2 at the same place, so that its parameters are
-views made once, and so that views which a compiled forward pass has saved for backward are right again when the layer
-is. What is outside the layers (embeddings, last norm, output head) stays whole on every process.
+Layers take turns in two buffers. Layer i always lies in buffer i mod 2, at the same place. So its parameters are views
+that are made only once, and views that a compiled forward pass has saved for backward are valid again as soon as the
+layer is back in its buffer. Whatever is outside the layers (embeddings, last norm, output head) stays whole on every
+process.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from salient_ds.zero.internals.partitioned import mark_not_available, take_whole
 
 ADAPTER_STAGE = 2
 BASE_KEYS = ("offload_param", "sub_group_size", "memory_efficient_linear")
-"""Keys of ``zero_optimization`` that concern the base only, besides those that begin with ``stage3_`` or ``zero_``."""
+"""Keys of ``zero_optimization`` that concern only the base, as do those that begin with ``stage3_`` or ``zero_``."""
 BUFFERS = 2
 REMEDY = "set speed.zero3 to partitioned, or use ZeRO stage 2"
 ALIGNMENT = 256
-"""Bytes; a parameter begins at a multiple of it, as in memory of its own."""
+"""Bytes. Every parameter begins at a multiple of it, as it would in memory of its own."""
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 class ShardedBase:
-    """The layers of a model as parts on every process, gathered by hooks."""
+    """The layers of a model, partitioned over processes and gathered by hooks."""
 
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], device: torch.device) -> None:
-        """Take ``model`` (loaded under ZeRO-3, without adapters) over from DeepSpeed.
+        """Take over ``model`` (loaded under ZeRO-3, without adapters) from DeepSpeed.
 
         Args:
-            ds_config: resolved DeepSpeed settings of stage 3; of them only ``offload_param`` is read.
-            device: where layers run. Parts are there too, or in CPU memory with ``offload_param``.
+            ds_config: resolved DeepSpeed settings of stage 3. Only ``offload_param`` is read.
+            device: where layers run. This process' parts are kept there, or in CPU memory with ``offload_param``.
 
         Raises:
-            ValueError: layers that are skipped at random, share parameters, or mix data types.
+            ValueError: layers are skipped at random, share parameters, or hold several data types.
         """
         layers = layers_of(model)
         _refuse_what_cannot_be_sharded(model, layers)
@@ -61,9 +61,9 @@ class ShardedBase:
         size = max((shard.whole_bytes for shard in self._shards), default=0)
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(BUFFERS, len(layers)))]
         self._held: list[int | None] = [None] * BUFFERS
-        """Layer in each buffer, from the moment its gathering is queued."""
+        """Index of the layer in each buffer, from the moment its gathering is queued."""
         self._ready: list[Any] = [None] * BUFFERS
-        """What the computation must wait for before it reads the buffer."""
+        """CUDA event that the computation must wait for before it reads the buffer."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         offload = ds_config["zero_optimization"].get("offload_param", {}) if summary(ds_config).offload_param else None
         for index, (layer, shard) in enumerate(zip(layers, self._shards, strict=True)):
@@ -73,14 +73,14 @@ class ShardedBase:
 
     def _before_forward(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
-            # A layer that is recomputed is on its way back
+            # inside backward, a layer's forward pass is a recomputation: the layer before it comes next
             self.need(index, -1 if torch._C._current_graph_task_id() != -1 else 1)
 
         return hook
 
     def _after_forward(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            # The first one is the hidden state, whatever it comes in; its gradient is there once the next layer is done
+            # The first tensor is the hidden state. Its gradient is known once backward has left the next layer
             tensors = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.requires_grad]
             if tensors:
                 tensors[0].register_hook(lambda grad: self.need(index, -1))
@@ -94,7 +94,7 @@ class ShardedBase:
 
     @torch.no_grad()
     def need(self, index: int, direction: int) -> None:
-        """Have layer ``index`` in its buffer, and begin to gather the one after it in ``direction`` (1 or -1)."""
+        """Bring layer ``index`` into its buffer, and begin to gather the next one in ``direction`` (1 or -1)."""
         if self._held[index % BUFFERS] != index:
             self._gather(index)
         if self._stream is not None and self._ready[index % BUFFERS] is not None:
@@ -110,8 +110,8 @@ class ShardedBase:
         if self._stream is None:
             self._shards[index].gather(self._buffers[slot])
             return
-        # Whatever reads the layer that was there has been queued: a layer is asked for when the one before it is done,
-        # and on the way back autograd takes later operations first
+        # Safe to overwrite after this wait: everything that reads the buffer's former layer has been queued by now. A
+        # layer is asked for when the one before it is done, and in backward autograd runs later operations first
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._shards[index].gather(self._buffers[slot])
@@ -119,7 +119,7 @@ class ShardedBase:
 
 
 class _Shard:
-    """One layer as a flat run of bytes, and this process' part of it."""
+    """The layout of one layer as a flat run of bytes, and this process' part of it."""
 
     def __init__(self, layer: nn.Module) -> None:
         global_rank, world_size = world()
@@ -135,10 +135,10 @@ class _Shard:
         self._part = torch.zeros(0, dtype=torch.uint8)
 
     def take(self, layer: nn.Module, buffer: Tensor, offload: dict[str, Any] | None) -> None:
-        """Keep this process' part of the layer, and let the layer's parameters be views of ``buffer``.
+        """Keep this process' part of the layer, and make the layer's parameters views of ``buffer``.
 
         Args:
-            offload: section ``offload_param``; None: parts stay where the buffer is.
+            offload: section ``offload_param``, to keep the part in CPU memory; None: keep it on the buffer's device.
         """
         home = buffer.device if offload is None else torch.device("cpu")
         pinned = offload is not None and buffer.device.type == "cuda" and bool(offload.get("pin_memory", False))
@@ -150,15 +150,15 @@ class _Shard:
             index = where[id(old)]
             begin, size = self._offsets[index], self._sizes[index]
             self._keep(take_whole(old).view(-1).view(torch.uint8), begin)
-            # .data: gathering writes the buffer, which must not look like a change of what is saved for backward
+            # .data: when gathering writes the buffer, autograd must not take saved tensors for modified ones
             return buffer[begin : begin + size].data.view(old.dtype).view(self._shapes[index])
 
         _replace(layer, parameters, view)
         for parameter in layer.parameters():
-            mark_not_available(parameter)  # so that an engine over the model does not broadcast buffers
+            mark_not_available(parameter)  # so that an engine over the model does not broadcast the buffers
 
     def _keep(self, whole: Tensor, offset: int) -> None:
-        """Copy what this process keeps of a parameter's bytes, of which the first is number ``offset`` of the layer."""
+        """Copy the bytes that this process keeps of a parameter, which begins at byte ``offset`` of the layer."""
         first, last = max(offset, self._begin), min(offset + len(whole), self._begin + self._part_bytes)
         if first < last:
             self._part[first - self._begin : last - self._begin] = whole[first - offset : last - offset]
@@ -191,7 +191,7 @@ def _refuse_what_cannot_be_sharded(model: nn.Module, layers: list[nn.Module]) ->
 
 
 def _replace(module: nn.Module, parameters: list[nn.Parameter], tensor_for: Any) -> None:
-    """Put a frozen parameter over ``tensor_for(old)`` in the place of each of ``parameters``, tied ones together."""
+    """Replace each of ``parameters`` by a frozen one over ``tensor_for(old)``, wherever the module uses it."""
     new = {id(p): nn.Parameter(tensor_for(p), requires_grad=False) for p in parameters}
     for child in module.modules():
         for name, old in child._parameters.items():
@@ -200,11 +200,13 @@ def _replace(module: nn.Module, parameters: list[nn.Parameter], tensor_for: Any)
 
 
 def effective_config(ds_config: dict[str, Any], config: RunConfig, processes: int) -> dict[str, Any]:
-    """Settings that the run really needs where ZeRO-3 shards the base only.
+    """The DeepSpeed settings that the run really uses; different from ``ds_config`` only for a sharded base.
 
-    On a single process without parameter offload there is nothing to divide a base by: it stays whole, as at stage 2,
-    and nothing is gathered or dropped. Everything else, checkpoints included, is the same. Otherwise DeepSpeed is kept
-    from replacing ``torch.nn.functional.linear`` in the whole process, which is of use only to weights that it gathers.
+    On a single process without parameter offload there is nothing to partition: the settings become those of stage 2,
+    and the base stays whole. Everything else, checkpoints included, is the same.
+
+    Otherwise ``memory_efficient_linear`` is switched off. It makes DeepSpeed replace ``torch.nn.functional.linear`` in
+    the whole process, which helps only weights that DeepSpeed gathers.
     """
     zero = summary(ds_config)
     if not config.speed_plan(zero.stage).sharded_base:
@@ -215,17 +217,16 @@ def effective_config(ds_config: dict[str, Any], config: RunConfig, processes: in
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Modules that are gathered as a whole, in the model's order: the elements of its module lists."""
+    """The modules that are gathered as a whole, in the model's order: the elements of its module lists."""
     paths = dict.fromkeys(layer_of(path) for path, _ in model.named_modules())
     return [model.get_submodule(path) for path in paths if path]
 
 
 def adapter_config(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the engine that owns the adapters: the same at stage 2, without what concerns the base.
+    """Settings of the engine that owns the adapters: ``ds_config`` at stage 2, without the keys that concern the base.
 
-    Gradients are not reduced beside the backward pass: with ``overlap_comm`` DeepSpeed waits for the device at every
-    bucket, and the next layers of the base are not asked for meanwhile (0.165 s per step instead of 0.177 s on two
-    H200, r=64).
+    ``overlap_comm`` is switched off. With it, DeepSpeed waits for the device at every bucket, and meanwhile the next
+    layers of the base are not requested. Without it a step takes 0.165 s instead of 0.177 s (two H200, r=64).
     """
     own = copy.deepcopy(ds_config)
     zero = own["zero_optimization"]

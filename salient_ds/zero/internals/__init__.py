@@ -1,1 +1,1 @@
-"""The only rooms that read or replace what DeepSpeed does not document; contract.py lists all of it."""
+"""The only folder that reads or replaces what DeepSpeed does not document; contract.py lists all of it."""

@@ -1,11 +1,11 @@
-"""Gradient clipping inside AdamW's own kernel: a few passes over the gradients and waits for the device less.
+"""Gradient clipping inside AdamW's own kernel. It saves passes over the gradients and waits for the device.
 
-To clip, DeepSpeed 0.19.8 reads the norm on the host, once per parameter group, and then scales all gradients. The norm
-is on the device, though, and fused AdamW divides gradients by a number that is there too; it is meant for loss scales.
+To clip, DeepSpeed 0.19.8 reads the norm on the host, once per parameter group, and then scales all gradients. Here the
+norm stays on the device: fused AdamW can divide gradients by a number on the device, which is meant for loss scales.
 
-The norm itself DeepSpeed takes of a copy in fp64, and before that it looks at every element whether it is finite,
-though a norm tells that as well. Here it is one pass that adds up in fp32. (The host still asks once per step whether
-the norm is finite.)
+DeepSpeed computes the norm from a copy in fp64, after a separate pass that checks whether every element is finite. Here
+the norm is one pass that accumulates in fp32, and a norm that is not finite reveals such elements as well. The host
+still asks once per step whether the norm is finite.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ EPS = 1e-6
 
 
 def can_fold_clipping(ds_config: dict[str, Any], precision: str, fused: bool) -> bool:
-    """Whether clipping can be folded: ZeRO-2, our own fused AdamW, and no loss scale that DeepSpeed would divide by."""
+    """Whether clipping can move into the optimizer: ZeRO-2, torch's fused AdamW built by us, and no fp16 loss scale."""
     clipped = ds_config.get("gradient_clipping", 0) > 0
     return clipped and fused and precision != "fp16" and summary(ds_config).stage == 2 and "optimizer" not in ds_config
 
 
 def fold_clipping(engine: Any, bound: float) -> None:
-    """Clip at ``bound`` in every step of an engine that was made with ``gradient_clipping`` 0.
+    """Clip the gradient norm to ``bound`` in every step of an engine that was made with ``gradient_clipping`` 0.
 
-    Gradients are clipped once AdamW has run, not before: step post hooks see what they see with DeepSpeed's clipping,
-    pre hooks do not. Steps whose norm is not finite are skipped before, by DeepSpeed as ever.
+    AdamW's kernel clips the gradients. So step post hooks see clipped gradients, as with DeepSpeed's own clipping, but
+    step pre hooks see unclipped ones. DeepSpeed still skips steps whose norm is not finite.
     """
     zero = engine.optimizer
     assert type(zero).__name__ == "DeepSpeedZeroOptimizer" and zero.clip_grad == 0 and zero.loss_scale == 1.0
@@ -48,11 +48,11 @@ def fold_clipping(engine: Any, bound: float) -> None:
         return norm_over_processes([grad for group in zero.averaged_gradients.values() for grad in group], zero.device)
 
     zero.scaled_global_norm = global_norm
-    zero.check_overflow = lambda partition_gradients=True: None  # the norm is asked next
+    zero.check_overflow = lambda partition_gradients=True: None  # DeepSpeed checks the norm next
 
 
 def norm_over_processes(grads: Sequence[torch.Tensor], device: torch.device | str) -> torch.Tensor:
-    """Norm (0-dim, fp32) of gradients of which every process holds a part; not finite if one of them is not."""
+    """Norm (0-dim, fp32) of gradients that are partitioned over processes; not finite if any element is not."""
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
     total = torch.stack([torch.zeros((), device=device), *norms]).square().sum()
     if world().world_size > 1:

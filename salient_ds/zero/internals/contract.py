@@ -1,8 +1,8 @@
-"""Every attribute of DeepSpeed that is read or replaced although nothing promises it, by the class that has it.
+"""Every undocumented attribute of DeepSpeed that is read or replaced, by the class that has it.
 
-:func:`require` is called when an engine is adopted, so that a DeepSpeed that has moved one is refused in a sentence
-that names it. tests/dist/test_contract.py asks the same of real engines of every kind, and tests/architecture forbids
-these names outside of this folder.
+:func:`require` is called when an engine is adopted. A version of DeepSpeed that lacks one of the attributes is refused
+with a message that names it. tests/dist/test_contract.py checks the same on real engines of every kind, and
+tests/architecture forbids these names outside of this folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ENGINE = (
     "basic_optimizer", "lr_scheduler", "optimizer", "global_steps", "global_samples", "skipped_steps", "micro_steps",
     "monitor", "module_forward_pre_hook", "module_forward_post_hook",
 )  # fmt: skip
-"""Of the engine itself."""
+"""Attributes of the engine itself."""
 WRAPPERS = {
     "DeepSpeedZeroOptimizer": (
         "single_partition_of_fp32_groups", "round_robin_bit16_groups", "round_robin_bit16_offsets", "partition_size",
@@ -28,9 +28,9 @@ WRAPPERS = {
     "FP16_UnfusedOptimizer": ("fp32_groups", "fp16_groups"),
     "FP16_Optimizer": ("fp32_groups_flat", "fp16_groups"),
 }  # fmt: skip
-"""Of its optimizer, by the name of the wrapper's class."""
+"""Attributes of the engine's optimizer, by the class name of the wrapper."""
 PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor", "ds_status", "ds_process_group", "all_gather", "partition")
-"""Of a parameter that ZeRO-3 has partitioned."""
+"""Attributes of a parameter that ZeRO-3 has partitioned."""
 PRIVATE_ELSEWHERE = (
     {name for names in WRAPPERS.values() for name in names} - {"device", "loss_scale", "clip_grad"}
     | set(ENGINE) - {"optimizer", "lr_scheduler"}
@@ -41,7 +41,7 @@ PRIVATE_ELSEWHERE = (
 
 
 def missing(engine: Any) -> list[str]:
-    """What a DeepSpeed engine lacks of the contract, one sentence each."""
+    """The attributes of the contract that a DeepSpeed engine lacks, one sentence each."""
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     wanted = [(engine, name) for name in ENGINE] + [(optimizer, name) for name in WRAPPERS.get(kind, ())]
@@ -53,7 +53,11 @@ def missing(engine: Any) -> list[str]:
 
 
 def require(engine: Any) -> None:
-    """Raise RuntimeError, with every attribute by name, if the engine lacks something of the contract."""
+    """Check that the engine has every attribute of the contract.
+
+    Raises:
+        RuntimeError: attributes are missing; the message names all of them.
+    """
     problems = missing(engine)
     if problems:
         raise RuntimeError("; ".join(problems) + ": install the version of deepspeed that pyproject.toml names")

@@ -11,7 +11,7 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def describe(inner: Any) -> dict[str, Any]:
-    """State of a DeepSpeed engine that is equal on all processes."""
+    """The state of a DeepSpeed engine that is equal on all processes, without tensors; see :func:`adopt`."""
     return {
         "optimizer_steps": _optimizer_steps(inner.basic_optimizer),
         "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.basic_optimizer.param_groups],
@@ -22,26 +22,30 @@ def describe(inner: Any) -> dict[str, Any]:
 
 
 def adopt(inner: Any, buffers: list[Tensor], state: dict[str, Any]) -> None:
-    """All but tensors; moments of ``buffers`` are there afterwards, and zero."""
+    """Bring a fresh DeepSpeed engine to a state from :func:`describe`.
+
+    Tensors are not restored. If the state is from after the first step, Adam moments of ``buffers`` exist afterwards
+    and are zero.
+    """
     if state["optimizer_steps"] is not None:
         for buffer in buffers:
             inner.basic_optimizer.state[buffer] = _fresh_state(inner.basic_optimizer, buffer, state["optimizer_steps"])
     for group, saved in zip(inner.basic_optimizer.param_groups, state["groups"], strict=True):
-        group.update(saved)  # the scheduled learning rate too: a scheduler's own load does not set it
+        group.update(saved)  # the current learning rate too: a scheduler's load_state_dict does not set it
     if inner.lr_scheduler is not None and state["scheduler"] is not None:
         inner.lr_scheduler.load_state_dict(state["scheduler"])
     for name, value in state["counters"].items():
         setattr(inner, name, value)
-    # Accumulation may differ here: the next micro-batch is the first of a step again.
+    # The number of accumulation steps may differ from before: make the next micro-batch the first of a step.
     inner.micro_steps = inner.global_steps * inner.gradient_accumulation_steps()
     scaler = _scaler_of(inner)
     for name, value in state["loss_scaler"].items():
-        if hasattr(scaler, name):  # another stage may keep its scale elsewhere, or none (bf16, fp32)
+        if hasattr(scaler, name):  # another stage may keep the scale elsewhere, or have none (bf16, fp32)
             setattr(scaler, name, value)
 
 
 def _optimizer_steps(optimizer: torch.optim.Optimizer) -> int | None:
-    """How often the basic optimizer stepped (the same for every buffer), None before the first step."""
+    """Number of steps that the basic optimizer took (the same for every buffer); None before the first."""
     for state in optimizer.state.values():
         if "step" in state:
             return int(state["step"])
@@ -59,7 +63,7 @@ def _loss_scaler(inner: Any) -> dict[str, Any]:
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer, buffer: Tensor, steps: int) -> dict[str, Any]:
-    """Adam state of ``buffer`` after ``steps`` steps with zero moments; ``step`` in the optimizer's own type."""
+    """Adam state of ``buffer`` after ``steps`` steps, with zero moments. ``step`` has the optimizer's own type."""
     step: Any = steps  # DeepSpeed's FusedAdam and CPUAdam count with a Python int
     if type(optimizer).__module__.startswith("torch."):
         fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -69,14 +73,14 @@ def _fresh_state(optimizer: torch.optim.Optimizer, buffer: Tensor, steps: int) -
 
 
 def sync_copies(engine: Any) -> None:
-    """Make the low-precision copies follow the fp32 masters on all processes (collective)."""
+    """Update the training-precision copies from the fp32 masters. Collective: all processes call it."""
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         live = [p for p in optimizer.persistent_parameters if p.ds_status.name == "AVAILABLE"]
-        if live:  # persisted parameters keep a full copy between steps: rebuild it from the new partitions
+        if live:  # persistent parameters keep a full copy between steps: rebuild it from the new partitions
             live[0].partition(param_list=live)
             live[0].all_gather(param_list=live)
     elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
@@ -93,32 +97,32 @@ def sync_copies(engine: Any) -> None:
 
 
 def loss_scale(engine: Any) -> float:
-    """The factor between the loss and what backward propagates (1 unless fp16)."""
+    """The factor by which the loss is scaled before backward (1 unless fp16)."""
     scale = getattr(engine.optimizer, "loss_scale", None)
     return float(scale) if scale is not None else 1.0
 
 
 def basic_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer under DeepSpeed's wrapper: it steps fp32 buffers, and its hooks see them."""
+    """The torch optimizer under DeepSpeed's wrapper. It steps the fp32 buffers, and its hooks see them."""
     found: torch.optim.Optimizer = engine.basic_optimizer
     return found
 
 
 def release_gathered(engine: Any) -> None:
-    """Let ZeRO-3 release what its last backward hook has not; nothing at other stages."""
+    """Let ZeRO-3 release parameters that its last backward hook left gathered. Does nothing at other stages."""
     offload = getattr(engine.optimizer, "parameter_offload", None)
     if offload is not None:
         offload.release_backward_leftovers()
 
 
 def write_monitors(engine: Any, values: dict[str, float]) -> None:
-    """Hand values to the monitors that the ZeRO JSON asks for (TensorBoard, W&B, CSV); nothing without any."""
+    """Write values to the monitors that the ZeRO JSON enables (TensorBoard, W&B, CSV), if any."""
     if engine.monitor.enabled:
         engine.monitor.write_events([(tag, value, engine.global_samples) for tag, value in values.items()])
 
 
 def has_monitors(engine: Any) -> bool:
-    """Whether the ZeRO JSON asks for any."""
+    """Whether the ZeRO JSON enables any monitor."""
     return bool(engine.monitor.enabled)
 
 
@@ -130,7 +134,7 @@ def leave_out_shared_memory_collective() -> None:
 
 
 def retire(engine: Any) -> None:
-    """Take an engine of stage 0, 1 or 2 off its module, with what its own ``destroy`` leaves behind: two hooks."""
+    """Detach an engine of stage 0, 1 or 2 from its module, including the two hooks that its own ``destroy`` leaves."""
     engine.destroy()
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()

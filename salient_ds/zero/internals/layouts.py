@@ -1,8 +1,8 @@
 """Where DeepSpeed 0.19 keeps the fp32 masters of each parameter.
 
-A *buffer* is a tensor that the basic torch optimizer steps; a *fragment* says which elements of a parameter lie where
-in a buffer on this process. One reader per optimizer wrapper; :func:`read_layout` picks it and says by name what it
-does not know, so that a new DeepSpeed fails loudly instead of silently.
+A *buffer* is a tensor that the basic torch optimizer steps. A *fragment* says which elements of a parameter lie where
+in a buffer on this process. There is one reader per optimizer wrapper. :func:`read_layout` picks it. For a wrapper that
+it does not know it raises an error with its name, so that a new DeepSpeed fails loudly instead of silently.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Fragment:
 @dataclass(frozen=True)
 class BufferLayout:
     buffers: list[Tensor]
-    """fp32 tensors, keys of the basic optimizer's state."""
+    """fp32 tensors; they are the keys of the basic optimizer's state."""
     fragments: list[Fragment]
     replicated: bool
-    """Every process owns everything (ZeRO-0): statistics of one process are already global."""
+    """Every process owns all elements (ZeRO-0), so that the statistics of one process are already global."""
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape before ZeRO-3 partitioning."""
+    """Shape of the whole parameter, even if ZeRO-3 has partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -48,10 +48,10 @@ def full_numel(parameter: nn.Parameter) -> int:
 
 
 def read_layout(engine: Any) -> BufferLayout:
-    """Fragments of all trainable parameters on this process.
+    """The buffers of this process, and the fragments of all trainable parameters in them.
 
     Raises:
-        RuntimeError: for an optimizer wrapper whose layout is unknown, or that lacks what is read here.
+        RuntimeError: the optimizer wrapper is unknown, or lacks an attribute that is read here.
     """
     optimizer = engine.optimizer
     require(engine)
@@ -93,7 +93,7 @@ def _stage_3(engine: Any, names: dict[int, str]) -> Iterator[Fragment]:
     for parameter in engine.module.parameters():
         if id(parameter) not in names:
             continue
-        # The last partition's tail is uninitialised padding: never read beyond ds_numel.
+        # The last partition ends in uninitialised padding: never read beyond ds_numel.
         buffer, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         lo = size * dist.get_rank(group=parameter.ds_process_group)
         numel = max(0, min(size, parameter.ds_numel - lo))
@@ -139,7 +139,8 @@ def _plain(optimizer: Any, names: dict[int, str]) -> BufferLayout:
 def copies(parameter: Any) -> Iterator[tuple[Tensor, int]]:
     """The training-precision copies of ``parameter`` on this process as (flat tensor, first element) pairs.
 
-    Under ZeRO-3 the partition, and the full tensor too while it is gathered or persisted; otherwise the parameter.
+    Under ZeRO-3 these are the partition and, while it is gathered or persistent, the full tensor. Otherwise it is the
+    parameter itself.
     """
     if hasattr(parameter, "ds_tensor"):
         part = parameter.ds_tensor

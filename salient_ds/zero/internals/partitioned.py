@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed partitioned while a model was loaded under ZeRO-3."""
+"""Access to parameters that DeepSpeed partitioned while a model was loaded under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 
 def take_whole(parameter: nn.Parameter) -> Tensor:
-    """All of a parameter that DeepSpeed may have partitioned; the parameter is empty afterwards.
+    """Return the whole tensor of a parameter. If DeepSpeed had partitioned it, the parameter is empty afterwards.
 
-    Collective: all processes, in the same order.
+    Collective: all processes call it, for their parameters in the same order.
     """
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
@@ -21,7 +21,7 @@ def take_whole(parameter: nn.Parameter) -> Tensor:
 
 
 def mark_not_available(parameter: nn.Parameter) -> None:
-    """Let an engine over the model take the parameter for a partitioned one, which it does not broadcast."""
+    """Mark the parameter as partitioned, so that an engine over the model does not broadcast it."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
