@@ -1,33 +1,45 @@
-"""Estimated memory of one process, before anything is started. No torch.
+"""Estimates the memory of one process, before anything is started. No torch.
 
-What is counted, in bytes (c = bytes per element in training precision, W = processes, P = base parameters,
-n = trainable parameters at the initial rank, N = singular values, T = longest window, tokens = micro batch x length):
+Letters: c = bytes per element in training precision, W = number of processes, P = base parameters, n = trainable
+parameters at the initial rank. For activations: h = hidden size, a = heads x head dimension, k = key/value width,
+f = intermediate size, r = rank. A forward pass has micro-batch size x maximum length tokens. Counted, in bytes:
 
-    base        c P, divided by W at stage 3 (where only the base is sharded, what is outside its layers stays whole)
-    adapters    c n, divided by W at stage 3 with speed.zero3=partitioned
-    optimizer   12 n / W: fp32 master and two moments (stage 0: not divided, and 8 n if fp32 weights need no master)
-    gradients   while the optimizer steps: c n (divided by W from stage 2 on) and their fp32 copy 4 n / W
-    buffers     reduction buckets; at stage 3 also gathered parameters: two layers where only the base is sharded,
-                otherwise what may stay live plus the prefetch bucket, at most everything; nothing on a single process
-    statistics  what the method's options say, divided by W; the memory of an event, and of scoring whole matrices, is
-                needed on every process
-    activations per token and layer (h hidden, a = heads x head dimension, k = key/value width, f intermediate,
-                r rank; sdpa attention): two fp32 copies of the input in the norms and their outputs 8 h + 2 c h;
-                q, attention output and its contiguous copy 3 c a; k, v 2 c k; gate, its activation, up and their
-                product 4 c f; two rank-sized tensors per adapter 2 c r; with dropout (c + 1) x in per adapter; with
-                eager attention 4 + 2 c bytes per head and position. Times all layers, plus the vocabulary term.
-                With activation checkpointing: c h per layer, plus one layer or the vocabulary term.
-    vocabulary  logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary per token (12 in fp32);
-                with speed.liger the gradient of hidden states and a chunk of logits: at most 3 c h
+    base        c P, divided by W at stage 3. If only the base is sharded, parameters outside its layers stay whole.
+    adapters    c n, divided by W at stage 3 unless only the base is sharded.
+    optimizer   12 n / W: fp32 master and two moments. Stage 0: not divided by W, and 8 n in fp32, which needs no
+                separate master.
+    gradients   While the optimizer steps: c n (divided by W from stage 2 on) and an fp32 copy, 4 n / W (stage 0: not
+                divided by W, and none in fp32).
+    buffers     Reduction buckets (none at stage 0). At stage 3 also gathered parameters, except on a single process
+                without parameter offload. If only the base is sharded: two layers. Otherwise: the most that may stay
+                live plus the prefetch bucket, but not more than all parameters.
+    statistics  What the method's options say, divided by W except at stage 0. The memory for an event, and for scoring
+                whole matrices, is needed on every process.
+    activations Per token and layer, with sdpa attention:
+                    8 h + 2 c h  two fp32 copies of the input in the norms, and the norms' outputs
+                    3 c a        q, attention output and its contiguous copy
+                    2 c k        k and v
+                    4 c f        gate, its activation, up and their product
+                    2 c r        per adapter: two tensors of its rank
+                With dropout also (c + 1) x in features per adapter. With eager attention also 4 + 2 c bytes per head
+                and position. The sum over all layers, plus the vocabulary term.
+                With activation checkpointing: c h per layer, plus the larger of one layer and the vocabulary term.
+    vocabulary  Logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary size per token (12 x in fp32).
+                With speed.liger: the gradient of the hidden states and a chunk of logits, at most 3 c h per token.
 
-IncreLoRA's n is that of adapter.rank; where room is made in flight (speed.growth), of the rows that there may be at the
-most: all growth in the widest matrices, reserve and headroom in every one. Whenever room is made, masters and moments
-are whole on every process for a moment, 12 n, beside the copies c n that they replace.
+IncreLoRA's n is that of adapter.rank. If room is made in flight (speed.growth), n is an upper bound instead: all growth
+goes to the widest matrices, and every matrix has reserve and headroom. While room is made, masters and moments are
+whole on every process for a moment (12 n), beside the copies that they replace (c n).
 
-Not all of it is alive at once. The peak is what stays (base, adapters, optimizer, statistics) plus the largest of: the
-end of the forward pass (activations, buffers, gradients of earlier micro-batches), the optimizer's step (gradients),
-and an allocation event. Offload moves base and adapters (parameters) or optimizer state and fp32 gradients to the host.
-Left out: the CUDA context (about 0.5 GiB), fragmentation, and what other libraries keep.
+Not everything is alive at once. The peak is what stays (base, adapters, optimizer, statistics) plus the largest of:
+
+    the end of the forward pass (activations, buffers, scoring, gradients of earlier micro-batches),
+    the optimizer's step (gradients),
+    an allocation event.
+
+Optimizer offload moves optimizer state and fp32 gradients to the host. Parameter offload moves base and adapters; if
+only the base is sharded, it moves the base's layers alone. Not counted: the CUDA context (about 0.5 GiB),
+fragmentation, and what other libraries keep.
 """
 
 from __future__ import annotations
@@ -47,7 +59,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Workload:
-    """What one process computes, independent of how ZeRO shards it."""
+    """What one process computes, regardless of how ZeRO shards it."""
 
     base_parameters: int
     adapted: tuple[tuple[int, int], ...]
@@ -70,23 +82,23 @@ class Workload:
     dropout: bool
     architecture: Architecture | None
     scoring: int = 0
-    """Bytes that scoring whole matrices needs during the backward pass on each process."""
+    """Bytes that each process needs during the backward pass to score whole matrices."""
     sharded_base: bool = False
-    """Stage 3 divides the frozen base only."""
+    """Whether stage 3 divides the frozen base only."""
     fused_loss: bool = False
-    """Logits exist in chunks only (speed.liger)."""
+    """Whether logits exist in chunks only (speed.liger)."""
     in_flight: Workload | None = None
-    """The same with the rows that there may be at the most if room is made in flight, where adapters are packed."""
+    """The same run with the most rows that it may have, if room is made in flight. This needs packed adapters."""
 
     def at(self, stage: int) -> Workload:
-        """What counts at a ZeRO stage."""
+        """The workload that applies at a ZeRO stage."""
         packed = stage < 3 or self.sharded_base
         return self.in_flight if packed and self.in_flight is not None else self
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one process; ``peak`` is below their sum because not everything is alive at once."""
+    """Bytes on one process. ``peak`` is below their sum, because not everything is alive at once."""
 
     stage: int
     base: int
@@ -96,7 +108,7 @@ class MemoryEstimate:
     buffers: int
     statistics: int
     activations: int | None
-    """None when config.json is of a family whose layers are not known."""
+    """None if the layers of the model family in config.json are not known."""
     peak: int
     host: int
     """Bytes on the host for offloaded state (0 without offload)."""
@@ -109,7 +121,7 @@ def workload(
     architecture: Architecture | None,
     world_size: int,
 ) -> Workload:
-    """Read a workload off a run configuration. ``layout``: all adapted modules at their initial ranks."""
+    """The workload of a run configuration. ``layout`` holds all adapted modules at their initial ranks."""
     train, method = run.train, run.method
     work = Workload(
         base_parameters=base_parameters,
@@ -149,7 +161,7 @@ def _in_flight(work: Workload, method: MethodConfig, layout: RankLayout, multipl
 
 
 def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
-    """Apply the formulas on top of this file to one ZeRO configuration."""
+    """Apply the formulas at the top of this file to one ZeRO configuration."""
     work = work.at(ds.stage)
     c, n, stage = work.element_bytes, work.trainable, ds.stage
     shards = world_size if stage >= 1 else 1
@@ -189,7 +201,7 @@ def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
 
 
 def estimate_stages(work: Workload, ds: DsSummary, world_size: int) -> dict[str, MemoryEstimate]:
-    """Estimates by the names of the files in ds_configs/, all with the bucket sizes of ``ds``."""
+    """Estimates for the ZeRO files in ds_configs/, by name. All use the bucket sizes of ``ds``."""
     variants = {
         "zero0": (0, False, False),
         "zero1": (1, False, False),
@@ -221,7 +233,7 @@ def _buffers(work: Workload, ds: DsSummary, world_size: int) -> int:
 
 
 def _base_split(work: Workload) -> tuple[int, int]:
-    """Parameters outside the layers, and in one layer; unknown models count as if all were in layers."""
+    """Number of parameters outside the layers, and in one layer. Unknown models count as if all were in layers."""
     arch = work.architecture
     if arch is None:
         return 0, max((out * inner for out, inner in work.adapted), default=0)
@@ -231,7 +243,7 @@ def _base_split(work: Workload) -> tuple[int, int]:
 
 
 def _activations(work: Workload) -> int | None:
-    """Bytes at the end of the forward pass, where they are most."""
+    """Bytes at the end of the forward pass, where there are most activations."""
     arch = work.architecture
     if arch is None:
         return None
@@ -245,7 +257,7 @@ def _activations(work: Workload) -> int | None:
         in_adapters += (c + 1) * sum(inner for _, inner in work.adapted)
     layers = arch.layers * layer + in_adapters
     vocabulary = (12 if c == 4 else c + 12) * arch.vocab_size
-    if work.fused_loss:  # gradient of the hidden states, and a chunk of logits as large as they are, rounded up to 2^k
+    if work.fused_loss:  # gradient of hidden states, and a chunk of logits of the same size, rounded up to 2^k
         vocabulary = c * (hidden + min(2 * hidden, arch.vocab_size))
     if work.checkpointing:
         return work.tokens * (c * hidden * arch.layers + max(layers // arch.layers, vocabulary))

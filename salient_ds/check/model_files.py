@@ -1,6 +1,6 @@
-"""Looks at a checkpoint directory before processes start: is it whole, which linear layers does it hold? No torch.
+"""Inspects a checkpoint directory before processes start: is it complete, and which linear layers does it hold?
 
-Only headers are read: eight bytes and a JSON table per safetensors file, the directory at the end of a .bin.
+No torch. Only headers are read: eight bytes and a JSON table of a safetensors file, the directory at the end of a .bin.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E
 _NOT_ADAPTED = re.compile(r"embed|norm|^(wte|wpe|shared|lm_head|output_projection|relative_attention_bias)$|^ln_")
 """Parts of a module path whose 2-D weights are embeddings, norms or the output layer."""
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""transformers builds these from Conv1D, not nn.Linear: they have no layer that an adapter can wrap."""
+"""Models that transformers builds from Conv1D, not nn.Linear. They have no layer that an adapter can wrap."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class TensorInfo:
 
 @dataclass
 class ModelFiles:
-    """What was found; ``problems`` stop a run, ``notes`` say what could not be checked."""
+    """What was found. ``problems`` stop a run; ``notes`` say what could not be checked."""
 
     source: str
     directory: Path | None = None
     directory_is_cache: bool = False
-    """The directory is a snapshot in the hub cache, where files may still be missing."""
+    """Whether the directory is a snapshot in the hub cache, where files may still be missing."""
     config: dict[str, Any] = field(default_factory=dict)
     weights: Literal["safetensors", "bin", "random", "unchecked"] = "unchecked"
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class ModelFiles:
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Module path -> (out features, in features) of the layers that adapters can wrap.
 
-        From the tensors if there are any, else from config.json; empty if neither tells.
+        They come from the tensors if there are any, else from config.json. Empty if neither shows them.
         """
         if self.config.get("model_type") in _CONV1D_MODELS:
             return {}
@@ -70,14 +70,14 @@ class ModelFiles:
         return shapes
 
     def parameters(self) -> int | None:
-        """Number of parameters (elements) of the base model, None if unknown."""
+        """Number of parameters (elements) of the base model; None if unknown."""
         if self.tensors:
             return sum(prod(info.shape) for info in self.tensors.values())
         return derived_parameters(self.config)
 
 
 def inspect_model(model: ModelConfig) -> ModelFiles:
-    """Find the checkpoint that ``model.path`` names and check it. Never touches the network."""
+    """Find the checkpoint that ``model.path`` names, and check it. This never uses the network."""
     path = Path(model.path).expanduser()
     if path.is_dir():
         found = ModelFiles(source=str(path), directory=path)
@@ -210,7 +210,7 @@ def _weight_map(found: ModelFiles, path: Path) -> dict[str, str]:
 
 
 def _safetensors_header(path: Path, problems: list[str]) -> dict[str, TensorInfo] | None:
-    """Tensors by name, or None after adding a problem: not safetensors, or a size other than the header promises."""
+    """Tensors by name. Adds a problem and returns None if the file is not safetensors, or not as its header says."""
     actual = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

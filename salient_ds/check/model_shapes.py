@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# family -> (key/value heads if config.json does not say, head dimension likewise); None = from other fields
+# family -> defaults (key/value heads, head dimension) for a config.json without them; None = derived from other fields
 _FAMILIES: dict[str, tuple[int | None, int | None]] = {
     "llama": (None, None),
     "mistral": (8, None),
@@ -42,7 +42,7 @@ class Architecture:
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """Read the numbers from a config.json; None if it is of another family or leaves one out."""
+    """Read the numbers from a config.json. None for another model family, or if a number is missing."""
     family = config.get("model_type")
     if family not in _FAMILIES:
         return None
@@ -85,7 +85,7 @@ def derived_linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int
 
 
 def derived_parameters(config: Mapping[str, Any]) -> int | None:
-    """Number of parameters (elements) of the causal model: matrices, embeddings, norms; biases are left out."""
+    """Number of parameters (elements) of the causal model: matrices, embeddings and norms. Biases are not counted."""
     arch = architecture(config)
     if arch is None:
         return None

@@ -1,4 +1,4 @@
-"""Pre-flight checks of the place that a run writes to. No torch."""
+"""Pre-flight checks of the run directory and of its disk. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from salient_ds.monitor.directory import OWN_FILES
 
 
 def check_directory(run: RunConfig, report: Report) -> None:
-    """Whether a run may write where it wants to; touches nothing."""
+    """Check whether the run may write to its output directory. This touches nothing."""
     path = Path(run.output_dir).expanduser()
     if path.exists() and not path.is_dir():
         report.problems.append(f"output_dir={str(path)!r} is a file: choose another path")
@@ -37,7 +37,7 @@ def check_directory(run: RunConfig, report: Report) -> None:
 
 
 def check_disk(run: RunConfig, report: Report) -> None:
-    """Whether the checkpoints fit."""
+    """Check whether the checkpoints fit on the disk."""
     folder = Path(run.output_dir).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
@@ -47,7 +47,7 @@ def check_disk(run: RunConfig, report: Report) -> None:
     if size is None:
         return
     saves = 1 + (report.facts.get("total_steps", 0) // train.save_every if train.save_every else 0)
-    copies = min(saves, train.keep_checkpoints + 1)  # a new one is whole before the oldest goes
+    copies = min(saves, train.keep_checkpoints + 1)  # the oldest is deleted after a new one is complete
     needed = size * copies
     if needed > free:
         report.problems.append(

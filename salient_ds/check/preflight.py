@@ -1,6 +1,7 @@
-"""Everything about a run that can be known before processes start: one report with every problem. No torch.
+"""Checks everything about a run that can be known before processes start. One report lists every problem. No torch.
 
-``salient-ds check`` prints the report; training calls it with ``quick=True`` on every process and stops on a problem.
+``salient-ds check`` prints the report. Training runs the check with ``quick=True`` on every process, and stops if there
+is a problem.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ def preflight(run: RunConfig, world_size: int = 1, quick: bool = False, run_sour
 
     Args:
         world_size: number of processes.
-        quick: skip what training checks again anyway: every data row (only counted), the run directory and the disk.
+        quick: count data rows without validating them, and skip the checks of the run directory and of the disk.
         run_source: name of the run file in messages.
 
     Returns:
-        A report. Facts: processes, rows, total_steps, total_steps_exact, base_parameters, hidden_size, modules,
-        initial_total and target_total (sums of ranks), events, trainable_start, trainable_end, zero, ds_config
-        (resolved), memory (bytes per process by ZeRO stage), this_run (the one the ZeRO JSON asks for),
-        checkpoint_bytes, free_bytes.
+        A report. Its facts: processes, rows, eval_rows or held_out_rows, total_steps, total_steps_exact,
+        base_parameters, hidden_size, modules, shortcuts, initial_total and target_total (sums of ranks), events,
+        trainable_start, trainable_end, zero, ds_config (resolved), memory (bytes per process by ZeRO stage), this_run
+        (the memory with the run's own ZeRO JSON), checkpoint_bytes, free_bytes, and those of the method's
+        ``batch_facts``.
     """
     checks = _Checks(run, world_size, quick, run_source)
     for check in (
@@ -57,7 +59,7 @@ def preflight(run: RunConfig, world_size: int = 1, quick: bool = False, run_sour
 
 
 class _Checks:
-    """The single checks, in order; later ones use what earlier ones found and skip themselves without it."""
+    """The single checks, in order. Later ones use what earlier ones found, and do nothing without it."""
 
     def __init__(self, run: RunConfig, world_size: int, quick: bool, run_source: str) -> None:
         self.run, self.world_size, self.quick, self.run_source = run, world_size, quick, run_source
@@ -68,13 +70,13 @@ class _Checks:
         """The adapted layers, then the shortcuts, at their initial ranks; None until they are known."""
 
     def guarded(self, check: Callable[[], None]) -> None:
-        """Turn the errors that users can mend into problems, so that the next check still runs."""
+        """Run a check. Errors that users can fix become problems, so that the next check still runs."""
         try:
             check()
         except ConfigError as error:
             self.report.problems.extend(error.problems)
         except ValueError as error:  # DataError is one
-            if str(error) not in self.report.problems:  # several checks may ask for what cannot be had
+            if str(error) not in self.report.problems:  # several checks may find the same problem
                 self.report.problems.append(str(error))
         except OSError as error:
             self.report.problems.append(f"cannot read {error.filename or 'a file'}: {error.strerror or error}")
@@ -213,7 +215,7 @@ class _Checks:
         self.report.notes += batch_notes + method.event_notes(events, target)
 
     def _batch_facts(self, notes: list[str]) -> None:
-        """What follows from the number of micro-batches of a step on one process."""
+        """Facts and notes that follow from the number of micro-batches per step on one process."""
         per_pass = self.run.train.micro_batch_size * self.world_size
         facts, found = self.run.method.batch_facts(max(1, self.run.train.global_batch_size // per_pass))
         self.facts.update(facts)
@@ -245,7 +247,7 @@ class _Checks:
             )
 
     def _room(self, in_flight: bool) -> None:
-        """Say which rows exist of matrices that grow."""
+        """Note which rows of growing matrices exist from the start."""
         method, rank, layout = self.run.method, self.run.adapter.rank, self.layout
         if not method.grows or layout is None or not layout.modules:
             return
@@ -270,5 +272,5 @@ class _Checks:
         ds = summary(self.facts["ds_config"])
         self.facts["memory"] = {name: asdict(row) for name, row in estimate_stages(work, ds, self.world_size).items()}
         self.facts["this_run"] = asdict(estimate(work, ds, self.world_size))
-        # fp32 masters and both moments, of everything that is trained
+        # fp32 master and both moments of everything that is trained
         self.facts["checkpoint_bytes"] = 12 * work.at(ds.stage).trainable

@@ -1,4 +1,4 @@
-"""``salient-ds check``: print the pre-flight report of a run, for people or as JSON. No torch, no GPU, no network."""
+"""``salient-ds check``: prints the pre-flight report of a run, as text or as JSON. No torch, no GPU, no network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COLUMNS = {
 
 
 def run_check(path: str, overrides: list[str] | None = None, gpus: int = 1, as_json: bool = False) -> int:
-    """Check the run file and print what was found; 0 if the run can start, 1 with every problem otherwise."""
+    """Check the run file and print the report. Returns 0 if the run can start, else 1 after printing every problem."""
     run: RunConfig | None = None
     try:
         run = load_config(path, overrides)
@@ -48,7 +48,7 @@ def run_check(path: str, overrides: list[str] | None = None, gpus: int = 1, as_j
 
 
 def _print_report(path: str, run: RunConfig | None, report: Report) -> None:
-    # no markup: "[train]" in the name of a data set is no style
+    # no markup: rich would read "[train]" in the name of a data set as a style
     plain: dict[str, Any] = {"soft_wrap": True, "highlight": False, "markup": False, "emoji": False}
     out = Console(**plain)
     if run is not None:
@@ -163,7 +163,7 @@ def _count(number: int) -> str:
 
 
 def _short(value: float) -> str:
-    """One decimal, "-" for nothing."""
+    """One decimal; "-" for 0."""
     if value == 0:
         return "-"
     return "<0.1" if value < 0.05 else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""Looks for a tokenizer's files before processes start. No torch, no transformers."""
+"""Looks for the tokenizer's files before processes start. No torch, no transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples -> a batch of tensors that goes to a model as it is: `model(**collator(examples))`.
+"""Turns examples into a batch of tensors that a model takes as it is: `model(**collator(examples))`.
 
 Shapes: B examples, S tokens after padding, P examples packed into a sequence.
 """
@@ -23,16 +23,17 @@ _FILL = {"labels": IGNORED, "segment_ids": PADDING_SEGMENT}
 
 
 class Collator:
-    """Pads on the right to a multiple of `pad_to_multiple_of` tokens; padding is neither attended to nor
-    trained on.
+    """Pads on the right to a multiple of `pad_to_multiple_of` tokens. Padding is neither attended to nor trained on.
 
-    Returns int64 tensors (B, S): input_ids, labels, attention_mask (1 = token), and any further column of the
-    examples, padded with 0. Packed examples (with "segment_ids") get position_ids and a mask that keeps
-    segments apart, in the form that the model's attention takes (transformers 5.23, masking_utils and
-    models/llama): "sdpa" (B, 1, S, S) bool; "eager" the same as an additive float32 mask, since that
-    attention adds what it is given and would add True as 1; "flash_attention_2" no mask, all sequences in one
-    row (1, B * S) whose restarting position_ids delimit segments. (Other attention understands that form only
-    without a cache: keep the model's use_cache off in training.)
+    Returns int64 tensors (B, S): input_ids, labels, attention_mask (1 = token), and any further column of the examples,
+    padded with 0. Packed examples (with "segment_ids") get position_ids and a mask that keeps segments apart. The mask
+    has the form that the model's attention takes (transformers 5.23, masking_utils and models/llama):
+
+    * "sdpa": (B, 1, S, S) bool.
+    * "eager": the same as an additive float32 mask. This attention adds the mask to the scores: True would count as 1.
+    * "flash_attention_2": no mask. All sequences are in one row (1, B * S), and position_ids that restart at 0 delimit
+      segments. (Other attention understands that form only without a cache: keep the model's use_cache off in
+      training.)
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, attn_implementation: str = "sdpa") -> None:
@@ -78,22 +79,21 @@ class Collator:
 
 
 def block_causal_mask(segment_ids_BS: torch.Tensor) -> torch.Tensor:
-    """(B, 1, S, S) bool, True where the row's token may look at the column's: same segment, not later.
+    """(B, 1, S, S) bool. True where the row's token may attend to the column's: same segment, and not later.
 
-    Padding is a segment too, and sees itself: a row without any True would be NaN after the softmax.
+    Padding is a segment too and attends to itself, because a row without any True would be NaN after the softmax.
     """
     same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
     return same_BSS.tril()[:, None]
 
 
 def additive_mask(mask: torch.Tensor) -> torch.Tensor:
-    """0 where True, the lowest float32 where False: to be added to attention scores."""
+    """A mask to be added to attention scores: 0 where ``mask`` is True, the lowest float32 where it is False."""
     return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's padding token, else its end token (LLaMA has none to pad with; padding is masked
-    anyway).
+    """The tokenizer's padding token, else its end token, as for LLaMA (padding is masked anyway).
 
     Raises ValueError when it has neither.
     """

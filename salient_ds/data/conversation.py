@@ -1,5 +1,4 @@
-"""What every data format is normalised to, and the one error class for bad data. Imports the standard library
-only."""
+"""The type that every data format is converted to, and the one error class for bad data. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import NamedTuple
 USER = "user"
 ASSISTANT = "assistant"
 SYSTEM = "system"
-IGNORED = -100  # the label that torch's cross entropy leaves out
+IGNORED = -100  # the label that torch's cross-entropy ignores
 
 
 class Turn(NamedTuple):
@@ -25,9 +24,9 @@ class Turn(NamedTuple):
 class Conversation:
     """Alternating user and assistant turns, the first by the user.
 
-    `instruction` and `input` are the separate fields of an Alpaca row (None for other formats): the alpaca
-    template prints them under headings of their own, the others see them joined in `turns[0]`. `source` is
-    (path, line), or (path, row) for formats without lines; both count from 1.
+    `instruction` and `input` are the separate fields of an Alpaca row (None for other formats). The alpaca template
+    prints them under separate headings. Other templates use `turns[0]`, where they are joined. `source` is (path,
+    line), or (path, row) for formats without lines; both count from 1.
     """
 
     system: str | None
@@ -54,8 +53,7 @@ class Conversation:
 
 
 class Problem(NamedTuple):
-    """One thing wrong in a file: `kind` is what problems are counted by; `line` is 0 where no line
-    applies."""
+    """One error in a file. Problems are counted by `kind`. `line` is 0 if the problem has no line."""
 
     kind: str
     line: int
@@ -75,7 +73,7 @@ class DataError(ValueError):
 
     @classmethod
     def of(cls, source: str, kind: str, message: str) -> DataError:
-        """A problem of the whole file."""
+        """The error for a problem of the whole file."""
         return cls(source, [Problem(kind, 0, message)])
 
     def _text(self, unit: str) -> str:

@@ -24,7 +24,7 @@ IndexArray = npt.NDArray[np.int64]
 
 
 class _Column:
-    """Rows of varying length, one after the other: row k is values[offsets[k]:offsets[k + 1]]."""
+    """Rows of varying length in one flat array: row k is values[offsets[k]:offsets[k + 1]]."""
 
     def __init__(self, rows: Sequence[IntArray]) -> None:
         lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
@@ -36,10 +36,10 @@ class _Column:
 
 
 class InstructionDataset(Sequence[dict[str, npt.NDArray[np.int32]]]):
-    """A list of examples, each a dict of int32 arrays; all examples have the same keys, "labels" among them.
+    """A list of examples, each a dict of int32 arrays. All examples have the same keys, which include "labels".
 
-    4 bytes per token and column, no Python object per example. The arrays handed out are views: do not write
-    to them.
+    It takes 4 bytes per token and column, and has no Python object per example. The arrays that it returns are views:
+    do not write to them.
     """
 
     def __init__(self, examples: Iterable[Mapping[str, Any]]) -> None:
@@ -79,21 +79,20 @@ class InstructionDataset(Sequence[dict[str, npt.NDArray[np.int32]]]):
 
     @cached_property
     def num_targets(self) -> IndexArray:
-        """Per example, the labels that are trained on after the causal shift: what the loss is normalised
-        by."""
+        """Per example, the number of labels trained on after the causal shift. The loss is normalised by it."""
         return np.fromiter((count_targets(example["labels"]) for example in self), np.int64, self._length)
 
     @cached_property
     def lengths(self) -> IndexArray:
-        """Tokens of each example, by its labels."""
+        """Number of tokens of each example, counted by its labels."""
         return np.diff(self._columns["labels"].offsets) if self._length else np.zeros(0, np.int64)
 
     def select(self, indices: Iterable[int] | IndexArray) -> InstructionDataset:
-        """A data set of these examples, in this order."""
+        """A data set with these examples, in this order."""
         return InstructionDataset(self[int(index)] for index in indices)
 
     def fingerprint(self) -> str:
-        """sha256 over keys, lengths and values: equal exactly for equal examples in equal order."""
+        """sha256 over keys, lengths and values: equal if and only if the examples and their order are equal."""
         digest = hashlib.sha256()
         for name, column in self._columns.items():
             digest.update(f"{name}:{self._length}:{len(column.values)};".encode())
@@ -110,10 +109,10 @@ def build_dataset(
     packing: bool = False,
     progress: bool = False,
 ) -> tuple[InstructionDataset, TokenizationReport]:
-    """Tokenises conversations, and packs them if wanted (True: "first_fit").
+    """Tokenises conversations, and packs them if `packing` is on (:func:`salient_ds.data.packing.plan_packs`).
 
-    `max_length` is in tokens and bounds examples and packed sequences alike. `progress` shows a bar. Raises
-    ValueError when there are no rows, or when truncation leaves no answer in any of them.
+    `max_length` is in tokens and limits both examples and packed sequences. `progress` shows a bar. Raises ValueError
+    when there are no rows, or when truncation leaves no answer in any of them.
     """
     report = TokenizationReport(max_length)
     if progress:
@@ -130,10 +129,10 @@ def build_dataset(
 
 
 def split_eval(dataset: InstructionDataset, size: float, seed: int) -> tuple[InstructionDataset, InstructionDataset]:
-    """(train, eval): a seeded choice of examples is held out, both parts keep the data set's order.
+    """Split into (train, eval). The seed determines which examples are held out. Both parts keep the data set's order.
 
-    `size`: a fraction if below 1, else a whole number of examples. With packing, examples are packed
-    sequences. Raises ValueError unless both parts get at least one example.
+    `size`: a fraction if below 1, else a whole number of examples. With packing, examples are packed sequences. Raises
+    ValueError unless both parts get at least one example.
     """
     total = len(dataset)
     if size >= 1 and size != int(size):

@@ -1,8 +1,7 @@
-"""Reading and validating instruction data: JSON lists, JSONL, parquet and `datasets` names, as
-`Conversation`s.
+"""Reads and validates instruction data (JSON lists, JSONL, parquet, `datasets` names) as `Conversation`s.
 
-Imports neither torch nor transformers nor `datasets`: `salient-ds check` validates a local file with it
-before any process starts.
+Imports neither torch nor transformers nor `datasets`, because `salient-ds check` validates local files with it before
+any process starts.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What a valid file holds: `rows` usable conversations, `answers` in them, `skipped` rows with an empty
-    answer."""
+    """What a valid file holds: usable conversations (`rows`), the answers in them, and skipped rows (empty answer)."""
 
     path: str
     format: str
@@ -47,7 +45,7 @@ class FileSummary:
 
 
 class _Container(NamedTuple):
-    """A source of rows: `unit` is the word for their number in messages."""
+    """A source of rows. `unit` is what messages call a row's number: "line" or "row"."""
 
     name: str
     unit: str
@@ -55,7 +53,7 @@ class _Container(NamedTuple):
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether `path` means a local file (there or not), rather than a data set to load by name."""
+    """Whether `path` is a local file, rather than a data set to load by name. Raises DataError for a missing file."""
     return not isinstance(_locate(path), HubName)
 
 
@@ -63,10 +61,9 @@ def read_rows(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers =
     """Reads and validates a whole file or data set.
 
     `path`: a JSON list, JSONL or parquet file, or a `datasets` name ("name", "name:config", with an optional
-    "[split]"). `fmt`: "auto" (by the first row whose keys fit one), "alpaca", "messages" or "sharegpt".
-    `empty_answers`: "skip" leaves rows with an empty answer out (the published Alpaca file holds some)
-    instead of refusing the file. Raises DataError listing every kind of problem with its count, and
-    ValueError for an unknown `fmt`.
+    "[split]"). `fmt`: "alpaca", "messages", "sharegpt", or "auto" (the first row whose keys fit a format decides).
+    `empty_answers`: "error" refuses a file with empty answers; "skip" leaves these rows out (the published Alpaca file
+    has some). Raises DataError that lists every kind of problem with its count, and ValueError for an unknown `fmt`.
     """
     return _Reading(path, fmt, empty_answers).conversations()
 
@@ -80,10 +77,9 @@ def check_file(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers 
 
 
 def count_rows(path: str | Path) -> int:
-    """Rows of a local file, cheaply: lines, or the parquet footer; nothing is validated.
+    """Number of rows of a local file, without validation. It counts lines, or reads the parquet footer.
 
-    Raises DataError for a missing or empty file, and for a `datasets` name (which would have to be
-    downloaded).
+    Raises DataError for a missing or empty file, and for a `datasets` name (which would have to be downloaded).
     """
     located = _locate(path)
     if isinstance(located, HubName):
@@ -100,7 +96,7 @@ def count_rows(path: str | Path) -> int:
 
 
 class _Reading:
-    """One pass over one source: knows the format once a row has shown it, and counts."""
+    """One pass over one source. It counts rows, and knows the format once a row has shown it."""
 
     def __init__(self, path: str | Path, fmt: str, empty_answers: EmptyAnswers) -> None:
         if fmt not in ("auto", *FORMATS):

@@ -1,7 +1,7 @@
 """JSONL files and JSON lists as a stream of (line, row); standard library only.
 
-JSONL is read line by line and goes on after a bad line, so that all of them can be listed. A JSON list is
-read as a whole, decoded row by row (so that each row knows its line), and ends at its first syntax error.
+JSONL is read line by line. Reading continues after a bad line, so that all bad lines can be listed. A JSON list is read
+as a whole and decoded row by row, so that the line of each row is known. It ends at its first syntax error.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def is_json_list(path: Path) -> bool:
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
-    """Yields (line, row) for every line that is not blank; a Problem in place of a row that cannot be
-    decoded."""
+    """Yields (line, row) for every line that is not blank. A row that cannot be decoded is a Problem instead."""
     first = True
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
@@ -137,8 +136,10 @@ def _problem_at(text: str, position: int, message: str, first_line: int = 1) -> 
 
 
 def _spread_object(path: Path) -> Problem | None:
-    """Explains a file whose first line does not parse because the whole file is one JSON object over many
-    lines."""
+    """The Problem of a file that is one JSON object over many lines; None if it is not such a file.
+
+    This explains a first line that does not parse.
+    """
     if path.stat().st_size > _SMALL:
         return None
     try:

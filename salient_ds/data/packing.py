@@ -1,8 +1,8 @@
-"""Several examples in one sequence, none of which sees another. numpy only; the mask is made by the collator.
+"""Packs several examples into one sequence, in which none attends to another. numpy only; the collator makes the mask.
 
-A packed example has "segment_ids" (0, 0, ..., 1, 1, ...: which example a token is of) and "position_ids"
-(from 0 in each segment). The first label of a segment is -100: it would be predicted from the last token of
-the one before.
+A packed example has "segment_ids" (0, 0, ..., 1, 1, ...: the example that a token belongs to) and "position_ids" (from
+0 in each segment). The first label of a segment is -100, because it would be predicted from the last token of the
+segment before.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from salient_ds.data.conversation import IGNORED
 
 
 def plan_packs(lengths: Sequence[int] | npt.NDArray[np.int64], max_length: int) -> list[list[int]]:
-    """Which examples share a sequence: lists of indices, ascending in each, every index exactly once.
+    """Choose which examples share a sequence: one list of ascending indices per sequence, every index exactly once.
 
-    The longest examples come first, each into the first sequence with room (first-fit decreasing; equal lengths in
-    order).
+    Examples are placed from the longest to the shortest, each into the first sequence with enough room (first-fit
+    decreasing). Examples of equal length keep their order.
 
     Raises:
         ValueError: an example is longer than ``max_length``.
@@ -48,8 +48,7 @@ def pack_examples(
     lengths: Sequence[int] | npt.NDArray[np.int64],
     max_length: int,
 ) -> Iterator[dict[str, npt.NDArray[np.int32]]]:
-    """Yields packed examples. Every column of an example must have one entry per token; raises as
-    `plan_packs`."""
+    """Yields packed examples. Every column of an example must have one entry per token. Raises as `plan_packs`."""
     for pack in plan_packs(lengths, max_length):
         yield _join([examples[index] for index in pack])
 
@@ -67,8 +66,7 @@ def _join(parts: list[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[
 
 
 class _FirstRoom:
-    """The first of `count` bins with enough room, in log time: a binary tree of the largest room below each
-    node."""
+    """Finds the first of `count` bins with enough room, in log time. A tree node holds the largest room below it."""
 
     def __init__(self, count: int, capacity: int) -> None:
         self.leaves = 1 << max(0, count - 1).bit_length()

@@ -1,5 +1,7 @@
-"""The fingerprint of a template as rendered for one tokenizer: stored with an adapter, checked before
-evaluating it."""
+"""The fingerprint of a template as rendered for one tokenizer.
+
+It is stored with an adapter, and checked before the adapter is evaluated.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,7 @@ _TASK = Conversation(
 
 @dataclass(frozen=True)
 class TemplateRecord:
-    """`sha256` covers name, texts and which parts are answers; `sample` is the text, for people and for
-    messages."""
+    """`sha256` covers the name, the texts and which parts are answers. `sample` is the text, for people to read."""
 
     name: str
     sha256: str
@@ -54,8 +55,10 @@ class TemplateRecord:
 
 
 def template_record(template: Template, tokenizer: PreTrainedTokenizerBase | None = None) -> TemplateRecord:
-    """Renders two exchanges without and (where the template takes one) with a system message, and an Alpaca
-    task."""
+    """The record of a template, from a sample: two exchanges without and with a system message, and an Alpaca task.
+
+    A template that takes no system message gets a placeholder instead of that sample.
+    """
     rendered = [template.segments(Conversation(None, _TURNS), tokenizer), template.segments(_TASK, tokenizer)]
     try:
         rendered.append(template.segments(Conversation(_SYSTEM, _TURNS), tokenizer))
@@ -67,7 +70,7 @@ def template_record(template: Template, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def check_record(record: TemplateRecord, template: Template, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raises ValueError when `template` renders anything else than what `record` was made from."""
+    """Raises ValueError when `template` does not render the sample as it did for `record`."""
     now = template_record(template, tokenizer)
     if now == record:
         return

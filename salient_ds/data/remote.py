@@ -1,8 +1,8 @@
-"""Rows that need a library to be read: local parquet files and data sets of the `datasets` library.
+"""Reads rows that need a library: local parquet files, and data sets of the `datasets` library.
 
-The libraries are imported inside the functions, so that reading JSON stays light. Local parquet goes through
-pyarrow, which `datasets` is built on: iterating over a parquet file with `datasets` itself would import torch
-and write a second copy of the file to the cache.
+The libraries are imported inside the functions, so that reading JSON stays light. Local parquet files are read with
+pyarrow, which `datasets` is built on. `datasets` itself would import torch and write a second copy of the file to its
+cache.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class HubName(NamedTuple):
-    """A data set name as it is written in a config: "name", "name:config", each with an optional
-    "[split]"."""
+    """A data set name as written in a config: "name" or "name:config", each with an optional "[split]"."""
 
     name: str
     config: str | None
@@ -28,8 +27,7 @@ class HubName(NamedTuple):
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """Takes "owner/name:config[split]" apart; a local folder may stand for the name. None when it is no such
-    name."""
+    """Splits "owner/name:config[split]". The name may be a local folder. None if the text is not such a name."""
     match = _HUB.fullmatch(text)
     if match is None:
         return None
@@ -56,7 +54,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def count_parquet(path: Path) -> int:
-    """Rows by the file's own footer."""
+    """Number of rows, from the file's footer."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -67,11 +65,10 @@ def count_parquet(path: Path) -> int:
 
 
 def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
-    """Yields (row number from 1, row) of a data set loaded with `datasets.load_dataset` (which keeps its own
-    cache).
+    """Yields (row number from 1, row) of a data set loaded with `datasets.load_dataset` (which keeps its own cache).
 
-    Without a split, "train" is taken, or the only one there is. Raises DataError when the data set cannot be
-    loaded or when the split has to be named.
+    Without a split in the name, "train" is taken, or the only split. Raises DataError when the data set cannot be
+    loaded, or when the split must be named.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""One row (a JSON object) of each supported format -> Conversation. Imports the standard library only.
+"""Converts one row (a JSON object) of a supported format to a Conversation. Standard library only.
 
 alpaca    {"instruction", "output", optional "input", optional "system"}
 messages  {"messages": [{"role": system|user|assistant, "content"}]}
@@ -31,8 +31,7 @@ _SYNONYMS = {
 
 
 class RowError(ValueError):
-    """What is wrong with one row; the reader adds the line. `kind` is the short name that problems are
-    counted by."""
+    """An error in one row; the reader adds the line. `kind` is the short name that problems are counted by."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -87,7 +86,7 @@ def _from_alpaca(row: dict[str, Any], source: tuple[str, int]) -> Conversation:
 def _from_turns(
     row: dict[str, Any], key: str, names: tuple[str, str], roles: dict[str, str], source: tuple[str, int]
 ) -> Conversation:
-    """Shared by chat and ShareGPT, which differ in the names of keys and roles only."""
+    """Parse a row of turns. Chat and ShareGPT rows differ only in the names of keys and roles."""
     system: str | None = None
     turns: list[Turn] = []
     for position, item in enumerate(_items(row, key), start=1):

@@ -1,8 +1,8 @@
-"""Which examples make up which step: a pure function of (seed, step), the same for every number of processes.
+"""Chooses the examples of each step: a pure function of (seed, step), the same for any number of processes.
 
-The stream of examples is one seeded permutation of the data set after the other; step t takes the t-th run of
-`global_batch_size` examples from it, across the ends of epochs. Nothing is stored, so a run resumes at any
-step.
+Each epoch is a seeded permutation of the data set. The epochs form one stream, and step t takes the t-th block of
+`global_batch_size` examples from it; a block may cross the end of an epoch. Nothing is stored, so a run can resume at
+any step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ Indices = npt.NDArray[np.int64]
 
 
 def frozen_permutation(count: int, *seed: int) -> Indices:
-    """A permutation of range(count), the same in every numpy version: int64 (count,).
+    """A permutation of range(count) that is the same in every numpy version: int64 (count,).
 
-    numpy promises never to change the streams of RandomState, and changes those of default_rng when it likes;
-    a resumed run may meet a newer numpy.
+    A resumed run may use a newer numpy. numpy guarantees the streams of RandomState, but not those of default_rng.
     """
     bits = np.random.MT19937(np.random.SeedSequence(seed))
     return np.random.RandomState(bits).permutation(count).astype(np.int64)
@@ -46,7 +45,7 @@ class StepSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every example has been seen once; the last of them may reach into the next epoch."""
+        """Steps until every example has been seen once. The last of them may contain examples of the next epoch."""
         return steps.steps_per_epoch(self.num_examples, self.global_batch_size)
 
     def total_steps(self, epochs: float) -> int:
@@ -54,7 +53,7 @@ class StepSampler:
         return steps.total_steps(self.num_examples, self.global_batch_size, epochs)
 
     def epoch(self, step: int) -> float:
-        """Passes over the data completed before `step`."""
+        """Epochs completed before `step`, as a float."""
         return step * self.global_batch_size / self.num_examples
 
     def indices(self, step: int) -> Indices:
@@ -73,12 +72,11 @@ class StepSampler:
         return np.concatenate(parts)
 
     def shard(self, step: int, global_rank: int, world_size: int, micro_batch_size: int) -> list[Indices]:
-        """The micro-batches that process `global_rank` of `world_size` goes through at `step`, each
-        (micro_batch_size,).
+        """The micro-batches that process `global_rank` of `world_size` takes at `step`, each (micro_batch_size,).
 
-        The global batch is cut into micro-batches and these are dealt out in turn, so that for one
-        micro_batch_size not only the batch but every micro-batch is the same for any number of processes.
-        Raises ValueError with the nearest valid batch sizes when it does not divide.
+        The global batch is cut into micro-batches, which are given to the processes in turn. So for one
+        micro_batch_size, not only the batch but every micro-batch is the same for any number of processes. Raises
+        ValueError with the nearest valid batch sizes if the global batch cannot be divided evenly.
         """
         if micro_batch_size < 1 or world_size < 1 or not 0 <= global_rank < world_size:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Cuts a rendered text into what a model is trained on and what it only reads. Standard library only."""
+"""Cuts a rendered text into answers, which a model is trained on, and the rest. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Segment(NamedTuple):
 def cut_segments(full: str, prompts: Sequence[str], answers: Sequence[str], ends: Sequence[str]) -> list[Segment]:
     """Cuts `full` at the end of every prompt and after the end marker of every answer.
 
-    `prompts` and `answers` go together; `ends` are markers, the preferred one first where two begin at the
-    same place. Raises ValueError when the text does not consist of these parts.
+    `prompts[k]` is all of the text before `answers[k]`. `ends` are possible end markers. If two begin at the same
+    place, the one listed first is taken. Raises ValueError when the text does not consist of these parts.
     """
     segments: list[Segment] = []
     cursor = 0

@@ -1,16 +1,14 @@
-"""Prompt templates: a conversation -> text segments, each of them answer (trained on) or not. No torch in
-here.
+"""Prompt templates: they turn a conversation into text segments, each an answer (trained on) or not. No torch.
 
-Four templates have a name, all others of fastchat are "fastchat:NAME":
+Four templates have a short name. All others of fastchat are "fastchat:NAME":
 alpaca       Stanford Alpaca's training text (tatsu-lab/stanford_alpaca, train.py), with and without an input
 vicuna_v1.1  fastchat's own, which Vicuna was trained with
 llama-2      fastchat's own: `[INST] question [/INST] answer </s><s>[INST] ...`, as Llama 2 was trained
 tokenizer    the tokenizer's chat template
 
-An answer's segment starts where the prompt for generation ends, so that its leading blank (as in "ASSISTANT:
-yes") is trained on, and closes with the end token; what follows up to the next prompt is not trained on. The
-text of a training example ends with its last end token: prompt + answer + end is the text, for every
-template.
+An answer's segment starts where the prompt for generation ends. So its leading blank (as in "ASSISTANT: yes") is
+trained on. The segment ends with the end token; what follows up to the next prompt is not trained on. The text of a
+training example ends with its last end token: for every template, the text is prompt + answer + end.
 """
 
 from __future__ import annotations
@@ -35,8 +33,8 @@ _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
-# Chat templates that print today's date would give another text every day; those that take a date take this
-# one (the default date written in Llama 3.1's template).
+# A chat template that prints today's date would give a different text every day. Templates that accept a date are given
+# this one (the default date in Llama 3.1's template).
 _CHAT_DATE = "26 Jul 2024"
 _SENTENCES = (
     Turn(USER, "Name a river."),
@@ -47,26 +45,28 @@ _SENTENCES = (
 
 
 class Template(ABC):
-    """Renders conversations. `adds_bos`: whether the tokenizer's beginning-of-sequence token goes before the
-    text (not for a tokenizer's own chat template, which holds every special token it wants)."""
+    """Renders conversations.
+
+    `adds_bos`: whether the tokenizer's beginning-of-sequence token goes before the text. It is False for a tokenizer's
+    own chat template, which contains all its special tokens.
+    """
 
     name: str
     adds_bos: bool = True
 
     @abstractmethod
     def _render(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:
-        """The text up to and including the last turn; after a user turn, also the words that open an
-        answer."""
+        """The text up to and including the last turn. After a user turn, also the words that open an answer."""
 
     @abstractmethod
     def _ends(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
         """Texts that may close an answer."""
 
     def segments(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Segment]:
-        """The training text, cut into what is trained on and what is not; the last segment is an answer.
+        """The training text, cut into answers (trained on) and the rest. The last segment is an answer.
 
-        Without a tokenizer the special tokens are LLaMA's. Raises ValueError when this conversation does not
-        survive the template (naming its file and line).
+        Without a tokenizer, LLaMA's special tokens are used. Raises ValueError, with the file and line of the
+        conversation, when the rendered text lacks the system message or cannot be cut into its prompts and answers.
         """
         assert conversation.turns and conversation.turns[-1].role == ASSISTANT, "training text ends with an answer"
         prompts = [
@@ -101,8 +101,7 @@ class Template(ABC):
 
 
 class FastchatTemplate(Template):
-    """A template of fastchat's registry. Its "</s>" and "<s>" become the tokenizer's own end and beginning
-    tokens."""
+    """A template of fastchat's registry. The tokenizer's end and beginning tokens replace its "</s>" and "<s>"."""
 
     def __init__(self, name: str, registered: str) -> None:
         self.name = name
@@ -134,11 +133,11 @@ class FastchatTemplate(Template):
 
 
 class AlpacaTemplate(FastchatTemplate):
-    """Stanford Alpaca's training text, through a fastchat template registered under a name of its own.
+    """Stanford Alpaca's training text, as a fastchat template registered under its own name.
 
-    fastchat's "alpaca" is another text: "### Instruction: Q" on one line, "### Response: A" with a blank, and
-    never an input. Further turns, which Alpaca never had, repeat the two headings after an empty line. A
-    conversation's system message takes the place of the opening sentence.
+    fastchat's "alpaca" is a different text: "### Instruction: Q" on one line, "### Response: A" with a blank, and never
+    an input. Further turns, which Alpaca never had, repeat the two headings after an empty line. A conversation's
+    system message replaces the opening sentence.
     """
 
     def __init__(self) -> None:
@@ -166,12 +165,11 @@ class AlpacaTemplate(FastchatTemplate):
 
 
 class Llama2Template(FastchatTemplate):
-    """Llama 2's chat format. Texts are stripped, as in the released `chat_completion`
-    (llama/generation.py)."""
+    """Llama 2's chat format. Texts are stripped, as in the released `chat_completion` (llama/generation.py)."""
 
     def _render(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:
-        # With a system message the stripped unit is "<<SYS>>...<</SYS>>\n\n" + question: no left strip of the
-        # question.
+        # With a system message, "<<SYS>>...<</SYS>>\n\n" + question is stripped as one text, so the question itself is
+        # not stripped on the left.
         turns = tuple(
             Turn(turn.role, turn.text.rstrip() if k == 0 and conversation.system else turn.text.strip())
             for k, turn in enumerate(conversation.turns)
@@ -214,7 +212,7 @@ class TokenizerTemplate(Template):
     def _ends(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
         assert tokenizer is not None, "rendering has refused this already"
         owner, size, ends = self._known_ends
-        if owner is not tokenizer or size != len(tokenizer):  # the list costs more to make than a rendering
+        if owner is not tokenizer or size != len(tokenizer):  # making the list takes longer than rendering
             special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
             special |= set(tokenizer.all_special_tokens)
             no_end = {tokenizer.bos_token, tokenizer.unk_token} - {tokenizer.eos_token}
@@ -226,9 +224,9 @@ class TokenizerTemplate(Template):
 def get_template(name: str) -> Template:
     """The template called `name`: alpaca, vicuna_v1.1, llama-2, tokenizer, or fastchat:NAME.
 
-    A fastchat template is accepted when a sample of two exchanges can be cut into prompts, answers and end
-    markers. Raises ValueError with the nearest name for an unknown one, with the reason for one that cannot
-    be cut.
+    A fastchat template is accepted if a sample of two exchanges can be cut into prompts, answers and end markers.
+    Raises ValueError for an unknown name (with the nearest known one), and for a template that cannot be cut (with the
+    reason).
     """
     if name == "alpaca":
         return AlpacaTemplate()

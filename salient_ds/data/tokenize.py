@@ -1,8 +1,7 @@
-"""Conversations -> token ids and labels.
+"""Turns conversations into token ids and labels.
 
-Labels are -100 except on answers, end token of each answer included. Names: `ids`, `labels` are int32 arrays
-of one length; `starts` the character at which each token begins; a "clean" boundary is one that no token
-crosses.
+Labels are -100 except on answers, whose end tokens count as part of them. Names: `ids` and `labels` are int32 arrays of
+the same length. `starts` holds the character at which each token begins. A boundary is "clean" if no token crosses it.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ class TokenizationReport:
 
     max_length: int
     examples: int = 0
-    """Conversations given."""
+    """Number of conversations."""
     kept: int = 0
     truncated: int = 0
-    """Kept and dropped ones that were longer than max_length."""
+    """Conversations longer than max_length, whether kept or dropped."""
     tokens_cut: int = 0
     dropped: int = 0
-    """Conversations that lost every answer token by truncation and are left out."""
+    """Conversations without any answer token after truncation; they are left out."""
     tokens: int = 0
-    """In kept examples, after truncation."""
+    """Tokens in kept examples, after truncation."""
     targets: int = 0
     longest: int = 0
-    """Before truncation."""
+    """Length of the longest conversation, before truncation."""
     control_tokens: int = 0
     """Conversations whose own text spells a special token, which the model then reads as that token."""
     sequences: int = 0
-    """Rows of the data set: as `kept`, or fewer when examples are packed."""
+    """Rows of the data set: the same as `kept`, or fewer if examples are packed."""
     shortest_useful: int = 0
     """The smallest max_length at which any conversation keeps an answer token."""
 
@@ -83,8 +82,7 @@ def tokenize_conversation(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
 ) -> Example:
-    """One conversation, cut at `max_length` tokens from the right. Raises ValueError as
-    `Template.segments`."""
+    """Tokenises one conversation; only its first `max_length` tokens stay. Raises ValueError as `Template.segments`."""
     segments = template.segments(conversation, tokenizer)
     ids, labels = next(_encode([segments], tokenizer, _bos(template, tokenizer)))
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
@@ -97,9 +95,9 @@ def tokenize_all(
     max_length: int,
     report: TokenizationReport,
 ) -> Iterator[Example]:
-    """Tokenises, cuts and counts into `report`; conversations without an answer token left are dropped.
+    """Tokenises and truncates conversations, and counts them in `report`. Those left without an answer are dropped.
 
-    Raises ValueError when every one of them is, with the max_length that would help.
+    Raises ValueError when all are dropped, with the max_length that would help.
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a sequence needs at least 2 tokens, one to read and one to predict")
@@ -122,8 +120,7 @@ def tokenize_all(
 
 
 def count_targets(labels: npt.NDArray[np.integer]) -> int:
-    """Labels that a causal loss sees: it predicts token t + 1 from token t, so the first label is never
-    used."""
+    """Number of labels that a causal loss uses. It predicts token t + 1 from token t, so the first label is unused."""
     return int(np.count_nonzero(labels[1:] != IGNORED))
 
 
@@ -149,8 +146,7 @@ def _cut(ids: Array, labels: Array, max_length: int, report: TokenizationReport)
 
 
 def _bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer itself puts first, or None (it puts none, or the template holds its
-    own)."""
+    """The token that the tokenizer itself puts first. None if it puts none, or if the template contains its own."""
     begin = tokenizer.bos_token_id
     if not template.adds_bos or begin is None:
         return None
@@ -161,7 +157,7 @@ def _bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _encode(
     segmented: list[list[Segment]], tokenizer: PreTrainedTokenizerBase, bos: int | None
 ) -> Iterator[tuple[Array, Array]]:
-    """Yields (ids, labels) per text, with `bos` in front unless the text spells it already."""
+    """Yields (ids, labels) per text, with `bos` in front unless the text already begins with it."""
     encode = _encode_by_offsets if tokenizer.is_fast else _encode_by_segments
     for segments, (ids, is_answer) in zip(segmented, encode(segmented, tokenizer), strict=True):
         if bos is not None and not segments[0].text.startswith(str(tokenizer.bos_token)):
@@ -173,7 +169,7 @@ def _encode(
 def _encode_by_offsets(
     segmented: list[list[Segment]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Array, npt.NDArray[np.bool_]]]:
-    """Whole texts at once: a token belongs to the segment that its first character is in."""
+    """Encodes whole texts at once. A token belongs to the segment of its first character."""
     texts = ["".join(segment.text for segment in segments) for segments in segmented]
     encoded = tokenizer(
         texts,
@@ -195,11 +191,10 @@ def _encode_by_offsets(
 def _encode_by_segments(
     segmented: list[list[Segment]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Array, npt.NDArray[np.bool_]]]:
-    """For tokenizers without offsets: segment after segment, each read after the text before it.
+    """For tokenizers without offsets: encodes each segment together with the segment before it.
 
-    Sentencepiece puts a blank before whatever it is given, so a segment alone would not give the tokens that
-    it has inside the text. The pieces of (previous + segment) minus those of (previous) are, when the
-    boundary is clean.
+    SentencePiece puts a blank before any text, so a segment alone would give other tokens than inside the whole text.
+    If the boundary is clean, the right tokens are those of (previous + segment) without those of (previous).
     """
 
     def pieces(text: str) -> list[int]:
@@ -213,7 +208,7 @@ def _encode_by_segments(
             known = pieces(previous) if previous else []
             both = pieces(previous + segment.text)
             clean = both[: len(known)] == known
-            # A crossed boundary: the segment's own pieces, less the blank that sentencepiece would double.
+            # Boundary not clean: encode the segment alone, without the blank that SentencePiece would double.
             new = both[len(known) :] if clean else pieces(segment.text.removeprefix(" "))
             ids += new
             is_answer += [segment.is_answer] * len(new)

@@ -29,19 +29,19 @@ def export_adapter(
     trained: Mapping[str, Tensor] | None = None,
     config_updates: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the adapter to the directory ``target`` and return it; after any error ``target`` is as before.
+    """Write the adapter to the directory ``target`` and return ``target``. After any error the directory is unchanged.
 
     Args:
-        form: "peft" (own rank per module), "padded" (one rank for all) or "merged" (a full model); adapters with
-            shortcuts have a writer of their own (:mod:`salient_ds.heterolora.export`).
-        base: checkpoint directory or hub name of the base model; merging needs its files, local or cached.
-        dtype: of the adapter's tensors (default float32); a merged model keeps the dtypes of its base.
+        form: "peft" (every module at its own rank), "padded" (one rank for all modules) or "merged" (a full model).
+            Adapters with shortcuts have their own writer (:mod:`salient_ds.heterolora.export`).
+        base: checkpoint directory or hub name of the base model. Merging needs its files, local or cached.
+        dtype: dtype of the adapter's tensors (default float32). A merged model keeps the dtypes of its base.
         pad_to: see :func:`salient_ds.export.peft_format.write_peft`.
         trained: parameters that were trained in full (heads), by full name.
         config_updates: entries of the merged model's config.json that differ from the base's.
 
     Raises:
-        ValueError: for anything that cannot be exported as asked, with the remedy.
+        ValueError: the adapter cannot be exported as asked; the message names the remedy.
         OSError: errno ENOSPC if the disk is full.
     """
     assert form != "shortcuts", "write_shortcuts knows what this one needs"

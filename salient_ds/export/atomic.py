@@ -21,19 +21,19 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Yield an empty sibling of ``target`` to write into; on success it becomes ``target``.
 
-    The sibling is synced to disk, then renamed; on any error it is removed and ``target`` stays as it was. A
-    filled target is replaced only after the new directory is complete: it is renamed away, the new one renamed
-    in, then it is deleted. A kill -9 leaves at most a hidden sibling ".NAME.*.new" (unfinished) or ".NAME.*.old"
-    (the previous content).
+    The sibling is synced to disk, then renamed. On any error it is removed, and ``target`` stays as it was. A target
+    with content is replaced only after the new directory is complete: it is renamed away, the new one is renamed to
+    ``target``, and then the old one is deleted. A kill -9 leaves at most a hidden sibling ".NAME.*.new" (unfinished) or
+    ".NAME.*.old" (the previous content).
 
     Args:
-        needed_bytes: a lower bound of what will be written; less free space is an error before work starts.
+        needed_bytes: a lower bound of what will be written. Less free space is an error before work starts.
         protected: directories that overwriting must not touch (the base model, the run).
 
     Raises:
-        ValueError: target is a file, or is filled and ``overwrite`` is off, or does not look like an adapter
-            or a model, or is or contains a protected directory.
-        OSError: errno ENOSPC when the disk is full, naming the place and what became of the target.
+        ValueError: ``target`` is a file, is or contains a protected directory, or has content and either ``overwrite``
+            is off or the content does not look like an adapter or a model.
+        OSError: errno ENOSPC when the disk is full. The message names the place and the state of the target.
     """
     target = target.resolve()
     check_target(target, overwrite, protected)
@@ -56,7 +56,7 @@ def atomic_directory(
 
 
 def check_target(target: Path, overwrite: bool, protected: Sequence[Path | str] = ()) -> None:
-    """Raise ValueError if :func:`atomic_directory` would refuse ``target``; touches nothing."""
+    """Raise ValueError if :func:`atomic_directory` would refuse ``target``. This touches nothing."""
     target = target.resolve()
     for path in (Path(item).resolve() for item in protected if Path(item).is_dir()):
         if target == path or target in path.parents:
@@ -98,7 +98,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """fsync one file or directory (a directory's own entry list: makes a rename durable)."""
+    """fsync one file or directory. For a directory this syncs its list of entries, which makes a rename durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

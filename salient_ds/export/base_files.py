@@ -34,7 +34,7 @@ class BaseFiles:
 
     @property
     def shards(self) -> list[str]:
-        """File names, sorted (that is by number)."""
+        """File names in sorted order, which is the order of their numbers."""
         return sorted(set(self.file_of.values()))
 
     @property
@@ -58,7 +58,7 @@ class BaseFiles:
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
-    """A pickled state dict: tensors only (``weights_only``), memory-mapped where the file format allows."""
+    """Load a pickled state dict: tensors only (``weights_only``), memory-mapped where the file format allows it."""
     try:
         tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # files in the format before torch 1.6 cannot be mapped
@@ -86,7 +86,7 @@ def local_folder(base: Path | str) -> Path:
 
 
 def open_base(base: Path | str) -> BaseFiles:
-    """Find the weight files, in the order of preference of ``from_pretrained``.
+    """Find the weight files, in ``from_pretrained``'s order of preference.
 
     Raises:
         ValueError: if there are none, or files named in the index are missing.
@@ -113,15 +113,15 @@ def open_base(base: Path | str) -> BaseFiles:
 def locate_weights(modules: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
     """Find each module's weight among a checkpoint's tensor names.
 
-    A checkpoint may have been saved from another class of the same model, so that its names lack a prefix of
-    the module path ("encoder..." for "bert.encoder...") or have one more. Whole path components only, and the
-    match must be unique.
+    A checkpoint may have been saved from another class of the same model. Its names then lack a prefix of the module
+    path ("encoder..." for "bert.encoder...") or have one more. Only whole path components are compared, and the match
+    must be unique.
 
     Returns:
-        module path -> tensor name, all different.
+        module path -> tensor name; no two modules share a tensor.
 
     Raises:
-        ValueError: listing every module that has no weight, or several candidates.
+        ValueError: some modules have no weight or several candidates; the message lists them.
     """
     keys = [key for key in keys if key.endswith(".weight")]
     known = set(keys)

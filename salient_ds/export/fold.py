@@ -64,18 +64,18 @@ class LoraPair:
 
 
 def fold(factors: AdapterFactors) -> LoraPair | None:
-    """Drop masked rows and absorb E and the scaling; None if no row is live: PEFT and vLLM refuse rank 0.
+    """Drop masked rows, and fold E and the scaling into the two factors.
 
-    Live rows stay even where E is exactly 0: the rank is a decision of the allocator, not a coincidence of
-    values.
+    Returns None if no row is live, because PEFT and vLLM refuse rank 0. Live rows stay even where E is exactly 0: the
+    rank is a decision of the allocator, not a coincidence of values.
 
-    The gain g = scaling * E of a row is split between the factors so that both rows end at the same root mean
-    square, sqrt(rms(A) * |g| * rms(B)): with g left on one side, small singular values reach the subnormal
-    numbers of fp16 (below 6e-5) far earlier. A's share is rounded to a power of two, hence A is exact and
-    each element of B carries two fp32 roundings (of g and of the product).
+    The gain g = scaling * E of a row is split between A and B, so that the row of A and the column of B have about the
+    same root mean square, sqrt(rms(A) * |g| * rms(B)). With g on one side only, small singular values would reach the
+    subnormal numbers of fp16 (below 6e-5) far earlier. A's share is rounded to a power of two. So A is exact, and each
+    element of B carries two fp32 roundings (of g and of the product).
 
     Raises:
-        ValueError: if a live row holds NaN or infinity.
+        ValueError: a live row holds NaN or infinity.
     """
     live = factors.mask.nonzero().flatten()
     if live.numel() == 0:
@@ -93,7 +93,7 @@ def fold(factors: AdapterFactors) -> LoraPair | None:
 
 
 def _power_of_two_share(A_rI: Tensor, gain_r: Tensor, B_Or: Tensor) -> Tensor:
-    """2^k per row: A * 2^k and B * g / 2^k have about the same root mean square (1 for rows without effect)."""
+    """2^k per row, so that A * 2^k and B * g / 2^k have about the same root mean square. 1 for rows without effect."""
     rms_A_r = A_rI.double().square().mean(1).sqrt()
     rms_B_r = B_Or.double().square().mean(0).sqrt() * gain_r.double().abs()
     exponent_r = torch.log2(rms_B_r / rms_A_r).div(2).round().clamp(-64, 64)

@@ -2,10 +2,10 @@
 
 Shape legend: I = in features, O = out features.
 
-Each output shard is a byte copy of the base shard in which only the adapted matrices are overwritten in
-place: the dtype and shape of a tensor do not change, so neither do the header and the offsets of a
-safetensors file. Everything else stays bit for bit, and one matrix at a time is in memory (pickled ``.bin``
-shards are first converted, one at a time).
+Each output shard is a byte copy of the base shard. Only the tensors that change are overwritten, in place. A tensor
+keeps its dtype and shape, so the header and the offsets of the safetensors file stay valid. Everything else is
+identical bit for bit. Only one matrix at a time is in memory. Pickled ``.bin`` shards are first converted to
+safetensors, one at a time.
 """
 
 from __future__ import annotations
@@ -47,17 +47,18 @@ def write_merged(
 ) -> Path:
     """Write a Hugging Face model directory to ``target``: base weights plus the adapter, all or nothing.
 
-    Deltas are added in fp32 and cast back to the stored dtype. Config, generation config, tokenizer, custom
-    code and license files are copied.
+    Updates are added in fp32 (fp64 if the weight is stored so) and cast back to the stored dtype. Config, generation
+    config, tokenizer, custom code and license files are copied.
 
     Args:
-        trained: parameters trained in full (a head), by full name: replaced, or added in a further shard.
+        trained: parameters trained in full (a head), by full name. They replace those of the base, or are added in a
+            further shard.
         config_updates: entries to change in ``config.json`` (e.g. architectures and labels of a new head).
 
     Raises:
-        ValueError: an adapted module has no weight in the base (all are listed), shapes differ, the base is
-            quantised, a module is a transposed Conv1D or tied to the embedding, the target contains the base.
-        OSError: the disk is full; ``target`` is as before.
+        ValueError: an adapted module has no weight in the base (all are listed), shapes differ, the base is quantised,
+            a module is a transposed Conv1D or tied to the embedding, or the target contains the base.
+        OSError: the disk is full; ``target`` is unchanged.
     """
     check_factors(factors)
     files = open_base(base)
@@ -114,7 +115,7 @@ def _patch(
 
 
 def _merged_weight(shard: BinaryIO, start: int, entry: dict[str, Any], adapter: AdapterFactors, key: str) -> Tensor:
-    """W0 + B A in fp32 (fp64 if stored so), (O, I)."""
+    """W0 + B A, (O, I), in fp32 (fp64 if the base weight is stored so)."""
     expected = [adapter.B.shape[0], adapter.A.shape[1]]
     if entry["shape"] != expected:
         hint = "is this the model that was trained?"
@@ -132,10 +133,10 @@ def _merged_weight(shard: BinaryIO, start: int, entry: dict[str, Any], adapter: 
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Header of a safetensors file (name -> dtype, shape, data_offsets) and the position where the data starts.
+    """Header of a safetensors file (name -> dtype, shape, data_offsets), and the position where its data starts.
 
     Raises:
-        ValueError: if the file ends inside its header.
+        ValueError: the file ends inside its header.
     """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -167,7 +168,7 @@ def _stored_dtype(entry: dict[str, Any], key: str) -> torch.dtype:
 
 
 def copy_shard(source: Path, destination: Path) -> None:
-    """Copy a safetensors file as it is, or convert a pickled one (tied tensors are written once per name)."""
+    """Copy a safetensors file as it is, or convert a pickled one. Tied tensors are written once per name."""
     if source.suffix == ".safetensors":
         shutil.copyfile(source, destination)
         return
@@ -176,7 +177,7 @@ def copy_shard(source: Path, destination: Path) -> None:
 
 
 def copy_companions(files: BaseFiles, folder: Path, config_updates: Mapping[str, Any]) -> None:
-    """Copy everything of the base directory that belongs to model and tokenizer but is not a weight."""
+    """Copy the files of the base directory that belong to the model or the tokenizer, except for weights."""
     for source in sorted({path for pattern in _COPIED for path in files.folder.glob(pattern)}):
         skipped = source.name in _NOT_COPIED or source.name.startswith(".") or source.name.endswith(".index.json")
         if source.is_file() and not skipped:

@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of this package and of those that decide what a checkpoint means (missing ones left out)."""
+    """Versions of this package and of those that determine what a checkpoint means; missing packages are left out."""
     found = {"salient_ds": __version__}
     for name in _PACKAGES:
         try:
@@ -31,10 +31,10 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ExportMeta:
-    """Facts that the weights do not carry.
+    """Facts about an export that its weights do not hold.
 
     Raises:
-        ValueError: for a task type that PEFT does not know.
+        ValueError: PEFT does not know the task type.
     """
 
     method: str
@@ -43,9 +43,9 @@ class ExportMeta:
     source_run: str
     """Run directory or checkpoint that the adapter was taken from."""
     template: Mapping[str, Any] | None = None
-    """Name of the prompt template and hash of a rendered sample: evaluation insists on the same."""
+    """Name of the prompt template and hash of a rendered sample. Evaluation refuses any other template."""
     base_model: str | None = None
-    """Entry ``base_model_name_or_path``, if it shall not be the path that the base is read from."""
+    """Value of ``base_model_name_or_path`` (default: where the base is read from)."""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class ExportMeta:
             raise ValueError(f"task_type={self.task_type!r} is unknown: use one of {', '.join(get_args(TaskType))}")
 
     def base_name(self, base: Path | str) -> str:
-        """``base_model_name_or_path`` for a base given as directory (made absolute) or hub name (kept)."""
+        """``base_model`` if it is set; else ``base``, with a directory made absolute and a hub name kept."""
         if self.base_model is not None:
             return self.base_model
         return str(Path(base).resolve()) if Path(base).is_dir() else str(base)
@@ -80,5 +80,5 @@ def write_record(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented JSON in the order given, with a final newline."""
+    """Write indented JSON in the given order, with a final newline."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

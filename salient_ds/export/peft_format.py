@@ -22,7 +22,7 @@ from salient_ds.export.meta import ExportMeta, write_json, write_record
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of ``max_lora_rank`` that vLLM accepts (vLLM 0.33)."""
 HEADS: dict[str, tuple[str, ...]] = {"SEQ_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Modules that PEFT restores whole for a task type, asked for or not: without them a file does not load."""
+"""Modules that PEFT always restores whole for a task type. An adapter file without them does not load."""
 PadTo = int | Literal["vllm"] | None
 
 
@@ -40,22 +40,22 @@ def write_peft(
 ) -> Path:
     """Write ``adapter_model.safetensors``, ``adapter_config.json`` and ``salient_ds.json``, all or nothing.
 
-    peft ("ragged"): every module at its own rank. All scales are folded into the factors, so that
-    ``alpha_pattern`` equals ``rank_pattern`` and ``lora_alpha`` equals ``r``: the scale is 1 for readers that
-    honour the patterns and for those that ignore them. Modules at rank 0 are left out.
+    Form "peft" ("ragged"): every module has its own rank. All scales are folded into the factors. So ``alpha_pattern``
+    equals ``rank_pattern`` and ``lora_alpha`` equals ``r``, and the scale is 1 for readers that honour the patterns and
+    for those that ignore them. Modules at rank 0 are left out.
 
-    padded: every module, those at rank 0 included, at the same rank by rows of zeros, no patterns. For
-    servers that want one rank, or stack q, k and v of a layer and fail if one of them is missing.
+    Form "padded": every module, even one at rank 0, is padded with rows of zeros to the same rank. There are no
+    patterns. This is for servers that need one rank, or that stack q, k and v of a layer and fail if one is missing.
 
     Args:
-        dtype: of the stored factors.
-        pad_to: for ``padded``: a rank, "vllm" for the next one of VLLM_RANKS, None for the largest live rank.
+        dtype: dtype of the stored factors.
+        pad_to: for "padded" only: a rank, "vllm" for the next value of VLLM_RANKS, or None for the largest live rank.
         trained: parameters trained in full (a classification head), by full name.
 
     Raises:
-        ValueError: see :func:`check_factors`; also a head that PEFT wants is neither in ``trained`` nor in
-            ``base``, or a value does not fit into ``dtype``.
-        OSError: the disk is full; ``target`` is as before.
+        ValueError: as :func:`check_factors`; a head that PEFT needs is neither in ``trained`` nor in ``base``; an
+            adapted module lies inside a module stored in full; or a value does not fit into ``dtype``.
+        OSError: the disk is full; ``target`` is unchanged.
     """
     check_factors(factors)
     if form == "peft" and pad_to is not None:
@@ -80,7 +80,7 @@ def write_peft(
 
 
 def check_factors(factors: Sequence[AdapterFactors]) -> None:
-    """Raise ValueError if there is nothing to export, or a module comes twice."""
+    """Raise ValueError if there is nothing to export, or a module is given twice."""
     names = [item.name for item in factors]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
@@ -93,10 +93,10 @@ def check_factors(factors: Sequence[AdapterFactors]) -> None:
 
 
 def padded_rank(largest: int, pad_to: PadTo) -> int:
-    """The uniform rank for a largest live rank.
+    """The one rank that all modules are padded to. ``largest`` is the largest live rank.
 
     Raises:
-        ValueError: if ``pad_to`` is too small, or vLLM has no value that is large enough.
+        ValueError: ``pad_to`` is too small, or vLLM accepts no rank that is large enough.
     """
     if pad_to is None:
         return largest
@@ -147,8 +147,8 @@ def _config(
     base_name: str,
     saved_modules: list[str],
 ) -> dict[str, Any]:
-    # PEFT takes the first pattern that matches the end of a module path: deeper paths first, so that
-    # "model.layers.0.q" cannot answer for "vision.model.layers.0.q"
+    # PEFT takes the first pattern that matches the end of a module path. Deeper paths come first, so that
+    # "model.layers.0.q" does not match in place of "vision.model.layers.0.q".
     deepest_first = sorted(pairs, key=lambda pair: -pair.name.count("."))
     pattern = {re.escape(pair.name): pair.rank for pair in deepest_first} if form == "peft" else {}
     return {
@@ -172,13 +172,13 @@ def _config(
 
 
 def _shadowed(modules: Sequence[str], pairs: Sequence[LoraPair]) -> list[str]:
-    """Modules left out that PEFT would adapt all the same: their path ends in that of an adapted one."""
+    """Left-out modules that PEFT would adapt nevertheless, because their path ends with that of an adapted module."""
     kept = {pair.name for pair in pairs}
     return [n for n in modules if n not in kept and any(n.endswith(f".{name}") for name in kept)]
 
 
 def _heads(task_type: str, base: Path | str, trained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors stored in full beside the factors, and the module names that PEFT must list for them."""
+    """Tensors stored in full beside the factors, and the names of the modules that PEFT must restore from them."""
     heads, wanted = dict(trained), HEADS.get(task_type, ())
     if wanted and not any(_owner(name, wanted) in wanted for name in heads):
         heads |= head_tensors(base, wanted)
@@ -191,7 +191,7 @@ def _heads(task_type: str, base: Path | str, trained: Mapping[str, Tensor]) -> t
 
 
 def _owner(parameter: str, heads: Sequence[str]) -> str:
-    """The module that PEFT shall restore whole for this parameter: its head, or else its own module."""
+    """The module that PEFT must restore whole for this parameter: its head if it is in one, else its own module."""
     first = parameter.partition(".")[0]
     return first if first in heads else parameter.rpartition(".")[0]
 

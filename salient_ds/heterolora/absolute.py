@@ -1,7 +1,7 @@
-"""SYNFLOW's network: every parameter replaced by its absolute value, without touching one.
+"""SYNFLOW's network: the model with every parameter replaced by its absolute value. No parameter is changed.
 
-The parameters of a ZeRO-3 model are whole only while their layer runs, so that neither a copy of the model nor a change
-in place is possible; each operation that reads a parameter gets |parameter| instead, in fp32.
+Under ZeRO-3 a layer's parameters are whole only while the layer runs. So the model can neither be copied nor be changed
+in place. Instead, each operation that reads a parameter is given |parameter| in fp32.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _LINEAR: Callable[..., Tensor] = torch._C._nn.linear
-"""torch's own; under ZeRO-3 DeepSpeed puts another in the place of F.linear that no mode sees."""
+"""torch's own linear. Under ZeRO-3, DeepSpeed replaces F.linear by a function that a TorchFunctionMode does not see."""
 _READERS = {
     _LINEAR, F.embedding, F.layer_norm, F.rms_norm, torch.matmul, torch.mm, torch.addmm, torch.mul, torch.add,
     Tensor.mul, Tensor.add, Tensor.matmul, Tensor.__mul__, Tensor.__rmul__, Tensor.__add__, Tensor.__radd__,
     Tensor.__matmul__, Tensor.mul_, Tensor.add_,
 }  # fmt: skip
-"""What model code computes with parameters; everything else, DeepSpeed's hooks among it, sees them as they are."""
+"""Operations that model code applies to parameters. All others, DeepSpeed's hooks included, see the real values."""
 
 
 class AbsoluteParameters(TorchFunctionMode):
-    """Inside, arithmetic with parameters uses their absolute values (Tanaka et al. 2020; here as the released code of
-    HeteroLoRA: with labels, and biases and norms included).
+    """While this mode is active, arithmetic with parameters uses their absolute values.
 
-    Gradients with respect to a parameter are those of the absolute network times the parameter's sign, so that
-    sum |theta dR/dtheta| is the score with either. Differs from the reference, which overwrites the weights.
+    Source: Tanaka et al. 2020, in the variant of HeteroLoRA's released code: the loss uses labels, and biases and
+    norm weights are made absolute too. Differs from the reference, which overwrites the weights.
+
+    The gradient with respect to a parameter is that of the absolute network times the parameter's sign. So the score
+    sum |theta dR/dtheta| is the same with either.
     """
 
     def __enter__(self) -> AbsoluteParameters:
@@ -54,9 +56,10 @@ class AbsoluteParameters(TorchFunctionMode):
 
 
 def gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
-    """As ``torch.autograd.grad``, for use inside :class:`AbsoluteParameters`.
+    """Like ``torch.autograd.grad``, for use inside :class:`AbsoluteParameters`.
 
-    That function would leave the mode while it runs, and layers that are computed again would see plain parameters.
+    ``torch.autograd.grad`` leaves the mode while it runs. Layers recomputed by activation checkpointing would then see
+    the real parameters.
     """
     engine: Any = torch.autograd.Variable._execution_engine
     found: tuple[Tensor, ...] = engine.run_backward(
@@ -66,7 +69,7 @@ def gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, ...
 
 
 def _absolute(value: Any) -> Any:
-    """|value| for a parameter, or a view of one (packed factors); anything else as it is."""
+    """|value| in fp32 for a parameter or a view of one (packed factors); anything else unchanged."""
     if isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or isinstance(value._base, nn.Parameter)):
         return value.abs().float()
     return value
@@ -77,7 +80,7 @@ def _weight_and_bias(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """|W| x + |b| that keeps W itself for the backward pass: no second copy of the base model."""
+    """|W| x + |b|. It saves W itself for the backward pass, so that there is no second copy of the base model."""
 
     @staticmethod
     def forward(ctx: Any, x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,4 +1,6 @@
-"""Adapters with shortcut connections: a format of our own, because shortcuts are no LoRA, and one call that loads it.
+"""Writes and loads adapters with shortcut connections, in a format of our own: PEFT's cannot hold shortcuts.
+
+One call loads an adapter:
 
     model = load_shortcuts(AutoModelForCausalLM.from_pretrained(base), "runs/my-run/adapter")
 
@@ -30,16 +32,17 @@ FORMAT = 1
 
 
 def shortcuts_act(factors: Sequence[AdapterFactors], norm_after_shortcut: str | None) -> bool:
-    """Whether the model's function is more than its linear layers' updates.
+    """Whether the adapter does more than update linear layers.
 
     Args:
-        norm_after_shortcut: of the run; None for a run without shortcuts. "reuse" acts even where all are off.
+        norm_after_shortcut: the run's setting; None for a run without shortcuts. "reuse" changes the model's function
+            even if all shortcuts are off.
     """
     return norm_after_shortcut == "reuse" or any(is_shortcut(item.name) and item.rank for item in factors)
 
 
 def refuse_shortcuts(factors: Sequence[AdapterFactors], form: str, norm_after_shortcut: str | None) -> None:
-    """Raise ValueError for a form that cannot hold what shortcuts do."""
+    """Raise ValueError if shortcuts act (:func:`shortcuts_act`): ``form`` cannot express them."""
     if not shortcuts_act(factors, norm_after_shortcut):
         return
     live = [item.name for item in factors if is_shortcut(item.name) and item.rank]
@@ -61,13 +64,13 @@ def write_shortcuts(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Path:
-    """Write weights, settings and ``salient_ds.json`` to ``target``, all or nothing; modules that are off are left out.
+    """Write weights, settings and ``salient_ds.json`` to ``target``, all or nothing.
 
-    Scales are folded into the factors, as in the other forms.
+    Modules that are off are left out. Scales are folded into the factors, as in the other forms.
 
     Raises:
-        ValueError: nothing to export, or a value that is not finite.
-        OSError: the disk is full; ``target`` is as before.
+        ValueError: there is nothing to export, or a value is not finite.
+        OSError: the disk is full; ``target`` is unchanged.
     """
     check_factors(factors)
     pairs = [pair for pair in map(fold, factors) if pair is not None]
@@ -90,14 +93,16 @@ def _halves(pair: LoraPair) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
 
 
 def load_shortcuts(model: nn.Module, path: Path | str) -> nn.Module:
-    """Add a saved adapter to its base model, in place, and return it; ready for inference, nothing is trainable.
+    """Add a saved adapter to its base model, in place, and return the model.
+
+    The model is then ready for inference; none of its parameters is trainable.
 
     Args:
-        model: the base model in any dtype, on any device, as transformers loads it.
-        path: directory that an export with form "shortcuts" wrote.
+        model: the base model as transformers loads it, in any dtype and on any device.
+        path: a directory written by an export with form "shortcuts".
 
     Raises:
-        ValueError: not such a directory, or made for another model.
+        ValueError: ``path`` is not such a directory, has another format version, or was made for another model.
     """
     folder = Path(path)
     if not (folder / SETTINGS).is_file():

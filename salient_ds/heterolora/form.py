@@ -1,4 +1,4 @@
-"""The form of HeteroLoRA's adapters around linear layers. Importing this loads no torch."""
+"""The adapter form that HeteroLoRA uses for linear layers. Importing this loads no torch."""
 
 from __future__ import annotations
 

@@ -16,12 +16,13 @@ from salient_ds.heterolora.shortcut_wiring import shortcut_names, wire_shortcuts
 def add_shortcuts(
     adapted: AdaptedModel, adapter: AdapterConfig, seed: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> None:
-    """Wire the shortcuts into the layers of ``adapted.model``, in place; they come after all linear layers.
+    """Wire the shortcuts into the layers of ``adapted.model``, in place.
 
-    Fresh shortcuts do not change any output, unless ``norm_after_shortcut`` is "reuse".
+    In ``adapted.layout`` the shortcuts follow all linear layers. New shortcuts leave the model's output unchanged,
+    unless ``norm_after_shortcut`` is "reuse".
 
     Raises:
-        ValueError: shortcuts are not defined for the model, or a name matches none.
+        ValueError: shortcuts are not defined for this model, or a name in ``adapter.shortcuts.modules`` matches none.
     """
     options = adapter.shortcuts
     assert options is not None, "there is no section adapter.shortcuts"

@@ -1,4 +1,4 @@
-"""HeteroLoRA (Zhang et al. 2024, arXiv 2406.14956): LoRA and shortcut modules compete for being on at all.
+"""HeteroLoRA (Zhang et al. 2024, arXiv 2406.14956): LoRA and shortcut modules compete to be switched on.
 
 Shape legend: M = modules, N = rows (sum of all ranks).
 """
@@ -27,26 +27,33 @@ log = logging.getLogger(__name__)
 
 
 class HeteroLoRA:
-    """Before chosen steps all modules are switched on and scored, and the best share of them stays on until the next.
+    """Switches whole modules on and off at events, which come before chosen optimizer steps.
 
-    A module that is off contributes nothing and gets exactly zero gradients (adapters/switched.py, shortcut.py). What
-    happens to its weights and optimizer state is ``disabled_state``; frozen, it goes on where it stopped when it comes
-    back, so that the function jumps there, as in the released code.
+    At an event all modules are switched on and scored. The best share of them stays on until the next event. A module
+    that is off contributes nothing to the output, and its gradients are exactly zero (switched.py, shortcut.py).
+    ``disabled_state`` says what happens to its weights and optimizer state. With "freeze", a module that is switched on
+    again continues where it stopped. The model's function jumps at that moment, as in the released code.
 
-    Differs from the released code: scores are those of gradients summed over all processes (there every process
-    decides for itself); an event whose scores are not finite is skipped (there NaN wins); SNIP and SYNFLOW, which are
-    zero while B = 0, fall back to GRAD-NORM until every module has been trained (there a random draw locks in); probe
-    batches leave accumulated gradients, random state and data order alone; modules are in evaluation mode while they
-    are scored. Nothing is gained in time or memory: all modules are allocated, and computed, all the time.
+    Differs from the released code:
+
+    * Scores come from gradients summed over all processes. There, every process decides by itself.
+    * An event whose scores are not finite is skipped. There, NaN wins.
+    * SNIP and SYNFLOW, which are zero while B = 0, fall back to GRAD-NORM until every module has been trained. There,
+      the first modules are drawn at random, and that choice is locked in.
+    * Probe batches leave accumulated gradients, random state and data order unchanged.
+    * Modules are in evaluation mode while they are scored.
+
+    HeteroLoRA saves neither time nor memory: every module is allocated and computed all the time.
 
     Raises:
-        ValueError: an unknown or unusable proxy, a budget below one module, or an interval in epochs of unknown length.
+        ValueError: the proxy is unknown or unusable, the budget is below one module, or the interval is given in epochs
+            whose length is unknown.
     """
 
     name = "heterolora"
     policy = MaskPolicy(gate_forward=True, zero_vectors=False, zero_moments=False)
     events: Sequence[Event] = ()
-    """None follows a step: see ``searches``."""
+    """Always empty: no event follows a step. HeteroLoRA's events are ``searches``."""
     needs_penalty = False
 
     def __init__(
@@ -58,12 +65,12 @@ class HeteroLoRA:
         space = SearchSpace.of(layout)
         self.candidates = Candidates(layout.modules, space.shortcuts, space.parameters)
         self.searches: Sequence[Event] = search_events(config, space, total_steps, steps_per_epoch)
-        """Events of the run; each comes before the step that follows its own."""
+        """Events of the run. One with ``step`` s is taken after s applied steps, before step s + 1."""
         self.probes = ProbeSettings(config.scale_free, config.tolerance)
         self.needs_before = config.disabled_state != "decay"
         self.rates = ModuleRates(len(layout.modules))
         self.history: list[dict[str, Any]] = []
-        """One entry per event: step, proxy, scores and on by module, or why it was skipped."""
+        """One entry per event: step, proxy, and either scores and on/off by module, or why the event was skipped."""
         self._constant_until = constant_steps(config, steps_per_epoch)
         self._due = {event.step: event for event in self.searches}
         self._generator = torch.Generator().manual_seed(config.tie_seed)
@@ -74,19 +81,24 @@ class HeteroLoRA:
         assert layout == self.layout
 
     def probe_due(self, step: int) -> Event | None:
-        """The event before the step after ``step``, once."""
+        """The event that is due after ``step`` applied steps; None if there is none, or if it has been taken."""
         done = bool(self.history) and self.history[-1]["step"] >= step
         return None if done else self._due.get(step)
 
     def proxy_of(self, event: Event) -> str:
-        """The configured proxy; CONSTANT in the first epochs if they are for drawing."""
+        """The configured proxy, or "constant" during the first ``constant_epochs``."""
         return "constant" if event.step < self._constant_until else self.config.proxy
 
     def take_probe(self, event: Event, proxy: str, scores: ProbeScores) -> str | None:
-        """Keep the scores, or say what to do instead: skip the event (not finite), or fall back to GRAD-NORM.
+        """Keep the scores for :meth:`allocate`, or name another proxy to score by.
+
+        Scores that are not finite skip the event: nothing is kept, and ``allocate`` changes nothing.
+
+        Returns:
+            "grad_norm" if these scores cannot rank the modules, else None.
 
         Raises:
-            ValueError: the scores decide nothing, and ``degenerate`` is "refuse".
+            ValueError: the scores cannot rank the modules, and ``degenerate`` is "refuse".
         """
         self._probe = None
         verdict = check_scores(proxy, self.layout.modules, scores.score_M, scores.trained_M)
@@ -106,11 +118,11 @@ class HeteroLoRA:
         return "grad_norm"
 
     def before(self, view: StepView, step: int) -> None:
-        """Keep what the optimizer must not change."""
+        """Save what the optimizer step must not change (:class:`ModuleRates`)."""
         self.rates.keep(cast(AdamView, view), step)
 
     def observe(self, view: StepView, step: int) -> None:
-        """Put it back."""
+        """Restore it, and correct the update of modules that have been off."""
         if self.needs_before:
             self.rates.settle(cast(AdamView, view))
 
@@ -119,11 +131,11 @@ class HeteroLoRA:
         self.rates.end_step()
 
     def contribution(self) -> dict[str, Tensor]:
-        """Nothing: scores are global when they are taken in."""
+        """Nothing: scores are already global when :meth:`take_probe` gets them."""
         return {}
 
     def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
-        """Switch on the best modules within the budget; ``previous`` itself if the event is skipped."""
+        """Switch on the best modules within the budget. Returns ``previous`` itself if the event is skipped."""
         if self._probe is None:
             return previous
         proxy, score_M = self._probe
@@ -137,7 +149,7 @@ class HeteroLoRA:
         return RankDecision(event.step, event.total_rank, mask_N, choice.threshold, hold=event == self.searches[-1])
 
     def choose(self, score_M: Tensor) -> ModuleChoice:
-        """Modules that these scores switch on; equal ones are drawn with the generator of ``tie_seed``."""
+        """The modules that these scores switch on. Ties are drawn with the generator seeded by ``tie_seed``."""
         share = KeptShare(self.config.keep, self.config.mode, self.config.budget_unit)
         return select_modules_on(score_M, self.candidates, share, self._generator)
 
@@ -146,12 +158,12 @@ class HeteroLoRA:
         return iter(())
 
     def shared_state(self) -> dict[str, Any]:
-        """Which modules are on, how many steps each has taken, the history, and where the draws are."""
+        """Which modules are on, how many steps each has taken, the history, and the state of the tie generator."""
         return {"on": list(self.rates.on_M), "steps": list(self.rates.steps_M), "history": list(self.history),
                 "generator": self._generator.get_state()}  # fmt: skip
 
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
-        """Go on as if there had been no interruption."""
+        """Continue as if the run had not been interrupted."""
         self.rates.on_M, self.rates.steps_M = list(shared["on"]), list(shared["steps"])
         self.history = list(shared["history"])
         self._generator.set_state(shared["generator"])
@@ -162,5 +174,5 @@ class HeteroLoRA:
         return SearchRecord(self.layout.modules, self.history, self.config.mode, self.config.budget_unit)
 
     def write_results(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """A configuration that trains the chosen modules alone, scores and pictures, into ``folder``/search."""
+        """Write a configuration that trains only the chosen modules, scores and pictures to ``folder``/search."""
         write_search(folder / "search", parse_config(dict(run)), self.record)

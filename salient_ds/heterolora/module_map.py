@@ -1,4 +1,4 @@
-"""One number per module as a heat map, with a mark on the modules that are on: scores of a search, or how often on."""
+"""Heat map with one number per module, such as a score or how often it was on. Modules that are on are marked."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MARK = "#d55e00"
 def save_module_map(
     values: Mapping[str, float], on: Collection[str], path: Path, title: str, label: str, log: bool = False
 ) -> Path:
-    """Draw {module path: value} as a PNG, rows module types and columns layers; a dot marks the modules in ``on``.
+    """Draw {module path: value} as a PNG. Rows are module types, columns are layers; a dot marks the modules in ``on``.
 
     Args:
-        label: name of the colour bar.
-        log: a logarithmic ramp, unless fewer than two different positive values are there.
+        label: label of the colour bar.
+        log: use a logarithmic colour scale; ignored if there are fewer than two different positive values.
 
     Raises:
         ValueError: there are no modules.

@@ -1,4 +1,6 @@
-"""Optimizer steps for single modules: stand still while off, and count one's own steps. Shards in, shards out.
+"""Optimizer steps per module: a module that is off does not move, and each module has its own step count.
+
+Everything here works on the local shards only.
 
 Shape legend: n = elements of one part (any piece of a flattened factor that one process owns), M = modules.
 """
@@ -20,22 +22,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class _Kept:
-    """What one view looked like before the optimizer, in pieces of one copy."""
+    """One view's state before the optimizer step. The pieces of a list are slices of one copy."""
 
     off: list[tuple[Part, str]]
-    """Part and "value" or the name of a moment."""
+    """(part, name); the name is "value" or that of a moment."""
     off_pieces: list[Tensor]
     late: list[Part]
-    """Parts that take a step of their own number."""
+    """Parts whose own step count is behind the optimizer's."""
     late_pieces: list[Tensor]
 
 
 def own_pace(
     old: list[Tensor], first: list[Tensor], second: list[Tensor], adam: list[AdamSettings], steps: list[int]
 ) -> list[Tensor]:
-    """The values (n,) that Adam's step number t (1-based) leads to, from the moments after it; one of each per part.
+    """New parameter values (n,) of Adam's step number t (1-based), from the moments m and v after that step.
 
-    p (1 - lr decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps), Loshchilov and Hutter 2019.
+    All lists have one entry per part. The formula is that of Loshchilov and Hutter 2019:
+    p (1 - lr decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
     """
     spread = torch._foreach_sqrt(second)
     torch._foreach_div_(spread, [(1 - a.betas[1] ** t) ** 0.5 for a, t in zip(adam, steps, strict=True)])
@@ -48,29 +51,30 @@ def own_pace(
 
 
 class ModuleRates:
-    """Undoes what the optimizer did to modules that are off, and corrects Adam's bias for those that have been.
+    """Freezes modules that are off, and corrects Adam's bias for modules that have been off.
 
-    A flat buffer has one step count t for all modules. While a module is off its weights and both moments are put back
-    after every step, so that Adam's state is the one of its last own step; when it has taken fewer steps than t, its
-    update is worked out again from the new moments with its own count. A module that was never off is left alone, bit
-    for bit. Equal to one optimizer group per module (the released code skips parameters without a gradient), except
-    that the global norm for clipping is taken over all processes' gradients at once, those of modules that are off
-    being zero.
+    The optimizer's flat buffer has one step count t for all modules. While a module is off, its weights and both
+    moments are restored after every step. So its Adam state stays that of its own last step. A module that has taken
+    fewer steps than t gets another update, computed from the new moments with its own count. A module that was never
+    off is not touched: its update is the optimizer's, bit for bit.
 
-    Between the two calls of a step a copy of the affected shards is kept: 12 bytes per element that is off, 4 per
-    element that counts its own steps.
+    The result equals one optimizer group per module (the released code skips parameters without a gradient), except for
+    clipping: the gradient norm is taken over all processes' gradients at once, and modules that are off add zero.
+
+    Between :meth:`keep` and :meth:`settle` a copy of the affected shards is kept: 12 bytes per element of a module that
+    is off, 4 per element of one that counts its own steps.
     """
 
     def __init__(self, num_modules: int) -> None:
         self.on_M = [True] * num_modules
         self.steps_M = [0] * num_modules
-        """Own steps of every module."""
+        """Steps that each module has taken itself."""
         self.reset_M = [False] * num_modules
-        """Modules whose B, moments and count become 0 before the next step."""
+        """Modules whose B, moments and step count are set to 0 before the next step."""
         self._kept: dict[str, _Kept] = {}
 
     def switch(self, on_M: Sequence[bool], reset: bool) -> None:
-        """From the next step on; ``reset``: what goes off now starts from B = 0 if it ever comes back."""
+        """Set which modules are on from the next step. With ``reset``, those switched off now will restart at B = 0."""
         if reset:
             self.reset_M = [was and not now for was, now in zip(self.on_M, on_M, strict=True)]
             self.steps_M = [0 if gone else n for gone, n in zip(self.reset_M, self.steps_M, strict=True)]
@@ -78,7 +82,7 @@ class ModuleRates:
 
     @torch.no_grad()
     def keep(self, view: AdamView, step: int) -> None:
-        """Before the optimizer's step number ``step``."""
+        """Save what :meth:`settle` needs. Call this before the optimizer's step number ``step``."""
         off: dict[tuple[Part, str], Tensor] = {}
         late: dict[Part, Tensor] = {}
         for part in view.parts:
@@ -92,7 +96,7 @@ class ModuleRates:
 
     @torch.no_grad()
     def settle(self, view: AdamView) -> None:
-        """After it."""
+        """Restore modules that are off, and redo the update of late ones. Call this after the optimizer's step."""
         kept = self._kept.pop(view.key)
         if kept.late:
             states = [_state(view, part) for part in kept.late]
@@ -103,13 +107,13 @@ class ModuleRates:
         if kept.off:
             now = {part: _state(view, part) for part, _ in kept.off}
             torch._foreach_copy_([now[part][name] for part, name in kept.off], kept.off_pieces)
-            known = set(kept.off)  # moments that came with this step, the run's first, begin at zero
+            known = set(kept.off)  # the run's first step creates the moments: they must start at zero
             fresh = [t for part, state in now.items() for name, t in state.items() if (part, name) not in known]
             if fresh:
                 torch._foreach_zero_(fresh)
 
     def end_step(self) -> None:
-        """Count the step for all modules that took it."""
+        """Count the step for all modules that are on."""
         self.steps_M = [n + on for n, on in zip(self.steps_M, self.on_M, strict=True)]
         self.reset_M = [False] * len(self.on_M)
 
@@ -121,11 +125,11 @@ class ModuleRates:
 
 
 def _state(view: AdamView, part: Part) -> dict[str, Tensor]:
-    """Live slices: "value", and the moments there are."""
+    """Live slices: "value", and the moments that exist."""
     moments = view.moments(part)
     return {"value": view.value(part)} | {name: moments[name] for name in MOMENTS if name in moments}
 
 
 def _copied(tensors: list[Tensor]) -> list[Tensor]:
-    """One copy of all, cut into pieces: a kernel or two instead of one for each."""
+    """Copies of the tensors, as slices of one buffer: one or two kernels instead of one per tensor."""
     return list(torch.cat(tensors).split([t.numel() for t in tensors])) if tensors else []

@@ -1,6 +1,6 @@
-"""Which whole modules are on, given their scores and a budget (HeteroLoRA, arXiv 2406.14956).
+"""Chooses which whole modules are on, from their scores and a budget (HeteroLoRA, arXiv 2406.14956).
 
-Shape legend: M = candidate modules in list order (linear layers first, then shortcuts), m = some of them.
+Shape legend: M = candidate modules in list order (linear layers first, then shortcuts), m = a subset.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Candidates:
     names: tuple[str, ...]
     is_shortcut_M: tuple[bool, ...]
     parameters_M: tuple[int, ...]
-    """Trainable elements."""
+    """Number of trainable elements."""
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.is_shortcut_M) == len(self.parameters_M)
@@ -31,14 +31,15 @@ class Candidates:
 
 @dataclass(frozen=True)
 class KeptShare:
-    """How much may be on."""
+    """The budget: how much may be on."""
 
     share: float
     """In (0, 1]."""
     mode: Mode = "combined"
-    """combined: one ranking; separated: one of linear layers and one of shortcuts; off: shortcuts stay on, unranked."""
+    """combined: one ranking of all modules. separated: one of linear layers and one of shortcuts. off: linear layers
+    are ranked, and all shortcuts stay on."""
     unit: Unit = "modules"
-    """What a share is a share of: a number of modules, as the reference, or of their parameters."""
+    """What the share counts: modules, as in the reference, or their parameters."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,23 @@ class ModuleChoice:
     mask_M: Tensor
     """bool, CPU; True = on."""
     threshold: float
-    """Lowest score that is on (combined: of all, else of the linear layers); inf if none is."""
+    """Lowest score that is on: of all modules in combined mode, else of the linear layers. inf if none is on."""
     shortcut_threshold: float
-    """The same for shortcuts; NaN unless they are ranked by themselves."""
+    """The same for shortcuts; NaN unless the mode is "separated"."""
     spent: int
-    """What the ranked modules that are on cost, in the budget's unit."""
+    """Cost of the ranked modules that are on, in the unit of the budget."""
     budget: int
-    """What they might cost."""
+    """The most that they may cost."""
 
 
 def budgets(candidates: Candidates, share: KeptShare) -> tuple[int, int]:
-    """Budgets of linear layers and shortcuts; combined mode ranks all by the sum of both.
+    """Budgets of linear layers and of shortcuts. In combined mode their sum is the budget of the one ranking.
 
-    In modules as the reference: floor(share * number) of linear layers, round(share * number), half to even, of
-    shortcuts. In parameters: floor of the share, for both.
+    In modules, as in the reference: floor(share * number) linear layers, and round(share * number) shortcuts, half to
+    even. In parameters: floor(share * number) for both.
 
     Raises:
-        ValueError: the share is not in (0, 1], or so small that no module could be on.
+        ValueError: the share is not in (0, 1], or is too small for a single module.
     """
     if not 0 < share.share <= 1:
         raise ValueError(f"the share of modules that is on is {share.share:g}: choose one above 0 and at most 1")
@@ -92,15 +93,15 @@ def _shortcut_budget(share: KeptShare, total: int) -> int:
 def select_modules_on(
     score_M: Tensor, candidates: Candidates, share: KeptShare, generator: torch.Generator
 ) -> ModuleChoice:
-    """Turn on what scores highest within the budgets. Pure but for the generator.
+    """Turn on the modules with the highest scores within the budgets. Pure except for the generator.
 
     Args:
-        score_M: any float type and device; higher is more salient.
-        generator: on the CPU; draws among equal scores and goes on from event to event, so that its state belongs in
-            checkpoints. Separated rankings draw for the linear layers first.
+        score_M: any float dtype and device; a higher score is more salient.
+        generator: a CPU generator that draws among equal scores. One generator serves all events of a run, so its state
+            belongs in checkpoints. Separated rankings draw for the linear layers first.
 
     Raises:
-        ValueError: a score is NaN (the reference lets it win), or :func:`budgets` finds nothing to turn on.
+        ValueError: a score is NaN (in the reference it wins), or the share is unusable (:func:`budgets`).
     """
     score_M = _checked(score_M, candidates)
     bL, bS = budgets(candidates, share)
@@ -143,11 +144,11 @@ def _ranked(score_m: Tensor, cost_m: Tensor, budget: int, unit: Unit, generator:
 
 
 def top_k(score_m: Tensor, budget: int, generator: torch.Generator) -> Tensor:
-    """Exactly ``budget`` modules (all, if there are fewer): the highest scores; equal ones at the cut are drawn.
+    """The ``budget`` modules with the highest scores, or all if there are fewer. Ties at the cut are drawn.
 
-    The rule of the reference, its use of random numbers included: as soon as more than one module has the score of the
-    last place, one permutation of them is drawn, and its first ones get the places that higher scores leave. Differs
-    from the reference: a budget of 0 turns nothing on (there: an assertion), and NaN must not come here.
+    This is the rule of the reference, including its use of random numbers. If more than one module has the lowest
+    selected score, these modules are permuted at random. The first ones in that order get the places that higher scores
+    have left. Differs from the reference: a budget of 0 turns nothing on (there: an assertion), and NaN is not allowed.
 
     Returns:
         bool (m,), CPU.
@@ -167,10 +168,10 @@ def top_k(score_m: Tensor, budget: int, generator: torch.Generator) -> Tensor:
 
 
 def top_within(score_m: Tensor, cost_m: Tensor, budget: int, generator: torch.Generator) -> Tensor:
-    """The highest scores whose costs fit into ``budget`` together; what is too large is passed over.
+    """Take modules from the highest score down while their costs fit into ``budget``; skip those that are too large.
 
-    So the sum never exceeds the budget, and no module that is off would still fit in. Equal scores that do not all fit
-    come in drawn order. With equal costs c it is :func:`top_k` with floor(budget / c).
+    So the total cost never exceeds the budget, and no module that is off would still fit. Equal scores that do not all
+    fit are taken in random order. With equal costs c the result is :func:`top_k` with floor(budget / c).
 
     Returns:
         bool (m,), CPU.

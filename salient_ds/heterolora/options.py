@@ -18,45 +18,52 @@ if TYPE_CHECKING:
 
 
 class HeteroLoRAConfig(MethodConfig):
-    """Whole modules on or off (Zhang et al. 2024), decided from gradients of a few probe batches.
+    """Switches whole modules on or off (Zhang et al. 2024), based on gradients of a few probe batches.
 
-    The released scripts use GRAD-NORM, 32 batches, a quarter on (a third for LLaMA), every 0.2 or 0.25 of an epoch.
+    The released scripts use GRAD-NORM and 32 batches. They keep a quarter of the modules on (a third for LLaMA), and
+    have an event every 0.2 or 0.25 epochs.
     """
 
     name: Literal["heterolora"] = "heterolora"
     proxy: Literal["constant", "grad_norm", "snip", "synflow", "alpha_test", "fisher"] = "grad_norm"
-    """How a module is scored; fisher is named by the released code but not written there."""
+    """How modules are scored. The released code names fisher but does not implement it."""
     mode: Literal["off", "combined", "separated"] = "combined"
-    """LoRA and shortcut modules in one ranking, in one each, or LoRA alone (off: shortcuts stay on)."""
+    """combined: one ranking of LoRA and shortcut modules. separated: one ranking of each kind. off: only LoRA modules
+    are ranked, and all shortcuts stay on."""
     keep: float = Field(0.25, gt=0, le=1)
-    """Share of the modules (or of their parameters) that is on."""
+    """Share of the modules (or of their parameters, see `budget_unit`) that stays on after an event."""
     budget_unit: Literal["modules", "params"] = "modules"
     interval: float = Field(0.2, gt=0)
-    """Distance of two events in `interval_unit`; the first comes before the first step."""
+    """Distance between two events, in `interval_unit`. The first event comes before the first step."""
     interval_unit: Literal["epochs", "steps"] = "epochs"
     constant_epochs: float = Field(0, ge=0)
-    """Epochs at the start in which all scores are equal, so that modules are drawn (released LLaMA code: 2)."""
+    """Number of epochs at the start in which modules are drawn at random instead of scored (released LLaMA code: 2)."""
     search_end: float = Field(1.0, gt=0, le=1)
-    """Share of the run after which no event comes any more (released code: 1)."""
+    """There are no events after this share of the run (released code: 1)."""
     probe_batches: int = Field(32, ge=1)
-    """Batches of an event: the first ones of the training data in their own order, the same at every event."""
+    """Number of probe batches per event, over all processes. Every event uses the same ones: the first batches of the
+    unshuffled training data."""
     probe_batch_size: int | None = Field(None, ge=1)
-    """Examples of a probe batch (default: train.micro_batch_size)."""
+    """Examples per probe batch (default: train.micro_batch_size)."""
     scale_free: bool = False
-    """Divide a module's scaling alpha / r out of its score, which otherwise decides between kinds of modules."""
+    """Divide each score by the module's scaling alpha / r. Otherwise kinds of modules with a larger scaling are
+    favoured."""
     degenerate: Literal["grad_norm", "refuse"] = "grad_norm"
-    """If all scores are 0, as SNIP's and SYNFLOW's while B = 0: rank that event by GRAD-NORM, or stop."""
+    """What to do while snip, synflow or fisher cannot rank the modules, because they are 0 for every module whose B is
+    still 0. grad_norm: rank that event by GRAD-NORM. refuse: stop with an error."""
     disabled_state: Literal["freeze", "decay", "reset"] = "freeze"
-    """freeze: weights, moments and step count of a module stand still while it is off (released code); decay: the
-    optimizer goes on with zero gradients; reset: B, both moments and the count become 0 when it is switched off."""
+    """What happens to a module while it is off. freeze: its weights, moments and step count do not change (released
+    code). decay: the optimizer continues with zero gradients. reset: as freeze, but B, both moments and the step count
+    are set to 0 when the module is switched off."""
     tolerance: float = Field(0.01, gt=0)
-    """ALPHA-TEST: relative rise of the perplexity that still passes."""
+    """alpha_test: a module may be weakened until the perplexity exceeds p + tolerance / p, where p is the perplexity
+    with all modules at full strength (released code)."""
     tie_seed: int = 0
     """Seed of the generator that draws among equal scores."""
 
     @property
     def counts_epochs(self) -> bool:
-        """Whether the events depend on how many steps an epoch has."""
+        """Whether the events depend on the number of steps per epoch."""
         return self.interval_unit == "epochs" or self.constant_epochs > 0
 
     @model_validator(mode="after")
@@ -72,7 +79,7 @@ class HeteroLoRAConfig(MethodConfig):
 
     @property
     def takes_shortcuts(self) -> bool:
-        """They compete with the linear layers."""
+        """Shortcuts compete with the linear layers."""
         return True
 
     def build(
@@ -82,24 +89,25 @@ class HeteroLoRAConfig(MethodConfig):
         rates: RatePlan | None = None,
         steps_per_epoch: int | None = None,
     ) -> Method:
-        """Events may be given in epochs."""
+        """Build the method. ``steps_per_epoch`` is needed if the options count in epochs."""
         method: Method = self._implementation()(self, layout, total_steps, steps_per_epoch)
         return method
 
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:
-        """Whole modules that a mask switches."""
+        """Adapters that a mask switches on and off as a whole."""
         return SwitchedForm()
 
     def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
-        """Searches; each comes before the step that follows its own.
+        """The searches of the run. One with ``step`` s is taken after s applied steps, before step s + 1.
 
         Raises:
-            ValueError: the budget is smaller than one module, or the events are in epochs of unknown length.
+            ValueError: the budget is smaller than one module, or the interval is given in epochs and
+                ``steps_per_epoch`` is None.
         """
         return search_events(self, SearchSpace.of(layout), total_steps, steps_per_epoch)
 
     def probe_batches_of(self, micro_batch_size: int) -> tuple[int, int] | None:
-        """``probe_batches`` batches, of the training's size unless there is one of their own."""
+        """Number and size of the probe batches. The size defaults to the micro-batch size of training."""
         return self.probe_batches, self.probe_batch_size or micro_batch_size
 
     def final_total(self, layout: RankLayout, total_steps: int) -> int:
@@ -107,16 +115,16 @@ class HeteroLoRAConfig(MethodConfig):
         return largest_total(self, SearchSpace.of(layout))
 
     def statistics_bytes(self, layout: RankLayout) -> int:
-        """A copy of weights and moments of what is off."""
+        """Copies of weights and moments of the modules that are off."""
         if self.disabled_state == "decay":
             return 0
         return round(12 * (1 - self.keep) * self.adapter_parameters(layout))
 
     def event_bytes(self, layout: RankLayout) -> int:
-        """Whole gradients in fp32, and whole weights for the proxies that multiply by them."""
+        """Upper bound: whole gradients in fp32, and whole fp32 weights unless the proxy is grad_norm."""
         return (4 if self.proxy == "grad_norm" else 8) * self.adapter_parameters(layout)
 
     @property
     def replaces_weights(self) -> str | None:
-        """SYNFLOW puts absolute values in their place."""
+        """The option that replaces weights while the model runs: SYNFLOW uses their absolute values."""
         return "method.proxy=synflow" if self.proxy == "synflow" else None

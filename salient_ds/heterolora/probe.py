@@ -1,10 +1,11 @@
-"""Passes over a few batches between two steps that leave no trace: gradients of all adapters, scores of all modules.
+"""Probes: passes over a few batches between two steps. They give gradients of all adapters and scores of all modules.
 
 Shape legend: n = elements of one factor, M = modules.
 
-Gradients come from ``torch.autograd.grad`` through the module that DeepSpeed wrapped. Its hooks gather and release
-ZeRO-3's parameters as in any pass, but nothing is accumulated: no ``.grad``, no reduction bucket, no partition of
-averaged gradients, no loss-scale state, no step is touched (design: all stages agree with the plain gradient).
+A probe leaves no trace. Gradients come from ``torch.autograd.grad`` through the module that DeepSpeed wrapped. Its
+hooks gather and release ZeRO-3's parameters as in any pass, but nothing is accumulated: no ``.grad``, reduction bucket,
+partition of averaged gradients, loss-scale state or step count is touched. The gradients are those of plain PyTorch at
+every ZeRO stage (tests/dist/test_heterolora_matrix.py).
 """
 
 from __future__ import annotations
@@ -32,28 +33,28 @@ if TYPE_CHECKING:
     from salient_ds.engine.reports import MicroBatch
 
 _CHUNK = 2**26
-"""Elements per all-reduce (256 MiB): bounds what a backend copies."""
+"""Elements per all-reduce (256 MiB in fp32). This bounds the copies that a backend makes."""
 NEEDS_WEIGHTS = ("snip", "synflow", "fisher")
 
 
 @dataclass(frozen=True)
 class ProbeData:
-    """The batches of every event: number ``j`` is the same rows on whichever process asks."""
+    """The ``count`` batches that every event uses. ``batch(j)`` holds the same rows on every process."""
 
     count: int
     batch: Callable[[int], MicroBatch]
 
 
 Factors = list[dict[str, Tensor]]
-"""Whole factors (or their gradients) by module and name, fp32, on every process."""
+"""Whole factors (or their gradients) in fp32 on every process: one dict per module, keyed by factor name."""
 
 
 class Prober:
-    """Scores all modules of an engine, all of them switched on, in evaluation mode.
+    """Scores all modules of an engine in evaluation mode, with all of them switched on.
 
-    Batch j goes to process j mod world size; gradients are summed over batches and processes before any norm or
-    absolute value. For the time of a probe every process holds all adapters' gradients in fp32, and their fp32 weights
-    too for the proxies that multiply by them.
+    Batch j goes to process j mod world size. Gradients are summed over batches and processes before any norm or
+    absolute value is taken. During a probe every process holds the gradients of all adapters in fp32. For proxies that
+    multiply by the weights (``NEEDS_WEIGHTS``), it holds the fp32 weights too.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Prober:
         self.settings, self.device = settings, device
 
     def score(self, proxy: str, data: ProbeData) -> ProbeScores:
-        """Scores (M,) by this proxy, identical on every process. Nothing of training changes, random state included."""
+        """Scores (M,) by this proxy, identical on every process. Training state and random state do not change."""
         count = len(self.adapted.adapters)
         if proxy == "constant":
             return ProbeScores(torch.full((count,), proxies.constant(), dtype=torch.float64), None)
@@ -76,7 +77,7 @@ class Prober:
                 score_M = self._by_gradient(proxy, data, weights)
                 if weights is not None:
                     trained_M = torch.tensor([bool(factors["B"].any()) for factors in weights])
-        if world().world_size > 1:  # one process' numbers, so that equal hardware need not be assumed
+        if world().world_size > 1:  # unequal hardware may round differently
             shared_M = score_M.to(self.device)
             dist.broadcast(shared_M, 0)
             score_M = shared_M.cpu()
@@ -111,7 +112,7 @@ class Prober:
         return torch.tensor(scores, dtype=torch.float64)
 
     def _mine(self, data: ProbeData) -> Iterator[tuple[MicroBatch, float]]:
-        """This process' batches with weight 1, filled up with weight 0 so that all take part in every pass."""
+        """This process' batches with weight 1, then fillers with weight 0: every process takes part in every pass."""
         global_rank, world_size = world()
         for first in range(0, data.count, world_size):
             j = first + global_rank
@@ -121,7 +122,7 @@ class Prober:
     def _gradients(
         self, inputs: dict[str, Tensor], parameters: list[nn.Parameter], weight: float, absolute: bool = False
     ) -> list[Tensor]:
-        """Gradients of one batch's mean loss, loss scale divided out."""
+        """Gradients of one batch's mean loss, with the loss scale divided out."""
         scale = loss_scale(self.engine)
         loss = self.engine.module(**inputs).loss * scale
         if not weight:
@@ -131,7 +132,10 @@ class Prober:
         return [gradient.float().div_(scale).view(-1) for gradient in found]
 
     def _absolute_gradients(self, data: ProbeData) -> Factors:
-        """Of the loss of the absolute network on all-ones embeddings with the labels of batch 0, on every process."""
+        """Gradients of the absolute network's loss for all-ones embeddings and the labels of batch 0.
+
+        Every process computes the same.
+        """
         inputs = dict(data.batch(0).inputs)
         tokens = inputs.pop("input_ids")
         embedding: Any = self.adapted.model.get_input_embeddings()  # type: ignore[operator]
@@ -152,7 +156,7 @@ class Prober:
         return packed_sum({"fisher": total_M}, True, self.device)["fisher"].cpu() / data.count
 
     def _weights(self) -> Factors:
-        """Whole fp32 masters of all adapters, summed from what the processes own."""
+        """Whole fp32 masters of all adapters, put together by summing the parts that the processes own."""
         sums = _Sums(self.adapted, self.device)
         masters = sums.by_module()
         if not self.shards.replicated or world().global_rank == 0:
@@ -196,7 +200,7 @@ class Prober:
 
     @contextlib.contextmanager
     def _all_on(self) -> Iterator[None]:
-        """Switch every module on for the time being."""
+        """Switch every module on inside the block, and restore the masks after it."""
         adapters = list(self.adapted.adapters.values())
         before = [(adapter.rank_mask_R.clone(), adapter.gated) for adapter in adapters]
         for adapter in adapters:
@@ -209,7 +213,7 @@ class Prober:
 
 
 class _Sums:
-    """One fp32 buffer for all adapters' gradients, seen parameter by parameter or factor by factor."""
+    """One fp32 buffer for all adapters' gradients. Its parts can be reached by parameter or by factor."""
 
     def __init__(self, adapted: AdaptedModel, device: torch.device) -> None:
         self.adapted = adapted
@@ -246,10 +250,10 @@ class _Sums:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode that still checkpoints activations; random state and modes are as before afterwards.
+    """Evaluation mode that still checkpoints activations. Random state and modes are restored afterwards.
 
-    transformers recomputes a layer only in training mode, so that layers which do so keep it for themselves, with their
-    own dropout set to 0.
+    transformers recomputes a layer only if the layer is in training mode. So layers with activation checkpointing stay
+    in training mode, with their own dropout set to 0.
     """
     modes = [(module, module.training) for module in model.modules()]
     rates: list[tuple[nn.Module, str, float]] = []

@@ -1,4 +1,4 @@
-"""Events that come before a step: when they are due, and how scores become a decision."""
+"""Events that come before a step: takes them when they are due, and turns scores into a decision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from salient_ds.ranks import Event
 
 
 class ProbeEvents:
-    """Takes the events of a :class:`ProbingMethod` before the steps that they belong to."""
+    """Takes each event of a :class:`ProbingMethod` before the step that it belongs to."""
 
     def __init__(self, state: AllocationState, data: ProbeData) -> None:
         """
@@ -31,18 +31,18 @@ class ProbeEvents:
         return method
 
     def take_due(self) -> None:
-        """An event that is due now, if there is one."""
+        """Take the event that is due now, if there is one."""
         event = self._method.probe_due(self._state.step)
         if event is not None:
             self._report = self.take(event) or self._report
 
     def reported(self) -> EventReport | None:
-        """What was decided since the last applied step, once."""
+        """What was decided since the last call; None if nothing was."""
         report, self._report = self._report, None
         return report
 
     def take(self, event: Event) -> EventReport | None:
-        """Score all modules, decide, apply; None if nothing was decided."""
+        """Score all modules, decide, and apply the decision. Returns None if nothing was decided."""
         state, method, began = self._state, self._method, time.perf_counter()
         prober = Prober(state.engine, state.adapted, state.shards, method.probes, state.device)
         proxy: str | None = method.proxy_of(event)

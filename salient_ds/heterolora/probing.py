@@ -1,4 +1,4 @@
-"""What a method needs that decides from gradients of probe batches, before a step instead of after one.
+"""Interface of methods that decide before a step, from the gradients of probe batches.
 
 Shape legend: M = modules (all rows of a matrix together).
 """
@@ -20,28 +20,28 @@ class ProbeSettings:
     """How modules are probed."""
 
     scale_free: bool
-    """Divide a module's scaling out of its score."""
+    """Divide each score by the module's scaling."""
     tolerance: float
-    """ALPHA-TEST: relative rise of the perplexity that still passes."""
+    """t of the ALPHA-TEST's limit m + t / m (:meth:`salient_ds.heterolora.proxies.MetricLimit.of`)."""
 
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """What one probe found, the same on every process."""
+    """Result of one probe, the same on every process."""
 
     score_M: Tensor
     """float64, CPU; higher is more salient."""
     trained_M: Tensor | None
-    """bool, CPU: whether B is anything but zero; None where the proxy does not care."""
+    """bool, CPU: True where B is not all zero. None for proxies that do not need to know."""
 
 
 @runtime_checkable
 class ProbingMethod(Protocol):
-    """Further duties of a :class:`~salient_ds.methods.base.Method` whose events come before a step."""
+    """Further duties of a :class:`~salient_ds.methods.duties.Method` whose events come before a step."""
 
     probes: ProbeSettings
     searches: Sequence[Event]
-    """Events of the run; each comes before the step that follows its own."""
+    """Events of the run. One with ``step`` s is taken after s applied steps, before step s + 1."""
 
     @property
     def record(self) -> SearchRecord:
@@ -49,13 +49,13 @@ class ProbingMethod(Protocol):
         ...
 
     def probe_due(self, step: int) -> Event | None:
-        """The event that comes after ``step`` applied steps and before the next forward pass, unless it has been."""
+        """The event due after ``step`` applied steps, before the next forward pass. None if it has been taken."""
         ...
 
     def proxy_of(self, event: Event) -> str:
-        """Name of the proxy to score all modules with, all of them switched on."""
+        """Name of the proxy that scores the modules at this event. All modules are on while they are scored."""
         ...
 
     def take_probe(self, event: Event, proxy: str, scores: ProbeScores) -> str | None:
-        """Scores for the coming :meth:`allocate`; returns another proxy to try if these decide nothing."""
+        """Receive the scores for the next ``allocate``. Returns another proxy to try if these cannot decide."""
         ...

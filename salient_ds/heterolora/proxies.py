@@ -3,8 +3,9 @@
 Shape legend: R = rank, I/O = in/out features, A_RI, B_OR = factors of one module whose update is s B A x with
 s = alpha / r, G_A, G_B = gradients with respect to them, M = candidate modules.
 
-Gradients are those of the mean loss of every probe batch, summed over batches, and over processes, before they come
-here: a norm of a sum is not a sum of norms. All modules are on while they are taken. Higher is more salient.
+Gradients are those of each probe batch's mean loss. They are summed over batches and processes before they come here,
+because a norm of a sum is not a sum of norms. All modules are on while gradients are taken. A higher score means more
+salient.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from torch import Tensor
 
 PROXIES = ("constant", "grad_norm", "snip", "synflow", "alpha_test", "fisher")
 ZERO_WHILE_UNTRAINED = ("snip", "synflow", "fisher")
-"""Scores that are 0 for every module with B = 0, whatever the data say: dL/dA = s B^T ... = 0 and B dL/dB = 0."""
+"""Proxies that score 0 for every module with B = 0, whatever the data: dL/dA = s B^T ... = 0 and B dL/dB = 0."""
 
 
 def check_proxy(name: str) -> None:
-    """Refuse what is no proxy of modules.
+    """Refuse a name that is not a proxy for modules.
 
     Raises:
-        ValueError: the name is unknown, or JACOB-COV's.
+        ValueError: the name is unknown, or "jacob_cov".
     """
     if name == "jacob_cov":
         raise ValueError(
@@ -39,7 +40,7 @@ def check_proxy(name: str) -> None:
 
 
 def constant() -> float:
-    """CONSTANT: all modules are equal, so that the seeded draw among ties decides."""
+    """CONSTANT: all modules score the same, so the seeded draw among ties decides."""
     return 1.0
 
 
@@ -51,19 +52,19 @@ def grad_norm(G_A: Tensor, G_B: Tensor) -> Tensor:
 def snip(A_RI: Tensor, B_OR: Tensor, G_A: Tensor, G_B: Tensor) -> Tensor:
     """SNIP (Lee et al. 2019): sum |A * G_A| + sum |B * G_B|; () float64.
 
-    The gradient with respect to an all-ones mask on a weight is the weight times its gradient, so that no mask is
-    needed. The reference defines it for linear layers; here for shortcuts too.
+    The gradient with respect to an all-ones mask on a weight is the weight times its gradient, so no mask is needed.
+    The reference defines SNIP for linear layers only. Here it scores shortcuts too.
     """
     return _connection_sensitivity(A_RI, G_A) + _connection_sensitivity(B_OR, G_B)
 
 
 def fisher(A_RI: Tensor, G_A: Tensor) -> Tensor:
-    """FISHER of one probe batch: 1/2 sum_k (sum_i A_ki G_A,ki)^2; () float64. To be averaged over batches.
+    """FISHER of one probe batch: 1/2 sum_k (sum_i A_ki G_A,ki)^2; () float64. The caller averages it over batches.
 
     The activations of a module are its R inner products A x. The gradient with respect to a gate on inner product k is
-    sum_i A_ki G_A,ki, and half its square, averaged over samples, estimates what cutting k costs (Theis et al. 2018;
-    as a proxy: Abdelfattah et al. 2021). A batch counts as one sample here, so that probe batches of one example give
-    the published definition. The reference names it without writing it.
+    sum_i A_ki G_A,ki. Half its square, averaged over samples, estimates the cost of removing k (Theis et al. 2018; as a
+    proxy: Abdelfattah et al. 2021). Here a batch counts as one sample, so probe batches of one example give the
+    published definition. The reference names FISHER but does not implement it.
     """
     return 0.5 * (A_RI.double() * G_A.double()).sum(1).square().sum()
 
@@ -77,17 +78,18 @@ def proxy_score(
 ) -> float:
     """Score of one module by GRAD-NORM, SNIP or SYNFLOW.
 
-    SYNFLOW as released is SNIP's formula with gradients taken in the network of absolute values: parameters and buffers
-    are replaced by their absolute values and input embeddings by ones, while the labels and mask of one batch stay.
-    Unlike SynFlow as published (Tanaka et al. 2020) that is neither free of data nor a sum of outputs. Values fall by
-    orders of magnitude from layer to layer towards the input, so that it ranks by depth.
+    SYNFLOW, as released, is SNIP's formula with gradients of the network of absolute values. Parameters and buffers are
+    replaced by their absolute values and input embeddings by ones. The labels and the mask of one batch stay. So,
+    unlike the published SynFlow (Tanaka et al. 2020), it uses data and does not sum outputs. Its values fall by orders
+    of magnitude from layer to layer towards the input, so it ranks modules by depth.
 
     Args:
         scaling: the module's s = alpha / r.
-        scale_free: divide the gradients by s: the score that the same factors would have if their product were not
-            multiplied by alpha / r, everything else in the model being equal. A module's alpha then has no part in its
-            score at B = 0. Without, kinds of modules with a larger alpha / r are favoured in proportion (16 / r against
-            4 / r in the released settings). Their rank still counts: more rows, more gradient.
+        scale_free: divide the gradients by s. The result is the score that the same factors would have if their product
+            were not multiplied by alpha / r, everything else in the model being equal. A module's alpha then has no
+            influence on its score at B = 0. Without this, kinds of modules with a larger alpha / r are favoured in
+            proportion (16 / r against 4 / r in the released settings). The rank still has an influence: more rows give
+            more gradient.
     """
     if proxy == "grad_norm":
         score = grad_norm(G_A, G_B)
@@ -99,7 +101,7 @@ def proxy_score(
 
 @dataclass(frozen=True)
 class MetricLimit:
-    """How far a metric may go before a module counts as needed."""
+    """How far a metric may get worse before a module counts as needed."""
 
     value: float
     higher_is_better: bool
@@ -111,24 +113,28 @@ class MetricLimit:
         metric: Literal["accuracy", "perplexity"] = "perplexity",
         phase: Literal["static", "dynamic"] = "static",
     ) -> MetricLimit:
-        """The reference's limits: m (1 - t) for accuracies; for perplexities m (1 + t), or m + t / m while training."""
+        """The reference's limits for a baseline m and a tolerance t.
+
+        Accuracy: m (1 - t). Perplexity: m (1 + t) in phase "static", m + t / m in phase "dynamic" (while training).
+        """
         if metric == "accuracy":
             return MetricLimit(baseline - baseline * tolerance, True)
         return MetricLimit(baseline + (baseline * tolerance if phase == "static" else tolerance / baseline), False)
 
     def crossed(self, value: float) -> bool:
-        """Whether the metric is beyond the limit. NaN is."""
+        """Whether the metric is beyond the limit. NaN counts as beyond."""
         return math.isnan(value) or (value < self.value if self.higher_is_better else value > self.value)
 
 
 def alpha_test(metric: Callable[[float], float], limit: MetricLimit, levels: int = 10) -> int:
     """ALPHA-TEST: the smallest k in 0 .. levels for which ``metric(k / levels)`` stays within the limit.
 
-    Found by bisection, as the reference, hence exact if the metric is monotone; k = levels is taken as within.
+    It is found by bisection, as in the reference, so the result is exact if the metric is monotone. k = levels is
+    assumed to be within the limit.
 
     Args:
-        metric: sets the module's ``importance`` (a factor on a linear layer's whole output, on a shortcut's low-rank
-            part) and measures the model, over all processes.
+        metric: sets the module's ``importance`` and measures the model over all processes. The importance is a factor
+            on a linear layer's whole output, or on a shortcut's low-rank part.
     """
     low, high = 0, levels
     while low < high:
@@ -145,20 +151,20 @@ class ScoreCheck:
     """Whether scores can rank modules."""
 
     kind: Literal["ok", "non_finite", "degenerate", "locked_in"]
-    """non_finite: skip the event; degenerate, locked_in: rank by another proxy (GRAD-NORM), or stop."""
+    """non_finite: skip the event. degenerate, locked_in: rank by another proxy (GRAD-NORM), or stop."""
     reason: str = ""
-    """A sentence for the user; empty if all is well."""
+    """A sentence for the user; empty if the kind is "ok"."""
 
 
 def check_scores(proxy: str, names: Sequence[str], score_M: Tensor, trained_M: Tensor | None = None) -> ScoreCheck:
-    """Look for scores that say nothing, before modules are ranked by them.
+    """Detect scores that cannot rank modules, before they are used.
 
-    SNIP and SYNFLOW are zero for every module at the start. The reference then draws the modules at random, trains
-    those, and from then on only these have scores above zero: the draw is locked in for the whole run.
+    SNIP and SYNFLOW are zero for every module at the start. The reference then draws modules at random and trains them.
+    From then on only these modules have scores above zero: the draw is locked in for the whole run.
 
     Args:
-        trained_M: bool, whether B of a module differs from zero; None: not known, then only scores that are zero for
-            all modules are found.
+        trained_M: bool, True where B of a module differs from zero. None if that is unknown; then only scores that are
+            zero for all modules are detected.
     """
     assert len(names) == len(score_M)
     finite_M = torch.isfinite(score_M)

@@ -1,8 +1,8 @@
-"""The TOML files of HeteroLoRA's released code (lora_*.toml, ags_*.toml) as the ``adapter`` section of our YAML.
+"""Converts TOML files of HeteroLoRA's released code (lora_*.toml, ags_*.toml) to the ``adapter`` section of our YAML.
 
-A file has a granularity, a ``[default]`` table and specific ones: ``[all_layers.q_proj]`` for all layers ("network") or
-``[model_layer_3.q_proj]`` for one ("layer"). A specific table replaces the default as a whole. A rank of 0 means: none.
-No torch.
+A file has a granularity, a ``[default]`` table and specific tables. With granularity "network" a specific table such as
+``[all_layers.q_proj]`` is for all layers. With granularity "layer", ``[model_layer_3.q_proj]`` is for one layer. A
+specific table replaces the default table as a whole. A rank of 0 means that there is no module. No torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Granularity = Literal["network", "layer"]
 
 @dataclass(frozen=True)
 class ReleasedNames:
-    """Where a model's layers are, and what the files' short names mean there."""
+    """Where a model's layers are, and which of their modules the files' short names mean."""
 
     layers: str
     projections: dict[str, str]
-    """Path inside a layer by the name that the files use; two names may mean one path."""
+    """Path inside a layer, by the name used in the files. Two names may mean the same path."""
 
 
 _ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -66,7 +66,7 @@ SHORTCUTS = {
     "shortcut2": "shortcut_ffn",
 }
 _IGNORED = ("init_lora_weghts", "init_lora_weights", "fan_in_fan_out")
-"""Keys (the first one misspelt like that there) that the released code reads and does not use either."""
+"""Keys that the released code reads but does not use either. Its spelling of the first one is kept."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def convert(
     num_layers: int | None = None,
     norm_after_shortcut: Literal["none", "reuse"] = "none",
 ) -> dict[str, Any]:
-    """The ``adapter`` section that says the same as one or two of the released code's files.
+    """The ``adapter`` section that is equivalent to one or two files of the released code.
 
     Args:
-        model_type: one of ``ARCHITECTURES``; the files do not say it.
-        num_layers: layers of the model; needed for a "layer" file whose default rank is above 0.
-        norm_after_shortcut: the released code always does what "reuse" does, which the files do not say either.
+        model_type: one of ``ARCHITECTURES``; the files do not state it.
+        num_layers: number of layers of the model; needed for a "layer" file whose default rank is above 0.
+        norm_after_shortcut: the files do not state it either. The released code always does what "reuse" does.
 
     Returns:
         ``{"adapter": {...}}``, as :func:`salient_ds.config.run.parse_config` takes it.
@@ -135,7 +135,7 @@ def convert(
 
 
 def to_yaml(section: dict[str, Any]) -> str:
-    """YAML text of :func:`convert`'s result, to be put into a run file."""
+    """:func:`convert`'s result as YAML text for a run file."""
     import yaml
 
     return str(yaml.safe_dump(section, sort_keys=False, default_flow_style=None, width=110))
@@ -143,7 +143,7 @@ def to_yaml(section: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Modules with a rank above 0: layer numbers by path inside a layer (None: all layers), and what they share."""
+    """Modules with a rank above 0: layer numbers by path inside a layer (None: all layers), and their one setting."""
 
     layers: dict[str, list[int] | None]
     setting: _Setting | None
@@ -155,7 +155,7 @@ def _numbers(setting: _Setting | None) -> dict[str, Any]:
 
 
 def _paths(chosen: _Chosen, layers: str, without: str = "") -> list[str]:
-    """Names that hold in all layers as they are, others as full paths, layer by layer."""
+    """The names as they are if they apply to all layers; otherwise full paths, layer by layer."""
     if all(numbers is None for numbers in chosen.layers.values()):
         return list(chosen.layers)
     pairs = sorted((number, k) for k, numbers in enumerate(chosen.layers.values()) for number in numbers or [])
@@ -258,7 +258,7 @@ class _File:
         return None if self.default is None else self._setting("default", self.default)
 
     def _setting(self, title: str, table: dict[str, Any]) -> _Setting | None:
-        """Rank, alpha and dropout; None if there is no module (or a problem, which is then noted)."""
+        """Rank, alpha and dropout; None if there is no module, or if there is a problem, which is then noted."""
         rank = table.get("r")
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             self._note(f"[{title}] r = {rank!r}: must be a whole number, 0 for no module")
@@ -281,7 +281,7 @@ class _File:
         return _Setting(rank, float(alpha), float(dropout))
 
     def _note(self, text: str) -> None:
-        """A problem once, however many modules the table (a default) applies to."""
+        """Add a problem only once: a default table applies to many modules."""
         if f"{self.path}: {text}" not in self.problems:
             self._problem(text)
 

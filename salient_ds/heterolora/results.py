@@ -1,4 +1,4 @@
-"""What a search leaves behind: a configuration to train, PEFT's patterns, scores, on-frequencies, pictures."""
+"""The results of a search: a configuration to train, PEFT's patterns, scores, on-frequencies and pictures."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FILES = ("final.yaml", "rank_pattern.json", "scores.json", "history.json", "on_f
 def chosen_config(
     config: RunConfig, on: Sequence[str], rank: int | None = None, method: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The run with only the modules in ``on``, as a mapping for YAML; trained as it is, nothing is switched any more.
+    """A run configuration that trains only the modules in ``on``, as a mapping for YAML.
 
     Args:
         on: paths of linear layers and shortcuts.
-        rank: of every chosen module (default: as in the search, so that less is trained in all).
-        method: section ``method`` of the result (default: LoRA).
+        rank: rank of every chosen module (default: as in the search, so fewer parameters are trained in total).
+        method: section ``method`` of the result (default: LoRA, which switches no modules).
 
     Raises:
-        ValueError: nothing is on.
+        ValueError: ``on`` is empty.
     """
     if not on:
         raise ValueError("no module is on: raise the budget")
@@ -52,7 +52,7 @@ def chosen_config(
 
 
 def peft_pattern(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of PEFT's LoraConfig for the linear layers of a chosen configuration (shortcuts are no LoRA)."""
+    """Arguments of PEFT's LoraConfig for the linear layers of a chosen configuration. Shortcuts are not LoRA."""
     adapter = run["adapter"]
     names, rank = adapter["target_modules"], adapter["rank"]
     alpha = adapter.get("alpha", 32.0)
@@ -67,18 +67,18 @@ def peft_pattern(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def on_frequency(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    """Share of the events that took place in which a module was on."""
+    """Per module, the share of events after which it was on. Skipped events do not count."""
     taken = [entry["on"] for entry in history if "on" in entry]
     return {name: sum(on[k] for on in taken) / max(len(taken), 1) for k, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """What a search found out, event by event."""
+    """What a search has found, event by event."""
 
     modules: tuple[str, ...]
     history: Sequence[Mapping[str, Any]]
-    """One entry per event: step, proxy, scores and on by module, or why it was skipped."""
+    """One entry per event: step, proxy, and either scores and on/off by module, or why the event was skipped."""
     mode: str
     unit: str
     """What the budget counts: modules or params."""
@@ -91,9 +91,9 @@ def write_search(
     rank: int | None = None,
     then: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Write FILES into ``folder`` and return the chosen configuration; None if no event took place.
+    """Write FILES to ``folder`` and return the chosen configuration; None if no event took place.
 
-    After several events the frequencies are a picture as well.
+    After more than one event, on_frequency.png is written as well.
 
     Args:
         rank, then: rank and method of the configuration, see :func:`chosen_config`.

@@ -1,7 +1,7 @@
-"""When HeteroLoRA switches modules on and off, and how many ranks may then live. No torch.
+"""When HeteroLoRA switches modules on and off, and how large the sum of ranks may then be. No torch.
 
-Numbers: p = share that is on, M = modules, S = steps of an epoch, N = steps between events. An event of step s comes
-after s applied steps and before the next one, so that the first comes before training.
+Letters: S = steps per epoch, N = steps between events. An event of step s comes after s applied steps and before step
+s + 1. So the first event, of step 0, comes before training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from salient_ds.ranks import Event, RankLayout
 
 
 class SearchSettings(Protocol):
-    """The options that a schedule follows from (HeteroLoRA's own have them)."""
+    """The options that determine a schedule. HeteroLoRA's options class has all of them."""
 
     @property
     def keep(self) -> float: ...
@@ -39,13 +39,13 @@ class SearchSpace:
 
     ranks: tuple[int, ...]
     parameters: tuple[int, ...]
-    """Trainable elements of every module."""
+    """Number of trainable elements of every module."""
     shortcuts: tuple[bool, ...]
     """Whether a module is a shortcut connection."""
 
     @classmethod
     def of(cls, layout: RankLayout) -> SearchSpace:
-        """The modules of a layout, told apart by their names."""
+        """The modules of a layout. Shortcuts are recognised by their names."""
         sides = zip(layout.ranks, layout.in_features, layout.out_features, strict=True)
         parameters = tuple(rank * (wide + tall) for rank, wide, tall in sides)
         return cls(layout.ranks, parameters, tuple(is_shortcut(name) for name in layout.modules))
@@ -55,13 +55,13 @@ class SearchSpace:
 
 
 def search_steps(config: SearchSettings, total_steps: int, steps_per_epoch: int | None) -> list[int]:
-    """Applied steps before every event, the first 0.
+    """Number of applied steps before each event; 0 for the first.
 
-    Source: the released code's rule "at step i of an epoch, if i mod N = 0" with N = ceil(S interval); with
-    interval_unit=steps the count goes on from epoch to epoch (differs from the reference, where it starts again).
+    Source: the released code's rule "at step i of an epoch, if i mod N = 0", with N = ceil(S * interval). Differs from
+    the reference: with interval_unit=steps the count continues from epoch to epoch (there it starts again).
 
     Raises:
-        ValueError: the interval or the constant phase is given in epochs, and their length is not known.
+        ValueError: the interval is given in epochs, and ``steps_per_epoch`` is None.
     """
     end = math.ceil(config.search_end * total_steps)
     if config.interval_unit == "steps":
@@ -74,7 +74,11 @@ def search_steps(config: SearchSettings, total_steps: int, steps_per_epoch: int 
 
 
 def constant_steps(config: SearchSettings, steps_per_epoch: int | None) -> int:
-    """Events before this step draw their modules instead of scoring them."""
+    """The step at which scoring begins: events before it draw modules at random (``constant_epochs``).
+
+    Raises:
+        ValueError: there is such a phase, and ``steps_per_epoch`` is None.
+    """
     return round(config.constant_epochs * _epoch(steps_per_epoch)) if config.constant_epochs else 0
 
 
@@ -88,9 +92,10 @@ def _epoch(steps_per_epoch: int | None) -> int:
 
 
 def largest_total(config: SearchSettings, space: SearchSpace) -> int:
-    """The largest sum of ranks that the budget allows; what an event really leaves depends on what it chooses.
+    """The largest sum of ranks that the budget allows. The sum after an event depends on what the event chooses.
 
-    They are equal when all candidates of a ranking have one rank (budget in modules) or one size (in parameters).
+    Budget in modules: the two are equal if all candidates of a ranking have the same rank. Budget in parameters: this
+    is an upper bound, because it counts the last module that fits only in part.
     """
     groups = _groups(config, space)
     always = sum(r for r, s in zip(space.ranks, space.shortcuts, strict=True) if s) if config.mode == "off" else 0
@@ -109,7 +114,7 @@ def largest_total(config: SearchSettings, space: SearchSpace) -> int:
 
 
 def _groups(config: SearchSettings, space: SearchSpace) -> list[tuple[list[int], int]]:
-    """Candidates of every ranking, and how many of them a budget in modules keeps."""
+    """The rankings: the candidates of each, and how many of them a budget in modules keeps."""
     linears = [k for k, shortcut in enumerate(space.shortcuts) if not shortcut]
     shortcuts = [k for k, shortcut in enumerate(space.shortcuts) if shortcut]
     keep_linears, keep_shortcuts = math.floor(config.keep * len(linears)), round(config.keep * len(shortcuts))
@@ -123,10 +128,10 @@ def _groups(config: SearchSettings, space: SearchSpace) -> list[tuple[list[int],
 def search_events(
     config: SearchSettings, space: SearchSpace, total_steps: int, steps_per_epoch: int | None
 ) -> list[Event]:
-    """All events of a run; ``total_rank`` is :func:`largest_total`.
+    """All events of a run. Their ``total_rank`` is :func:`largest_total`.
 
     Raises:
-        ValueError: the budget is smaller than one module, or the schedule is not known (:func:`search_steps`).
+        ValueError: the budget is smaller than one module, or the schedule is unknown (:func:`search_steps`).
     """
     total = largest_total(config, space)
     if not total:

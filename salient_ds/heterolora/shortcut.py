@@ -17,12 +17,12 @@ ShortcutKind = Literal["residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"
 KINDS: tuple[ShortcutKind, ...] = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
 """In the reference's order of candidates."""
 FROM_IDENTITY = ("residual_1", "residual_2")
-"""Kinds that sit on a connection that is there anyway: x is passed on. The others add a connection."""
+"""Kinds that sit on an existing connection and pass x on. The other kinds add a connection."""
 NormAfterShortcut = Literal["none", "reuse"]
 
 
 class _NoLayer(nn.Module):
-    """Stands where other adapters have their frozen layer: the sizes, and no weight."""
+    """Takes the place of the frozen layer that other adapters have: it has sizes, but no weight."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Shortcut(RankedLinear):
     """y = base(x) + beta scaling * B (m A) dropout(x), with base(x) = x on a residual path and 0 on a new connection.
 
     HeteroLoRA (Zhang et al. 2024, arXiv 2406.14956), figure 1. m is 1 for a row that is on and 0 for one that is off,
-    as in :class:`~salient_ds.heterolora.switched.SwitchedLinear`. B is zero at the start. Differs from the reference:
-    that multiplies by a stored dense D x D identity or zero matrix.
+    as in :class:`~salient_ds.heterolora.switched.SwitchedLinear`. B is zero at the start. Differs from the reference,
+    which multiplies by a stored dense D x D identity or zero matrix.
     """
 
     drops_masked: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class Shortcut(RankedLinear):
         super().__init__(cast(nn.Linear, _NoLayer(hidden_size)), rank, scaling, dropout)
         self.kind = kind
         self.importance = 1.0
-        """beta, set by the ALPHA-TEST only: it scales the low-rank part."""
+        """beta: a factor on the low-rank part. Only the ALPHA-TEST sets it."""
         self.lora_A = nn.Parameter(uniform_start(rank, hidden_size, generator).to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(hidden_size, rank, dtype=dtype, device=device))
 

@@ -1,12 +1,12 @@
-"""Where shortcuts join the layers of a transformers model, without a change to its files.
+"""Wires shortcuts into the layers of a transformers model, without changing its files.
 
 Shape legend: D = hidden size, h_BTD = layer input, z_BTD = input of the feed-forward part, u_BTD = that of the layer
 before, N = B T.
 
-A layer object gets a subclass of its own class whose ``forward`` writes the layer's equation out, shortcuts included.
-Checkpointing is part of what transformers wraps around a layer's ``forward``, so it goes on working. z leaves a layer
-as a second result and enters the next as a second argument; hooks, which run outside of what is checkpointed, take it
-off and put it in. So nothing is read from outside when a layer is computed again.
+Each layer object gets a subclass of its own class. The subclass's ``forward`` writes out the layer's equation,
+shortcuts included. Activation checkpointing keeps working, because transformers wraps it around a layer's ``forward``.
+z leaves a layer as a second result, and enters the next layer as a second argument. Hooks, which run outside the
+checkpointed region, take it off and put it in. So a layer reads nothing from outside when it is recomputed.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor, nn
 from salient_ds.heterolora.shortcut import KINDS, NormAfterShortcut, Shortcut
 
 Layer = Any
-"""A decoder layer of transformers; ``Any`` because its parts are not known to the type checker."""
+"""A layer of transformers. It is ``Any`` because the type checker does not know its parts."""
 
 
 class Carrier:
-    """Holds u between two layers; one per model, copied with it."""
+    """Holds u between two layers. There is one per model, and it is copied with the model."""
 
     def __init__(self) -> None:
         self.u_BTD: Tensor | None = None
 
 
 def _through(layer: Layer, kind: str, x_BTD: Tensor) -> Tensor:
-    """R(x), which is x itself where that shortcut does not exist."""
+    """R(x); x itself if the layer has no such shortcut."""
     module = getattr(layer, kind, None)
     return x_BTD if module is None else module(x_BTD)
 
 
 def _join(layer: Layer, kind: str, x_BTD: Tensor, source_BTD: Tensor, norm: nn.Module) -> Tensor:
-    """x + S(source), normalised once more under "reuse" whether or not the shortcut exists."""
+    """x + S(source). Under "reuse" the sum is normalised again, whether or not the shortcut exists."""
     module = getattr(layer, kind, None)
     joined_BTD = x_BTD if module is None else x_BTD + module(source_BTD)
     return norm(joined_BTD) if layer.norm_after_shortcut == "reuse" else joined_BTD
@@ -92,7 +92,7 @@ def roberta_forward(
 ) -> Any:
     """RoBERTa: z = LN1(R1(h) + SA(h)) [+ S_ffn(u)]; h' = LN2(R2(z) + FFN(z)) + S_sa(h), as OPT's post-LN form.
 
-    The reference has no shortcuts for it. The two arguments about an encoder belong to cross attention, which
+    The reference defines no shortcuts for RoBERTa. The two arguments about an encoder belong to cross-attention, which
     :func:`wire_shortcuts` refuses.
     """
     out_1, out_2 = layer.attention.output, layer.output
@@ -114,21 +114,22 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "Qwen3DecoderLayer": pre_norm_forward,
     "GemmaDecoderLayer": pre_norm_forward,
 }
-"""By class name of the layer."""
+"""The forward function of a wired layer, by the layer's class name."""
 _WIRED: dict[type, type] = {}
 
 
 def _kind_of_layer(module: nn.Module) -> str:
-    """Class name as transformers has it, also of a layer that is wired; empty for classes from elsewhere."""
+    """The layer's class name in transformers, also if the layer is wired; empty for classes from elsewhere."""
     kind, wired = type(module), type(module) in _WIRED.values()
     return kind.__name__.removeprefix("Shortcut") if wired or kind.__module__.startswith("transformers.") else ""
 
 
 def shortcut_layers(model: nn.Module) -> dict[str, Layer]:
-    """Layers that can have shortcuts, by path in model order.
+    """Layers that can have shortcuts, by path, in model order.
 
     Raises:
-        ValueError: there is none, or the model has parts whose equation is another one.
+        ValueError: there are none, or the config turns on what the layer equations do not cover (LayerDrop,
+            cross-attention, chunked feed-forward).
     """
     layers = {n: m for n, m in model.named_modules() if _kind_of_layer(m) in FORWARDS}
     if not layers:
@@ -151,20 +152,20 @@ def shortcut_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def shortcut_names(model: nn.Module) -> list[str]:
-    """Paths of all shortcuts that the model can have, layers ascending, in the order of ``KINDS``.
+    """Paths of all shortcuts that the model can have: layer by layer, each in the order of ``KINDS``.
 
-    The first layer has no ``shortcut_ffn``: nothing comes before it. Raises like :func:`shortcut_layers`.
+    The first layer has no ``shortcut_ffn``, because no layer comes before it. Raises like :func:`shortcut_layers`.
     """
     paths = list(shortcut_layers(model))
     return [f"{p}.{kind}" for i, p in enumerate(paths) for kind in KINDS if i or kind != "shortcut_ffn"]
 
 
 def wire_shortcuts(model: nn.Module, shortcuts: dict[str, Shortcut], norm_after_shortcut: NormAfterShortcut) -> None:
-    """Put the shortcuts (by path) into the model's layers, in place, before DeepSpeed adds its hooks.
+    """Put the shortcuts (by path) into the model's layers, in place. Call this before DeepSpeed adds its hooks.
 
-    Every layer is wired, whichever has a shortcut: under "reuse" the additional norms run in all of them, so that a
-    shortcut that is missing and one that is switched off are the same function. With "none" nothing changes as long as
-    all B are zero or all masks are off.
+    Every layer is wired, with or without a shortcut. Under "reuse" the additional norms then run in all layers, so a
+    missing shortcut and one that is switched off are the same function. With "none" the model's output does not change
+    as long as all B are zero or all masks are off.
 
     Raises:
         ValueError: as :func:`shortcut_layers`.
@@ -172,7 +173,7 @@ def wire_shortcuts(model: nn.Module, shortcuts: dict[str, Shortcut], norm_after_
     layers = shortcut_layers(model)
     assert not any(isinstance(layer, tuple(_WIRED.values())) for layer in layers.values()), "wired already"
     carrier, paths = Carrier(), list(layers)
-    # what nobody takes is not handed on: with checkpointing it would be kept until backward
+    # u is handed on only to a layer that takes it: with checkpointing it would be kept until backward
     receives = [
         i > 0 and (norm_after_shortcut == "reuse" or f"{p}.shortcut_ffn" in shortcuts) for i, p in enumerate(paths)
     ]
@@ -185,13 +186,13 @@ def wire_shortcuts(model: nn.Module, shortcuts: dict[str, Shortcut], norm_after_
         layer.carrier = carrier
         layer.receives = receives[index]
         layer.hands_on = index + 1 < len(paths) and receives[index + 1]
-        # first in line: others (transformers' recording of hidden states, DeepSpeed) are to see a plain layer
+        # prepended, so that other hooks (transformers' recording of hidden states, DeepSpeed's) see a plain layer
         layer.register_forward_pre_hook(_put_in, prepend=True)
         layer.register_forward_hook(_take_off, prepend=True)
 
 
 def _wired_class(original: type) -> type:
-    """The subclass whose ``forward`` has the shortcuts; the same one for all layers of a kind."""
+    """The subclass whose ``forward`` has the shortcuts; there is one per layer class."""
     if original not in _WIRED:
         forward = FORWARDS[original.__name__]
         # transformers wraps checkpointing around the ``forward`` of every class derived from its layers

@@ -14,7 +14,7 @@ from salient_ds.adapters.ranked_linear import PlainLinear
 
 
 class SwitchedLinear(PlainLinear):
-    """y = a (W0 x + b + scaling * B (m A) dropout(x)), m = 1 for a row that is on and 0 for one that is off.
+    """y = a (W0 x + b + scaling * B (m A) dropout(x)); m is 1 for a row that is on and 0 for one that is off.
 
     HeteroLoRA (Zhang et al. 2024, arXiv 2406.14956) turns whole modules on and off: all rows of a module share one m.
     A module that is off stays in the graph: its gradients are exact zeros instead of missing, and the order in which
@@ -26,7 +26,7 @@ class SwitchedLinear(PlainLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.importance = 1.0
-        """a, set by the ALPHA-TEST only: it scales the whole output, the frozen layer's included."""
+        """a: a factor on the whole output, including the frozen layer's. Only the ALPHA-TEST sets it."""
 
     def forward(self, x_BI: Tensor) -> Tensor:
         A_RI = self.lora_A * self.rank_mask_R.unsqueeze(1)

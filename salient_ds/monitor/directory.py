@@ -1,4 +1,4 @@
-"""The directory of one run: who may write it, what is in it, where a run continues."""
+"""The directory of one run: its files, and the lock that lets one run at a time write to it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ OWN_FILES = ("run.yaml", "ds_config.json", "allocations.jsonl", "allocations.png
 
 
 class RunDirectoryError(RuntimeError):
-    """The run directory cannot be used as asked; says what is in it and what to do."""
+    """The run directory cannot be used as asked. The message says what is in it and what to do."""
 
 
 @dataclass
 class RunDirectory:
-    """Paths of a run. Open it with :func:`claim` on the main process only."""
+    """Paths of a run. Only the main process opens it, by :func:`claim`."""
 
     path: Path
     _lock: IO[str] | None = None
@@ -35,7 +35,7 @@ class RunDirectory:
 
     @property
     def search(self) -> Path:
-        """Results of a search for modules (HeteroLoRA)."""
+        """Folder with the results of HeteroLoRA's search."""
         return self.path / "search"
 
     @property
@@ -47,7 +47,7 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def write_resolved(self, run: dict[str, Any], ds_config: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Keep what this run really used: configuration, DeepSpeed JSON, and facts found at start."""
+        """Save what this run really uses: its configuration, the DeepSpeed JSON, and facts found at the start."""
         import yaml
 
         (self.path / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
@@ -56,10 +56,17 @@ class RunDirectory:
 
 
 def claim(path: Path, resume: Literal["never", "auto"] | str, overwrite: bool) -> RunDirectory:
-    """Take the directory for this process until it ends (also by kill -9: the lock is the kernel's).
+    """Lock the directory for this process, and create it if it does not exist.
+
+    The kernel frees the lock when the process ends, also after kill -9.
+
+    Args:
+        resume: "never" refuses or overwrites an earlier run. Anything else leaves its files in place.
+        overwrite: with "never", delete the files of an earlier run.
 
     Raises:
-        RunDirectoryError: in use by another run, or not empty and neither resumed nor overwritten.
+        RunDirectoryError: ``path`` is a file, is not a run directory, is in use by another run, or holds an earlier run
+            that is neither resumed nor overwritten.
     """
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"output_dir {path} is a file: choose another path")
@@ -110,7 +117,7 @@ def _remove_own(path: Path) -> None:
 
 
 def shared_by_all(path: Path, is_main: bool, token: str) -> bool:
-    """Whether this process sees the file that the main process wrote: several nodes need a common file system."""
+    """Whether this process sees the file that the main process wrote. On several nodes the directory must be shared."""
     marker = path / ".shared"
     if is_main:
         marker.write_text(token)

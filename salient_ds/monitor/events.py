@@ -23,9 +23,9 @@ class AllocationRecord(BaseModel):
     ranks: list[int]
     """Live rank of every adapted module, in the order of the run's rank layout."""
     threshold: float | None
-    """Score at the cut; null where there is no finite one (nothing, or everything, was cut)."""
+    """Score at the cut; null if it is not finite (nothing, or everything, was cut)."""
     digest: str
-    """SHA-256 of the decision, equal on all processes."""
+    """SHA-256 of the decision; equal on all processes."""
     seconds_gather: float
     """Time to turn local statistics into global ones (s)."""
     seconds_solve: float
@@ -42,7 +42,7 @@ class AllocationRecord(BaseModel):
 
 
 def append_record(path: Path, record: AllocationRecord) -> None:
-    """Append one line and force it to disk; a torn last line, left by a crash, is removed first."""
+    """Append one line and force it to disk. A torn last line, left by a crash, is removed first."""
     created = not path.exists()
     with path.open("r+b" if not created else "x+b") as file:
         file.seek(_whole_length(file.read()))
@@ -55,10 +55,10 @@ def append_record(path: Path, record: AllocationRecord) -> None:
 
 
 def read_records(path: Path) -> list[AllocationRecord]:
-    """All whole lines. A last line without its newline was torn by a crash and does not count.
+    """All complete lines. A last line without a newline was torn by a crash and is ignored.
 
     Raises:
-        ValueError: another line is not a record, with file and line number.
+        ValueError: another line is not a record. The message names the file and the line number.
     """
     content = path.read_bytes()
     records = []
@@ -76,10 +76,10 @@ def read_records(path: Path) -> list[AllocationRecord]:
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Drop the events after ``step``: a run that resumes there will take them again. All or nothing; returns
-    how many.
+    """Drop the events after ``step``, all or nothing. A run that resumes there takes them again.
 
-    A missing file is an empty one.
+    Returns:
+        The number of dropped events; 0 if the file does not exist.
     """
     if not path.exists():
         return 0

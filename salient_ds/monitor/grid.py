@@ -11,7 +11,7 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class ModulePlace:
-    """Where a module belongs, e.g. stack "decoder", kind ("self_attn", "q_proj"), layer 3."""
+    """Where a module is in the model, e.g. stack "decoder", kind ("self_attn", "q_proj"), layer 3."""
 
     stack: str
     kind: tuple[str, ...]
@@ -20,22 +20,23 @@ class ModulePlace:
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Ranks of one stack of layers; rows are module types, columns layers."""
+    """Ranks of one stack of layers. Rows are module types, columns are layers."""
 
     stack: str
     """Path in front of the layer number ("model.layers"), or OTHER for modules outside of all layers."""
     rows: tuple[str, ...]
     layers: tuple[int, ...]
     cells: Mapping[tuple[str, int], float]
-    """(row, layer) -> rank, the mean over modules of one type (experts); absent if not adapted."""
+    """(row, layer) -> rank. Several modules of one type in a layer (experts) give their mean. Modules that are not
+    adapted are absent."""
 
 
 def place_of(path: str) -> ModulePlace:
-    """Split at the first number: "encoder.block.0.layer.1.DenseReluDense.wi" is layer 0 of stack
-    "encoder.block".
+    """Split a module path at its first number.
 
-    Later numbers (sub-layers of T5, experts) do not count: the same matrix of all layers is one kind. Without a
-    number there is no layer, and the kind is the whole path.
+    Example: "encoder.block.0.layer.1.DenseReluDense.wi" is in layer 0 of stack "encoder.block". Later numbers
+    (sub-layers of T5, experts) are left out of the kind, so the same matrix of all layers is one kind. Without a number
+    there is no layer, and the kind is the whole path.
     """
     parts = path.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
@@ -46,7 +47,7 @@ def place_of(path: str) -> ModulePlace:
 
 
 def short_labels(kinds: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The shortest ending of each kind that no other one shares ("SelfAttention.q", but "wi")."""
+    """The shortest ending of each kind that no other kind shares, e.g. "SelfAttention.q" but just "wi"."""
     kinds = list(dict.fromkeys(kinds))
     labels = {}
     for kind in kinds:
@@ -63,7 +64,7 @@ def _labels(stack: str, places: Iterable[ModulePlace]) -> dict[tuple[str, ...], 
 
 
 def build_grids(ranks: Mapping[str, float]) -> list[RankGrid]:
-    """One grid per stack in order of appearance; modules outside of layers come last, as layer 0 of OTHER."""
+    """One grid per stack, in order of appearance. Modules outside of layers come last, as layer 0 of OTHER."""
     places = {path: place_of(path) for path in ranks}
     stacks = list(dict.fromkeys(place.stack for place in places.values() if place.layer is not None))
     if any(place.layer is None for place in places.values()):
@@ -82,7 +83,7 @@ def build_grids(ranks: Mapping[str, float]) -> list[RankGrid]:
 
 
 def type_labels(paths: Iterable[str]) -> dict[str, str]:
-    """Module path -> its type, after the stack if there are several ("decoder EncDecAttention.q")."""
+    """Module path -> its type. If there are several stacks, their names come first ("decoder EncDecAttention.q")."""
     places = {path: place_of(path) for path in paths}
     stacks = {place.stack for place in places.values() if place.layer is not None}
     labels: dict[str, str] = {}
@@ -95,7 +96,7 @@ def type_labels(paths: Iterable[str]) -> dict[str, str]:
 
 
 def stack_name(stack: str) -> str:
-    """The telling part of a stack's path: "decoder" for "model.decoder.layers", "layers" if there is none."""
+    """The informative part of a stack's path: "decoder" for "model.decoder.layers", "layers" for "model.layers"."""
     parts = [part for part in stack.split(".") if part != "model"] or [stack]
     telling = [part for part in parts if not re.fullmatch(r"layers?|blocks?|h", part)]
     return (telling or parts)[-1]

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 RAMP = ("#eef3fa", "#b7d0ea", "#6fa8d6", "#2f74b3", "#0b3c75")
-"""One hue from light (rank 1) to dark (the highest rank): order survives greyscale and colour blindness."""
+"""One hue from light (rank 1) to dark (the highest rank). The order stays visible in greyscale and to colour-blind
+readers."""
 ZERO = "#c9c5bf"
 """Rank 0, a module that is switched off: outside the ramp."""
 
@@ -41,18 +42,18 @@ def ink(background: str) -> str:
 
 
 def digits(rank: float) -> str:
-    """A rank as it stands in a cell: whole, or with one decimal if it is the mean of several modules."""
+    """A rank as text for a cell: whole, or with one decimal if it is the mean of several modules."""
     return f"{rank:.0f}" if rank == int(rank) else f"{rank:.1f}"
 
 
 def render_ranks(ranks: Mapping[str, int], width: int = 80, top: int | None = None) -> RenderableType:
     """Heat map of {module path: rank} for the terminal, at most ``width`` characters wide.
 
-    Rows are module types, columns layers, colour and digits both tell the rank; "." is a module that is not
-    adapted. Layers that do not fit side by side go on below.
+    Rows are module types, columns are layers. Colour and digits both show the rank; "." is a module that is not
+    adapted. Layers that do not fit side by side continue below.
 
     Args:
-        top: rank of the darkest shade (default: the highest one there is).
+        top: rank of the darkest shade (default: the highest rank in ``ranks``).
     """
     if not ranks:
         return Text("no adapted modules")
@@ -67,7 +68,7 @@ def render_ranks(ranks: Mapping[str, int], width: int = 80, top: int | None = No
 
 
 def summary_line(ranks: Mapping[str, int]) -> str:
-    """Total, mean, extremes and modules at zero in one line."""
+    """One line with the total, mean, lowest and highest rank, and the number of modules at rank 0."""
     values = list(ranks.values())
     return (
         f"total rank {sum(values)}  mean {sum(values) / len(values):.1f}  min {min(values)}  max "

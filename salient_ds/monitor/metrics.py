@@ -15,7 +15,7 @@ def append_metrics(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line torn by a crash does not count."""
+    """All complete lines. A last line torn by a crash is ignored."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -26,7 +26,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop lines after ``step``: a run that resumes there writes them again."""
+    """Drop the lines after ``step``. A run that resumes there writes them again."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         fresh = path.with_name(f".{path.name}.new")

@@ -1,4 +1,4 @@
-"""Pictures of a run: how the ranks moved from event to event. ``heatmap`` shows one moment."""
+"""Plots of a run: how the ranks changed from event to event. ``heatmap`` shows them at one moment."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["mean_rank_by_type", "render_ranks", "save_history_png", "save_rank_png"]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b", "#332288")
-"""Distinguishable with colour blindness; further lines repeat them dashed."""
+"""Colours that colour-blind readers can tell apart. Further lines repeat them dashed."""
 
 
 def mean_rank_by_type(record: AllocationRecord, modules: Sequence[str]) -> dict[str, float]:
     """Mean live rank of each module type after one event.
 
     Raises:
-        ValueError: if the record was written for another number of modules.
+        ValueError: the record was written for another number of modules.
     """
     if len(record.ranks) != len(modules):
         raise ValueError(
@@ -43,15 +43,15 @@ def save_history_png(
     initial_ranks: Sequence[int] | None = None,
     last_step: int | None = None,
 ) -> Path:
-    """Total rank with its budget, and the mean rank of every module type, over training steps.
+    """Plot the total rank with its budget, and the mean rank of every module type, over training steps.
 
     Args:
-        modules: paths in the order of the records' ``ranks``.
-        initial_ranks: ranks before the first event, drawn from step 0.
-        last_step: end of the axis, up to which the last decision holds.
+        modules: module paths in the order of the records' ``ranks``.
+        initial_ranks: ranks before the first event, plotted from step 0.
+        last_step: the step up to which the last decision is plotted.
 
     Raises:
-        ValueError: if there is no event, or records and modules do not belong together.
+        ValueError: there is no event, or records and modules do not belong together.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def save_history_png(
 
 
 def _held(values: Sequence[float]) -> list[float]:
-    """A decision holds until the next one, the last one until the end of the axis."""
+    """Repeat the last value: the last decision holds until the end of the axis."""
     return [*values, values[-1]]
 
 

@@ -1,4 +1,4 @@
-"""What the user sees while training runs: a bar in a terminal, a line now and then in a log file."""
+"""What the user sees while training runs: a progress bar in a terminal, or occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SMOOTHING = 0.1  # weight of the newest step in the shown loss and speed
 
 
 class Progress:
-    """Loss, tokens/s, time left and total rank of the training loop; silent except on the main process.
+    """Shows loss, tokens/s, time left and total rank of the training loop. Only the main process shows anything.
 
-    Use as a context manager, and call :meth:`update` after every applied step. The time left and the speed
-    count from the start of this process: a resumed run does not take credit for the steps before.
+    Use it as a context manager, and call :meth:`update` after every applied step. Speed and time left are those of this
+    process: steps from before a resume do not count.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Progress:
             total_steps: applied optimizer steps of the whole run.
             start_step: steps that are already done.
             main: whether this process shows anything.
-            every: steps between lines when ``stream`` is not a terminal.
+            every: number of steps between two lines if ``stream`` is not a terminal.
             total_rank: sum of live ranks at the start.
-            stream: where to show it (default: stderr).
+            stream: output stream (default: stderr).
         """
         self.total_steps, self.start_step, self.step = total_steps, start_step, start_step
         self.main, self.every, self.total_rank = main, every, total_rank
@@ -72,7 +72,7 @@ class Progress:
         Args:
             loss: mean loss of the step over all processes.
             tokens: tokens that the step trained on, over all processes.
-            total_rank: sum of live ranks, where an event has changed it.
+            total_rank: sum of live ranks; None if it has not changed.
         """
         now = self._clock()
         speed = tokens / max(now - self._latest, 1e-9)
@@ -87,14 +87,14 @@ class Progress:
             self._print(f"step {step}/{self.total_steps}  {self._facts()}  ETA {_duration(self.eta())}")
 
     def eta(self) -> float | None:
-        """Seconds left at the mean speed of this process; None before its first step."""
+        """Estimated seconds left, at the mean speed of this process; None before its first step."""
         done = self.step - self.start_step
         if done <= 0:
             return None
         return (self._latest - self._started) / done * (self.total_steps - self.step)
 
     def message(self, text: str) -> None:
-        """Print a line of its own without breaking the bar."""
+        """Print a line without breaking the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         elif self.main:
@@ -106,7 +106,7 @@ class Progress:
             self._bar.close()
 
     def summary(self) -> dict[str, Any]:
-        """Steps, tokens, seconds, speed, last losses and total rank of this process' part of the run."""
+        """Steps, tokens, seconds, speed, last losses, total rank. Tokens and seconds count from this process' start."""
         seconds = self._latest - self._started
         return {
             "steps": self.step,
@@ -121,7 +121,7 @@ class Progress:
         }
 
     def write_summary(self, path: Path, **more: Any) -> None:
-        """Write :meth:`summary` and ``more`` as JSON, all or nothing, and say so; main process only."""
+        """Write :meth:`summary` and ``more`` as JSON, all or nothing, and print a line. Main process only."""
         if not self.main:
             return
         fresh = path.with_name(f".{path.name}.new")

@@ -14,19 +14,29 @@ from salient_ds.zero.internals.engine_state import has_monitors, write_monitors
 
 
 class RunLog:
-    """Writes on the main process only; ``engine`` is an :class:`~salient_ds.engine.engine.AllocatingEngine`."""
+    """Writes a run's logs and plots. Metrics and events are written by the main process only.
+
+    ``engine`` is an :class:`~salient_ds.engine.engine.AllocatingEngine`.
+    """
 
     def __init__(self, directory: RunDirectory, engine: Any, every: int, main: bool) -> None:
         self.directory, self.engine, self.every, self.main = directory, engine, every, main
 
     def rewind(self, step: int) -> None:
-        """Forget lines after ``step``: the steps are taken again."""
+        """Drop the lines after ``step``, because these steps are taken again."""
         if self.main:
             truncate_after(self.directory.allocations, step)
             truncate_metrics(self.directory.metrics, step)
 
     def step(self, report: Any, tokens: int, all_tokens: int, seconds: float, last: bool) -> None:
-        """One applied step; ``report`` is a :class:`~salient_ds.engine.reports.StepReport`."""
+        """Log one applied step. ``report`` is a :class:`~salient_ds.engine.reports.StepReport`.
+
+        Args:
+            tokens: tokens of this step.
+            all_tokens: tokens of the run so far.
+            seconds: duration of this step.
+            last: whether this is the last step of the run; it is always logged.
+        """
         engine, total = self.engine, self.engine.decisions.latest.total
         if has_monitors(engine.engine):
             values = {"Train/loss": report.loss, "Train/total_rank": total}
@@ -54,17 +64,17 @@ class RunLog:
         append_record(self.directory.allocations, record)
 
     def evaluation(self, loss: float) -> None:
-        """The held-out loss at this step."""
+        """Log the held-out loss at this step."""
         write_monitors(self.engine.engine, {"Eval/loss": loss})
         if self.main:
             append_metrics(self.directory.metrics, {"step": self.engine.step, "eval_loss": loss})
 
     def summary(self, progress: Progress) -> None:
-        """Totals of the training loop."""
+        """Write the totals of the training loop."""
         progress.write_summary(self.directory.path / "summary.json")
 
     def pictures(self) -> None:
-        """Rank heat map, and total rank over the events."""
+        """Draw the rank heat map, and the ranks over the events."""
         layout, latest = self.engine.initial_layout, self.engine.decisions.latest
         ranks = dict(zip(layout.modules, latest.ranks(self.engine.adapted.layout), strict=True))
         save_rank_png(ranks, self.directory.path / "ranks.png", top=max(layout.ranks))
