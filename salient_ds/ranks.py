@@ -1,4 +1,4 @@
-"""The types that pass between the maths of a method and the engine that trains. Importing this file loads no torch.
+"""Types exchanged between the maths of a method and the training engine. Importing this file loads no torch.
 
 Shape legend: M = adapted matrices, R = rows of one matrix, N = sum of all R, n = elements held by this process.
 A *row* is one singular value with its two vectors. Rows are numbered matrix after matrix: matrix k owns rows
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """One allocation: right after ``step``, ``total_rank`` rows may live."""
+    """One allocation, right after ``step``: from then on, ``total_rank`` rows may be live."""
 
     step: int
-    """Applied optimizer step (1-based) after which it happens."""
+    """Applied optimizer step after which it happens, counted from 1; 0: before the first step (HeteroLoRA)."""
     total_rank: int
     """Budget: the allowed sum of ranks from here on."""
     window_start: int
-    """First step whose singular values are looked at; the window covers window_start..step, both included."""
+    """First step that the method looks at."""
     window: int
-    """Length of the window in steps."""
+    """Steps that the method looks at, from ``window_start`` on. The last one is usually ``step``."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RankLayout:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """First row of every matrix, and N at the end (M + 1 numbers)."""
+        """First row of every matrix, followed by N (M + 1 numbers)."""
         out = [0]
         for rank in self.ranks:
             out.append(out[-1] + rank)
@@ -63,7 +63,7 @@ class RankLayout:
 
 @dataclass(frozen=True)
 class RankDecision:
-    """Which of the N rows live after an event. The same value on every process, checked through :meth:`digest`."""
+    """Which of the N rows are live after an event. Equal on every process, which :meth:`digest` allows to check."""
 
     step: int
     budget: int
@@ -72,7 +72,7 @@ class RankDecision:
     threshold: float = float("nan")
     """The score at the cut, for the log."""
     hold: bool = True
-    """Zero the dropped rows again after every later optimizer step (False: they may grow back, as in AdaLoRA)."""
+    """Zero the dropped singular values again after every later optimizer step. False: they may grow back (AdaLoRA)."""
 
     def digest(self) -> str:
         """SHA-256 over step, budget, hold and mask."""
@@ -94,17 +94,18 @@ class MaskPolicy:
     """How a decision acts on parameters and optimizer state. The method declares it, the engine applies it."""
 
     gate_forward: bool
-    """Multiply E by the mask in forward: no gradient reaches a pruned row, nothing can come back by itself."""
+    """Multiply E by the mask in the forward pass, and take pruned rows out of the orthogonality penalty. So no gradient
+    reaches a pruned row, and it cannot come back by itself."""
     zero_vectors: bool
-    """Zero the rows of A and columns of B as well, and take them out of the orthogonality penalty."""
+    """Also zero the rows of A and columns of B that belong to pruned rows."""
     zero_moments: bool
     """Zero both Adam moments of everything that is zeroed."""
     delay: int = 0
-    """Optimizer steps between the event and the moment when the decision takes effect (0 or 1)."""
+    """Optimizer steps from the event until the decision takes effect (0 or 1)."""
     start_rank: int | None = None
-    """Rows of every matrix that live before the first event; None: all."""
+    """Live rows of every matrix before the first event; None: all."""
     start_sigma: float | None = None
-    """Value that E of a row gets when an event switches it on; None: it stays what it is."""
+    """Singular value that a row gets when an event activates it; None: it keeps its value."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,13 @@ class Part:
     numel: int
     shape: tuple[int, ...]
     rank_axis: int | None
-    """Axis of the ranks; None for factors that all ranks share (LoRA^2's outer ones)."""
+    """Axis of the ranks; None for factors that all ranks share (the outer factors of LoRA^2)."""
 
 
 class StepView(Protocol):
     """Local slices of the fp32 masters right after the optimizer changed them, before any copy or all-gather.
 
-    One view covers one flat buffer of the optimizer; a step shows every view of this process exactly once.
+    One view covers one flat buffer of the optimizer. In a step, the method sees every view of its process exactly once.
     """
 
     key: str
@@ -133,11 +134,11 @@ class StepView(Protocol):
     parts: tuple[Part, ...]
 
     def value(self, part: Part) -> Tensor:
-        """fp32 master values of ``part`` (numel,); a live slice, do not keep it without cloning."""
+        """fp32 master values of ``part`` (numel,). This is a live slice: clone it if you keep it."""
         ...
 
     def grad(self, part: Part) -> Tensor:
-        """The gradient the step used: averaged, unscaled, clipped (numel,)."""
+        """The gradient that the step used: averaged, unscaled, clipped (numel,)."""
         ...
 
     def sigma(self) -> tuple[Tensor, Tensor]:
@@ -147,36 +148,36 @@ class StepView(Protocol):
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """What the optimizer works with in one step."""
+    """Adam's settings in one step."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
     decoupled: bool
-    """AdamW; otherwise the decay is part of the gradient."""
+    """Decoupled weight decay (AdamW). False: the decay is part of the gradient."""
 
 
 class AdamView(StepView, Protocol):
-    """A :class:`StepView` whose optimizer state can be reached as well."""
+    """A :class:`StepView` that also gives access to the optimizer state."""
 
     def moments(self, part: Part) -> dict[str, Tensor]:
         """Live slices of the optimizer's state for ``part`` by name ("exp_avg", ...); empty before the first step."""
         ...
 
     def settings(self, part: Part) -> AdamSettings:
-        """What the optimizer steps ``part`` with; only inside its step."""
+        """The settings that the optimizer uses for ``part``. Only valid inside its step."""
         ...
 
 
 @dataclass(frozen=True)
 class WorkShare:
-    """Which part of a divided computation this process does, and how the parts come together."""
+    """Which part of a divided computation this process does, and how the parts are combined."""
 
     global_rank: int = 0
     world_size: int = 1
     combine: Callable[[Tensor], None] = lambda tensor: None
-    """In place: the sum of a tensor over all processes."""
+    """Replaces a tensor by its sum over all processes, in place."""
 
 
 ReadShard = Callable[[str, Part], "Tensor"]
@@ -184,7 +185,7 @@ ReadShard = Callable[[str, Part], "Tensor"]
 
 
 def initial_decision(policy: MaskPolicy, layout: RankLayout) -> RankDecision:
-    """What is in force before the first event: all rows, or the first ``start_rank`` of every matrix."""
+    """The decision in force before the first event: all rows, or the first ``start_rank`` rows of every matrix."""
     import torch
 
     if policy.start_rank is None:

@@ -1,4 +1,4 @@
-"""How many optimizer steps a run has, counted in one place for training and for the checks before it. No torch."""
+"""How many optimizer steps a run has. Training and the checks before it both count here. No torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 
 def steps_per_epoch(rows: int, global_batch_size: int) -> int:
-    """Global batches that show every row once; the last one is filled up from the next epoch's order."""
+    """Global batches that cover all ``rows`` data rows once. The last one is filled up from the next epoch's order."""
     return math.ceil(rows / global_batch_size)
 
 
 def total_steps(rows: int, global_batch_size: int, epochs: float) -> int:
-    """Optimizer steps until ``epochs`` passes over ``rows`` rows are complete (rounded up), at least 1.
+    """Optimizer steps for ``epochs`` passes over ``rows`` data rows, rounded up; at least 1.
 
-    Example: 4.4 epochs of 25 rows are 110 rows, so batches of 2 take 55 steps. The number of rows is rounded to six
-    places first: 4.4 * 25 is 110.00000000000001 in floating point, which is not a 56th step.
+    Example: 4.4 epochs of 25 rows are 110 rows, so batches of 2 take 55 steps. The number of rows is first rounded to
+    six places: 4.4 * 25 is 110.00000000000001 in floating point, which must not add a 56th step.
 
     Raises:
         ValueError: ``epochs`` is not above 0.
@@ -25,10 +25,10 @@ def total_steps(rows: int, global_batch_size: int, epochs: float) -> int:
 
 
 def steps_or_fraction(value: float, total_steps: int) -> int:
-    """Steps meant by ``value``: below 1 it is a fraction of ``total_steps`` (rounded), else a whole number.
+    """Convert ``value`` to steps: below 1 it is a fraction of ``total_steps`` (rounded), else a whole number of steps.
 
     Raises:
-        ValueError: negative, not finite, or above 1 and not whole.
+        ValueError: ``value`` is negative, not finite, or above 1 and not whole.
     """
     if not math.isfinite(value):
         raise ValueError(f"{value} is no number of steps: give a number of steps, or a fraction below 1")

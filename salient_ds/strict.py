@@ -1,4 +1,4 @@
-"""What every configuration section shares: strict models, one error type, and hints for misspelt names. No torch."""
+"""What all configuration sections share: strict models, one error type, and hints for misspelt names. No torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Strict(BaseModel):
 
 
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
-    """The known name that ``name`` most likely stands for; None if none is as close as ``likeness`` (0 to 1)."""
+    """The known name that is closest to ``name``; None if no similarity reaches ``likeness`` (0 to 1)."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return close[0] if close else None
 

@@ -1,1 +1,1 @@
-"""Adapter modules: pure torch, no process group in sight."""
+"""Adapter modules: pure torch, no process groups."""

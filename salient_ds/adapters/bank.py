@@ -1,8 +1,9 @@
-"""All factors of a few decoder layers' adapters in two flat parameters: optimizer and hooks see few large tensors.
+"""Banks: the factors of a few decoder layers' adapters, packed into two flat parameters.
 
-An adapter's ``lora_A``, ``lora_B``, ... are then no parameters but views of the bank's, made anew when a forward pass
-reaches the first of the layers. Addresses (:meth:`RankedLinear.factors`) stay what they are, so that statistics, masks,
-checkpoints and export do not know whether factors are packed.
+The optimizer and hooks then handle a few large tensors instead of many small ones. In a bank, an adapter's ``lora_A``,
+``lora_B``, ... are views of the flat parameters instead of parameters. A forward pass creates new views when it reaches
+the first of the bank's layers. Statistics, masks, checkpoints and export use addresses (:meth:`RankedLinear.factors`),
+so they work the same whether or not factors are packed.
 
 Shape legend: n = adapters in one stack, R = rank, I/O = in/out features, L = singular values of the layer.
 """
@@ -24,17 +25,18 @@ from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLine
 from salient_ds.adapters.stacked_penalty import Stack, add_penalty_gradient
 
 LAYERS_PER_BANK = 4
-"""DeepSpeed spends 0.3 ms of the host's time on every trainable parameter in every backward pass, and more in the step.
-With all layers in one bank, gradients would be reduced only after the whole backward pass."""
+"""A compromise. DeepSpeed spends 0.3 ms of host time per trainable parameter in every backward pass, and more in the
+step, so banks should be few. With all layers in one bank, gradients would be reduced only after the whole backward
+pass."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One factor in the bank."""
+    """Where the bank stores one factor."""
 
     adapter: RankedLinear
     layer: int
-    """Index of its layer in the bank."""
+    """Index of the factor's layer within the bank."""
     factor: str
     shape: tuple[int, ...]
     offset: int
@@ -49,11 +51,11 @@ class Slot:
 
 
 class FactorBank(nn.Module):
-    """Factors and, in a parameter of their own, singular values of several adapters.
+    """Holds the factors of several adapters in one flat parameter and their singular values in another.
 
     Args:
-        layers: the adapters of each layer, with factors of their own, or packed in a bank that this one replaces.
-        copy: take over the values there are; without, the new parameters are zero.
+        layers: the adapters of each layer. Their factors are parameters, or lie in a bank that this one replaces.
+        copy: copy the current values. Otherwise the new parameters are zero.
     """
 
     def __init__(self, layers: Sequence[Sequence[RankedLinear]], copy: bool = True) -> None:
@@ -75,11 +77,11 @@ class FactorBank(nn.Module):
                 setattr(slot.adapter, name, self._views(parameter, [slot])[0].detach())
         for adapter in self._adapters:
             if isinstance(adapter, SVDLinear | PlainLinear):
-                adapter.gain_R = None  # the last forward pass' belongs to the graph of another bank
+                adapter.gain_R = None  # that of the last forward pass belongs to another bank's graph
         self._stacks = self._make_stacks() if self._fused and self._sigma_slots else []
         self._penalty_graph = PenaltyGraph()
         self.largest = len(self.factors)
-        """Elements of the largest bank of the model."""
+        """Number of elements in ``factors`` of the model's largest bank."""
         self._version = -1
         self._gain_L = torch.zeros(0)
 
@@ -98,12 +100,12 @@ class FactorBank(nn.Module):
 
     @staticmethod
     def _views(parameter: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
-        # one call each in place of two; the parameter may itself be a slice of DeepSpeed's flat buffer
+        # one call per view instead of two; the parameter may itself be a slice of DeepSpeed's flat buffer
         start = parameter.storage_offset()
         return [parameter.as_strided(slot.shape, slot.strides, start + slot.offset) for slot in slots]
 
     def _make_stacks(self) -> list[Stack]:
-        """Neighbouring factors of one layer that share the axis which is not their rank's."""
+        """Group adjacent factors of one layer that have the same size along the axis that is not the rank axis."""
         grouped: dict[tuple[int, str, int], list[Slot]] = {}
         for slot in self._slots:
             grouped.setdefault((slot.layer, slot.factor, _stack_key(slot.factor, slot.shape)), []).append(slot)
@@ -118,7 +120,7 @@ class FactorBank(nn.Module):
         ]
 
     def unpack(self) -> None:
-        """Give every adapter the views for this forward pass; their gradients come back to the flat parameters."""
+        """Give every adapter its views for this forward pass. Their gradients flow back to the flat parameters."""
         if self._fused:
             self._refresh()
             sigmas = self.sigmas if self._sigma_slots else None
@@ -134,7 +136,7 @@ class FactorBank(nn.Module):
                 object.__setattr__(slot.adapter, f"lora_{slot.factor}", piece.view(slot.shape))
 
     def _refresh(self) -> None:
-        """What follows from masks and scalings, after any of them has changed."""
+        """Recompute what depends on masks and scalings, if any of them has changed."""
         version = sum(adapter.mask_version for adapter in self._adapters)
         if version == self._version:
             return
@@ -157,7 +159,7 @@ class FactorBank(nn.Module):
             add_penalty_gradient(penalty, stack, flat, grad)
 
     def _penalty(self) -> OrthogonalityPenalty | None:
-        """The penalty, if it is to act in this backward pass."""
+        """The penalty if it acts in this backward pass, else None."""
         first = self._adapters[0]
         if not isinstance(first, SVDLinear) or not first.training or not first._penalty:
             return None
@@ -165,7 +167,10 @@ class FactorBank(nn.Module):
 
 
 class _Unpack(torch.autograd.Function):
-    """Views of all factors and E * mask * scaling of every adapter; backward joins gradients and adds the penalty's."""
+    """Returns views of all factors, and E * mask * scaling of every adapter.
+
+    Backward concatenates their gradients and adds the gradient of the penalty.
+    """
 
     @staticmethod
     def forward(ctx: Any, factors: Tensor, sigmas: Tensor | None, bank: FactorBank) -> tuple[Tensor, ...]:
@@ -189,16 +194,16 @@ class _Unpack(torch.autograd.Function):
 
 
 def _join(grads: Sequence[Tensor | None], sizes: list[int], like: Tensor) -> Tensor:
-    """Gradients side by side; zeros for what had none."""
+    """Concatenate gradients; a missing one becomes zeros."""
     return torch.cat(
         [like.new_zeros(size) if g is None else g.reshape(-1) for g, size in zip(grads, sizes, strict=True)]
     )
 
 
 def _stack_key(factor: str, shape: tuple[int, ...]) -> int:
-    """Factors of one kind with the same key can be stacked: the size of the axis that is not the rank's.
+    """Size of the axis that is not the rank axis. Factors of one kind with the same key can be stacked.
 
-    Singular values stay in the order of the adapters.
+    Singular values all have the same key, so they stay in the order of the adapters.
     """
     if factor == "E":
         return 0
@@ -206,7 +211,7 @@ def _stack_key(factor: str, shape: tuple[int, ...]) -> int:
 
 
 def _lay_out(layers: list[list[RankedLinear]], sigmas: bool) -> list[Slot]:
-    """Layer by layer; within a layer factors that can be stacked side by side."""
+    """Assign offsets layer by layer. Within a layer, factors that can be stacked are adjacent."""
     slots, offset = [], 0
     for layer, adapters in enumerate(layers):
         found = [
@@ -222,16 +227,19 @@ def _lay_out(layers: list[list[RankedLinear]], sigmas: bool) -> list[Slot]:
 
 
 def layer_of(module_path: str) -> str:
-    """Path of the layer that a module belongs to: everything up to the first number ("" if there is none)."""
+    """Path of the layer that a module belongs to: everything up to and including the first number.
+
+    Example: "model.layers.3.self_attn.q_proj" is in "model.layers.3". A path without a number gives "".
+    """
     parts = module_path.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return "" if first is None else ".".join(parts[: first + 1])
 
 
 class PackedModel(nn.Module):
-    """The adapted model and, beside it, the banks of its layers: what the engine that owns the adapters trains.
+    """The adapted model and, beside it, the banks of its layers. The engine that owns the adapters trains this module.
 
-    Banks are no children of the model, so that what is done to the model's parameters does not reach them.
+    Banks are not children of the model, so operations on the model's parameters do not reach them.
     """
 
     def __init__(self, model: nn.Module, adapters: dict[str, RankedLinear]) -> None:
@@ -239,7 +247,7 @@ class PackedModel(nn.Module):
         self.model = model
         self.banks = nn.ModuleList()
         self._due: set[int] = set()
-        """Banks that the forward pass which goes on has not reached yet."""
+        """Banks that the current forward pass has not reached yet."""
         model.register_forward_pre_hook(self._begin)
         for paths in _in_groups(adapters):
             for path in paths:
@@ -255,31 +263,31 @@ class PackedModel(nn.Module):
 
     def _unpacker(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
-            if index not in self._due:  # also when a layer is recomputed: its views are still there
+            if index not in self._due:  # also true when a layer is recomputed: its views still exist
                 return
             self._due.remove(index)
-            bank = self.banks[index]  # looked up now: a compaction puts another one there
+            bank = self.banks[index]  # looked up here, because a compaction replaces banks
             assert isinstance(bank, FactorBank)
             bank.unpack()
 
         return hook
 
     def repack(self) -> None:
-        """New banks for adapters that have been resized; all values are zero until somebody writes them."""
+        """Create new banks for adapters that have been resized. All values are zero until the caller writes them."""
         for index, bank in enumerate(self.banks):
             assert isinstance(bank, FactorBank)
             self.banks[index] = FactorBank(bank.layers, copy=False)
         self._compare()
 
     def _compare(self) -> None:
-        """Tell every bank how large they get."""
+        """Tell every bank the size of the largest one."""
         banks = [bank for bank in self.banks if isinstance(bank, FactorBank)]
         for bank in banks:
             bank.largest = max(len(other.factors) for other in banks)
 
 
 def _in_groups(adapters: Iterable[str]) -> list[list[str]]:
-    """Paths of the layers that share a bank: neighbours in one module list."""
+    """Paths of the layers that share a bank: adjacent ones of one module list."""
     groups: list[list[str]] = []
     for path in dict.fromkeys(layer_of(name) for name in adapters):
         siblings = groups and groups[-1][0].rpartition(".")[0] == path.rpartition(".")[0]

@@ -1,7 +1,7 @@
-"""How an adapter is built around a frozen layer, as values that a method's options name. Importing this loads no torch.
+"""Adapter forms: how an adapter is built around a frozen layer. Importing this file loads no torch.
 
-A form knows the arithmetic of its adapter (scaling, number of parameters, factors in the orthogonality penalty) and how
-to wrap a layer. A new form is a class like these; nothing else lists them.
+A method's options name a form. The form knows its adapter's arithmetic (scaling, number of parameters, terms in the
+orthogonality penalty) and how to wrap a layer. A new form is a class like these; there is no list to add it to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Wrapping:
     """What every form needs to wrap one layer."""
 
     rank: int
-    """Rows that the adapter may have."""
+    """Maximum number of rows of the adapter."""
     alpha: float
     """Numerator of the scaling."""
     dropout: float
@@ -33,7 +33,7 @@ class Wrapping:
     penalty: OrthogonalityPenalty | None
     """None for forms whose ``penalty_terms`` is 0."""
     scores: ModuleScores | None
-    """Only for methods that score whole matrices."""
+    """Set only for methods that score whole matrices."""
     dtype: torch.dtype | None
     device: torch.device | None
 
@@ -42,31 +42,34 @@ class AdapterForm(Protocol):
     """One way to build an adapter."""
 
     penalty_terms: ClassVar[int]
-    """Factors of one adapter that the orthogonality penalty covers; 0: there is no penalty."""
+    """Terms of one adapter in the orthogonality penalty; 0: no penalty. The SVD form has one for A and one for B."""
 
     def scaling(self, alpha: float, rank: int) -> float:
-        """The multiplier of a fresh adapter's update."""
+        """Factor that multiplies the update of a fresh adapter."""
         ...
 
     def parameters(self, in_features: int, out_features: int, rank: float) -> float:
-        """Trainable elements of one adapter; fractional if ``rank``, a mean, is."""
+        """Number of trainable elements of one adapter. ``rank`` may be a mean, so the result may be fractional."""
         ...
 
     def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
-        """An adapter around ``base``."""
+        """Build the adapter around ``base``."""
         ...
 
 
 class HasForm(Protocol):
-    """What injection asks of a method's options."""
+    """What injection needs from a method's options."""
 
     @property
     def scoring_bytes(self) -> int:
-        """Memory for scoring whole matrices in backward passes; 0: they are not scored."""
+        """Bytes for scoring whole matrices in backward passes; 0: no scoring."""
         ...
 
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool) -> AdapterForm:
-        """The form of the adapters around ``num_matrices`` layers; ``in_flight``: rows are added while training."""
+        """The form of the adapters around ``num_matrices`` layers.
+
+        ``in_flight``: growing adapters start with a few rows, and more are allocated during training.
+        """
         ...
 
 
@@ -135,13 +138,13 @@ class TwoScaleForm(SVDForm):
 
 @dataclass(frozen=True)
 class GrowingForm(SVDForm):
-    """B diag(E) A of which a growing number of rows is active (IncreLoRA)."""
+    """B diag(E) A with a growing number of active rows (IncreLoRA)."""
 
     start_rank: int = 1
     reserve: int = 0
-    """Rows of a matrix that train ahead of time while growth goes on."""
+    """Rows of each matrix that train before they are activated, while growth continues."""
     room: int | None = None
-    """Rows that are there at first; None: all that there may be."""
+    """Rows allocated at the start; None: the maximum number of rows."""
 
     def scaling(self, alpha: float, rank: int) -> float:
         return alpha / self.start_rank

@@ -1,6 +1,6 @@
-"""IncreLoRA's adapter around one frozen linear layer: rows that wait, rows that prepare, rows that count.
+"""IncreLoRA's adapter around one frozen linear layer. Its rows are active, in reserve, or off.
 
-Shape legend: I = in features, O = out features, R = rows that there is room for, x_BI: any leading axes, then I.
+Shape legend: I = in features, O = out features, R = allocated rows, x_BI: any leading axes, then I.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 from salient_ds.adapters.ranked_linear import SVDLinear
 
 RESERVE_SIGMA = 1e-5
-"""Singular value of a reserve row: enough for its vectors to learn, too little to change the output."""
+"""Singular value of a reserve row: large enough for its vectors to learn, too small to noticeably change the output."""
 
 
 class GrowingLinear(SVDLinear):
-    """y = W0 x + b + alpha / r * B diag(E) A dropout(x) with r of R rows active, r growing.
+    """y = W0 x + b + alpha / r * B diag(E) A dropout(x), with r of the R allocated rows active and r growing.
 
-    A parameter cannot join a ZeRO optimizer in flight, so that there is room for more rows than are active: for all
-    that may come, or for some, and then more is made between two steps (engine/resize.py). Rows are in three states:
+    A parameter cannot join a ZeRO optimizer during training, so more rows are allocated than are active. Either all
+    rows that the matrix may ever use are allocated from the start, or only some of them; then more are allocated
+    between two steps (engine/resize.py). Each row is in one of three states:
 
     active: the first r rows, as in :class:`SVDLinear`.
-    reserve: the next rows, while growth goes on. Their singular value is the constant 1e-5, so that their vectors train
-        ahead of time (advance learning) and a fresh adapter changes the base model's output by next to nothing.
+    reserve: the next rows, while growth continues. Their singular value is the constant 1e-5. So their vectors train
+        before the row is activated (advance learning), yet a fresh adapter hardly changes the base model's output.
     off: all others. They contribute nothing, get no gradient and are not in the penalty.
 
-    The elements of ``lora_E`` of rows that are not active are not read. Differs from the reference: the multiplier is
-    alpha / r, without the 1e-5 added to r; the dense update is never formed; the reserve goes when growth ends, also
-    if it ends above the target.
+    The elements of ``lora_E`` that belong to reserve rows and rows that are off are never used. Differs from the
+    reference: the multiplier is alpha / r, without the 1e-5 added to r; the dense update is never formed; the reserve
+    is dropped when growth ends, even if it ends above the target.
     """
 
     drops_masked: ClassVar[bool] = True
@@ -57,8 +58,8 @@ class GrowingLinear(SVDLinear):
     ) -> None:
         """
         Args:
-            rank: the most that it may grow to.
-            room: rows that are there at first (default: all).
+            rank: maximum rank that the matrix may grow to.
+            room: rows allocated at the start (default: all).
         """
         self._drawn_from = None if generator is None else generator.get_state()
         super().__init__(
@@ -78,8 +79,8 @@ class GrowingLinear(SVDLinear):
             self._keep_first(room)
         self.alpha = alpha
         self.reserve = reserve
-        """Rows that prepare while growth goes on (0 without advance learning)."""
-        self._scores = [scores] if scores is not None else []  # in a list: nothing to be registered
+        """Number of reserve rows while growth continues (0 without advance learning)."""
+        self._scores = [scores] if scores is not None else []  # in a list: not a submodule
         off = torch.zeros(self.rank, dtype=torch.bool, device=device)
         self.register_buffer("reserve_mask_R", off, persistent=False)
         self.set_mask(torch.arange(self.rank) < start_rank, gate=True, final=False)
@@ -92,15 +93,19 @@ class GrowingLinear(SVDLinear):
         self.lora_B = nn.Parameter(self.lora_B.detach()[:, :room].clone())
 
     def resize(self, rank: int) -> None:
-        """As :meth:`RankedLinear.resize`, between the active rows and :attr:`most`; masks have to be set again."""
+        """As :meth:`RankedLinear.resize`. The caller has to set the mask again.
+
+        Args:
+            rank: at least the number of active rows, at most :attr:`most`.
+        """
         assert rank <= self.most
         super().resize(rank)
         self.reserve_mask_R = torch.zeros_like(self.rank_mask_R)
 
     def start_values(self) -> dict[str, Tensor]:
-        """What all rows begin with, also those that there is no room for yet: full factors by short name, fp32, CPU.
+        """Initial values of all rows, including rows not allocated yet: full factors by short name, fp32, CPU.
 
-        Drawn anew each time (a second per 10^8 elements), so that nothing has to be kept for the whole run.
+        They are drawn again on every call (a second per 10^8 elements), so nothing has to be kept during the run.
         """
         assert self._drawn_from is not None, "without a generator of its own nothing can be drawn again"
         generator = torch.Generator()
@@ -111,7 +116,7 @@ class GrowingLinear(SVDLinear):
         return {factor: getattr(drawn, f"lora_{factor}").detach().float() for factor in ("A", "E", "B")}
 
     def set_mask(self, mask_R: Tensor, gate: bool, final: bool = True) -> None:
-        """Let the first rows count, as many as the mask says; the scaling follows. ``final``: growth is over."""
+        """Activate the first rows, as many as the mask has set, and update the scaling. ``final``: growth has ended."""
         super().set_mask(mask_R, gate, final)
         row_R, active = torch.arange(self.rank), int(mask_R.sum())
         assert bool(mask_R[:active].all()) and active, "rows are activated in order, and one is from the start"
@@ -121,7 +126,7 @@ class GrowingLinear(SVDLinear):
         self.mask_version += 1
 
     def sigma(self) -> Tensor:
-        """Singular values as they act, (R,): only those of active rows are trained."""
+        """Effective singular values (R,); only those of active rows are trained."""
         E_R: Tensor = self.lora_E
         return torch.where(self.rank_mask_R, E_R, (self.reserve_mask_R * RESERVE_SIGMA).to(E_R.dtype))
 

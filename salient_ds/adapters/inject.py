@@ -1,4 +1,4 @@
-"""Replace the targeted linear layers of a transformers model by adapters."""
+"""Replace the targeted linear layers of a transformers model with adapters."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class AdaptedModel:
     layout: RankLayout
     penalty: OrthogonalityPenalty | None
     scores: ModuleScores | None = None
-    """Where a method needs them, the scores of whole matrices that backward passes leave behind."""
+    """Scores of whole matrices, filled in by backward passes; None if the method needs none."""
     packed: PackedModel | None = None
-    """The model with its factors in banks of a few layers each; None: every factor is a parameter of its own."""
+    """The model with its factors packed in banks of a few layers each; None: every factor is its own parameter."""
 
     @property
     def trained(self) -> nn.Module:
-        """What an engine is built over: holds every trainable parameter."""
+        """The module that an engine is built over. It holds every trainable parameter."""
         return self.model if self.packed is None else self.packed
 
     def pack(self) -> None:
-        """Move the factors of every layer into a bank."""
+        """Move the factors of all layers into banks."""
         self.packed = PackedModel(self.model, self.adapters)
 
     def set_mask(self, mask_N: torch.Tensor, gate: bool, final: bool = True) -> None:
@@ -52,23 +52,26 @@ class AdaptedModel:
 
     @cached_property
     def is_shortcut_M(self) -> tuple[bool, ...]:
-        """Which of the modules are shortcuts."""
+        """For every module, whether it is a shortcut."""
         return tuple(is_shortcut(name) for name in self.adapters)
 
     @cached_property
     def parameters_M(self) -> tuple[int, ...]:
-        """Trainable elements of every module."""
+        """Number of trainable elements of every module."""
         return tuple(sum(math.prod(f.shape) for f in a.factors().values()) for a in self.adapters.values())
 
 
 def module_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on seed and module path only: the same start at any ZeRO stage and process count."""
+    """A CPU generator that depends only on seed and module path.
+
+    So initial values are the same at any ZeRO stage and process count.
+    """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def linear_modules(model: Any) -> dict[str, nn.Linear]:
-    """All ``nn.Linear`` layers by path, without the output embedding (it is tied or excluded by convention)."""
+    """All ``nn.Linear`` layers by path, except the output embedding, which is tied or excluded by convention."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
@@ -83,17 +86,18 @@ def inject(
     *,
     in_flight: bool = False,
 ) -> AdaptedModel:
-    """Freeze ``model`` and wrap its targeted layers in place. A fresh adapter does not change any output.
+    """Freeze ``model`` and wrap its targeted layers in place.
 
-    Works on modules whose weights ZeRO-3 has already partitioned: only their sizes are read.
+    Fresh adapters do not change any output (IncreLoRA's reserve rows: hardly). This also works if ZeRO-3 has already
+    partitioned the weights, because only their sizes are read.
 
     Args:
         method: the options of the method, which name the form of its adapters.
-        in_flight: adapters that grow begin with the rows that they need first, not with all of them.
+        in_flight: growing adapters start with only the rows that they need first, instead of all rows.
 
     Raises:
-        ValueError: if ``adapter.target_modules`` matches no linear layer; the message lists the names there are. It
-            may be empty only beside ``adapter.shortcuts``.
+        ValueError: ``adapter.target_modules`` matches no linear layer; the message lists the available names. It may be
+            empty only if ``adapter.shortcuts`` is set.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -124,7 +128,7 @@ def inject(
 
 
 def layout_of(adapters: Mapping[str, RankedLinear]) -> RankLayout:
-    """Names, ranks and sizes of the adapters there are."""
+    """Names, ranks and sizes of ``adapters``."""
     return RankLayout(
         modules=tuple(adapters),
         ranks=tuple(a.rank for a in adapters.values()),

@@ -1,4 +1,4 @@
-"""The low-rank update and its frozen layer as one autograd function.
+"""The low-rank update and its frozen layer in one autograd function.
 
 Shape legend: I = in features, O = out features, R = rank, T = tokens (all leading axes flattened), x_BI: any leading
 axes, then I.
@@ -16,11 +16,12 @@ from torch import Tensor
 def low_rank_linear(
     x_BI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, gain_R: Tensor, B_OR: Tensor
 ) -> Tensor:
-    """W x + b + B diag(gain) A x with gradients for x, A, gain and B; W and b are frozen.
+    """W x + b + B diag(gain) A x, with gradients for x, A, gain and B; W and b are frozen.
 
-    Saves two additions over tokens x O and tokens x I against separate calls, and keeps one tensor of tokens x R alive
-    for the backward pass instead of two: the layer's output and the gradient of its input are accumulated in place of
-    being added up. All tensors have one dtype.
+    Compared with separate calls, this saves two additions: one over tokens x O in the forward pass, one over tokens x I
+    in the backward pass. The update is accumulated in place into the layer's output, and its input gradient into
+    the layer's input gradient. For the backward pass, it keeps one tensor of tokens x R instead of two. All tensors
+    have one dtype.
     """
     out: Tensor = _LowRankLinear.apply(x_BI, weight_OI, bias_O, A_RI, gain_R, B_OR)
     return out

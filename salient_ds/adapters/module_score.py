@@ -1,11 +1,11 @@
-"""How much the loss depends on the whole update of a matrix: IncreLoRA's score, without ever holding its gradient.
+"""IncreLoRA's score: how much the loss depends on a matrix's whole update, without ever storing the full gradient.
 
 Shape legend: I/O = in/out features, R = rows, T = tokens of one forward pass, M = adapted matrices, o = output rows of
 one block, x_BI: any leading axes, then I.
 
-The gradient of the loss with respect to a dense update dW (O, I) is G = gy^T x: gradient of the output times input. It
-is formed where the backward pass has both, a block of output rows at a time. One scored backward pass costs a product
-of T x I x O per matrix, as much as the frozen layer's own forward pass.
+The gradient of the loss with respect to a dense update dW (O, I) is G = gy^T x, where gy is the gradient of the output
+and x the input. It is formed in the backward pass, which has both, one block of output rows at a time. Scoring one
+backward pass costs a product of T x I x O per matrix, as much as the frozen layer's own forward pass.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 Average = Callable[[Tensor], None]
-"""In place: the mean of a tensor over all processes."""
+"""Replaces a tensor by its mean over all processes, in place."""
 
 
 class ModuleScores:
-    """Controller shared by all adapters of a model; the training loop arms it for the backward passes of a step."""
+    """Controller shared by all adapters of a model. The training loop arms it for the backward passes of a step."""
 
     def __init__(self, num_modules: int, block_bytes: int) -> None:
         self.num_modules = num_modules
@@ -31,15 +31,15 @@ class ModuleScores:
         self.gradient_scale = 1.0
         self.average: Average | None = None
         self.score_M = torch.zeros(num_modules, dtype=torch.float64)
-        """Scores of the backward passes since :meth:`arm`, summed."""
+        """Sum of the scores of all backward passes since :meth:`arm`, float64."""
 
     def arm(self, gradient_scale: float, device: torch.device, average: Average | None) -> None:
         """Score every backward pass until :meth:`disarm`.
 
         Args:
-            gradient_scale: factor between the gradients that are meant and those that backward propagates (fp16).
-            average: combines a block of the gradient over processes before its absolute value is taken; None: each
-                process scores its own part of the batch.
+            gradient_scale: factor by which the gradients of the backward pass are too large (the fp16 loss scale).
+            average: averages each block of the gradient over processes before the absolute value is taken. None: each
+                process scores the gradient of its own part of the batch.
         """
         self.armed = True
         self.gradient_scale = gradient_scale
@@ -50,9 +50,10 @@ class ModuleScores:
         self.armed = False
 
     def watch(self, update_BO: Tensor, x_BI: Tensor, A_RI: Tensor, B_OR: Tensor, gain_R: Tensor, module: int) -> Tensor:
-        """Return ``update_BO`` unchanged, with the scoring of ``module`` hooked to its backward when armed.
+        """Return ``update_BO`` unchanged. If armed, hook the scoring of ``module`` to its backward pass.
 
-        ``A_RI`` and ``B_OR`` must be the leaf parameters themselves: ZeRO-3 re-gathers a saved parameter for backward.
+        If ZeRO-3 partitions the adapters, ``A_RI`` and ``B_OR`` must be the leaf parameters themselves: it gathers a
+        saved parameter again for the backward pass, but not a tensor derived from one.
 
         Args:
             update_BO: the adapter's output B diag(gain) A x.
@@ -71,10 +72,11 @@ def module_score(
     block_bytes: int,
     average: Average | None = None,
 ) -> Tensor:
-    """sum |dW o G| / sqrt(O I) with dW = B diag(gain) A and G = grad^T x, 0-dim float64.
+    """sum |dW o G| / sqrt(O I) with dW = B diag(gain) A and G = grad^T x, as a 0-dim float64 tensor.
 
     Source: the released code of IncreLoRA (the paper's formula was not at hand). Differs from the reference: there dW
-    and G are dense (O, I) tensors, here blocks of both take at most ``block_bytes`` (one row of them at the least).
+    and G are dense (O, I) tensors. Here they are formed in blocks of rows, which take at most ``block_bytes`` for both
+    together (but at least one row of each).
 
     Args:
         factors: A (R, I), B (O, R), gain (R,).
@@ -94,7 +96,7 @@ def module_score(
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product with fp32 sum and result."""
+    """Matrix product with fp32 accumulation and result."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()

@@ -13,8 +13,8 @@ LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 class OrthogonalityConfig(Strict):
     coefficient: float = Field(0.1, ge=0)
-    """Weight of the orthogonality penalty in the objective. 0 switches it off; a method that needs the penalty's value
-    still measures it."""
+    """Weight of the orthogonality penalty in the objective. 0 switches it off; methods that need the penalty's value
+    still measure it."""
     form: Literal["mean_norm", "squared"] = "mean_norm"
     """mean_norm: the mean of ||A A^T - I||_F over all factors (released code). squared: the sum of the squared norms
     (papers)."""
@@ -24,8 +24,9 @@ class ShortcutConfig(Strict):
     """LoRA-adapted shortcut connections beside the adapted layers (HeteroLoRA)."""
 
     modules: list[str] = ["residual_1", "residual_2", "shortcut_sa", "shortcut_ffn"]
-    """Kinds of shortcuts, or single ones by path such as "model.layers.3.residual_1". residual_1 and residual_2 lie
-    around attention and FFN. shortcut_sa lies around both. shortcut_ffn starts at the FFN input of the layer before."""
+    """Shortcuts to add: kinds, or single ones by path such as "model.layers.3.residual_1". residual_1 and residual_2
+    adapt the residual connections around attention and FFN. shortcut_sa bypasses both. shortcut_ffn leads from the
+    FFN input of the previous layer to the FFN input of this one."""
     rank: int | None = Field(None, gt=0)
     """Rank of every shortcut (default: adapter.rank)."""
     alpha: float = Field(4.0, gt=0)
@@ -43,8 +44,8 @@ class AdapterConfig(Strict):
     rank: int = Field(gt=0)
     """Initial rank r of every adapted matrix. With IncreLoRA: the largest rank that a matrix may grow to."""
     alpha: float = Field(32.0, gt=0)
-    """Numerator of the scaling: the update is (alpha / r) B diag(E) A. r stays the initial rank, also after rows were
-    pruned. With IncreLoRA r is the current rank."""
+    """Numerator of the scaling: the update is (alpha / r) B diag(E) A. r stays the initial rank even after rows are
+    pruned. With IncreLoRA, r is the current rank."""
     shortcuts: ShortcutConfig | None = None
     """Trainable shortcut connections (methods heterolora and lora). Default: none."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -1,11 +1,11 @@
 """The orthogonality penalty of SVD-form and two-scale adapters, added through its analytic gradient.
 
-Shape legend: M = adapted matrices, R = rank, I/O = in/out features; a factor is A (R, I) or B (O, R).  Two-scale
+Shape legend: M = adapted matrices, R = rank, I/O = in/out features; a factor is A (R, I) or B (O, R). Two-scale
 form: k = inner width, factors A (k, I), B (R, k), aa (k, R), bb (O, k).
 
-The gradient of ||A A^T - I||_F with respect to A is 2 (A A^T - I) A / ||A A^T - I||_F.  It is added where A's own
-gradient is formed: under ZeRO-3 A is gathered there anyway, so the penalty costs no communication, needs no term in
-the loss, and runs exactly once per backward pass also when the forward is recomputed.
+The gradient of ||A A^T - I||_F with respect to A is 2 (A A^T - I) A / ||A A^T - I||_F. It is added where A's own
+gradient is formed. Under ZeRO-3, A is gathered there anyway, so the penalty costs no communication. It needs no term in
+the loss, and it runs exactly once per backward pass even if the forward pass is recomputed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch import Tensor
 TwoScaleFactors = tuple[Tensor, Tensor, Tensor, Tensor]
 """A (k, I), B (R, k), aa (k, R), bb (O, k)."""
 
-TINY = 1e-12  # the norm is not differentiable at 0, where the residual and with it the gradient are taken as 0
+TINY = 1e-12  # the norm is not differentiable at 0, where the residual, and so the gradient, counts as 0
 
 
 class OrthogonalityPenalty:
-    """Controller shared by all adapters of a model; the training loop arms it for one backward pass per step.
+    """Controller shared by all adapters of a model. The training loop arms it for one backward pass per step.
 
     Forms (``coefficient`` c, M matrices):
         mean_norm: c / (2 M) * sum_k (||A_k A_k^T - I||_F + ||B_k^T B_k - I||_F), as in the released code of AdaLoRA,
             SalientLoRA and PEFT.
         squared: c * sum_k (||A_k A_k^T - I||_F^2 + ||B_k^T B_k - I||_F^2), as in the papers (AdaLoRA Eq. 4).
 
-    Two-scale adapters have five terms per matrix instead of two (``terms``), see :func:`two_scale_residuals`.
+    Two-scale adapters have five terms per matrix instead of two (``terms``); see :func:`two_scale_residuals`.
 
-    Rows switched off by ``mask_R`` leave both the Gram matrix and the identity it is compared with, so that a masked
-    adapter has the penalty of the smaller one.
+    Rows switched off by ``mask_R`` are removed from the Gram matrix and from the identity that it is compared with. So
+    the penalty is that of a smaller adapter without these rows.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OrthogonalityPenalty:
     @property
     def norms_M2(self) -> Tensor | None:
         """Norm of every term in the last armed pass, (M, terms)."""
-        if self._noted and self._norms_M2 is not None:  # a few large writes in place of one for every stack of factors
+        if self._noted and self._norms_M2 is not None:  # a few large writes instead of one per stack of factors
             for term in {term for _, term, _ in self._noted}:
                 pairs = [(slots, norms) for slots, which, norms in self._noted if which == term]
                 self._norms_M2[torch.cat([slots for slots, _ in pairs]), term] = torch.cat([n for _, n in pairs])
@@ -68,12 +68,12 @@ class OrthogonalityPenalty:
         return self._norms_M2
 
     def note(self, slots: Tensor, term: int, norms: Tensor) -> None:
-        """Norms (n,) of one term of several matrices: rows ``slots`` (n,) int64."""
+        """Record the norms (n,) of one term for the matrices ``slots`` (n,) int64."""
         self._noted.append((slots, term, norms))
 
     @contextlib.contextmanager
     def collect_notes(self) -> Iterator[list[tuple[Tensor, int, Tensor]]]:
-        """Inside, norms are noted in the list that this yields and nowhere else."""
+        """Inside the context, norms are only recorded in the list that this yields."""
         before, self._noted = self._noted, []
         try:
             yield self._noted
@@ -84,9 +84,10 @@ class OrthogonalityPenalty:
         self.armed = False
 
     def attach(self, factor: Tensor, mask_R: Tensor | None, rank_axis: int, slot: tuple[int, int]) -> Tensor:
-        """Return ``factor`` unchanged, with the penalty's gradient hooked to its backward when armed.
+        """Return ``factor`` unchanged. If armed, hook the penalty's gradient to its backward pass.
 
-        ``factor`` must be the leaf parameter itself: ZeRO-3 re-gathers a saved parameter for backward, not a view.
+        If ZeRO-3 partitions the adapters, ``factor`` must be the leaf parameter itself: it gathers a saved parameter
+        again for the backward pass, but not a view.
         """
         if not self.armed:
             return factor
@@ -94,7 +95,7 @@ class OrthogonalityPenalty:
         return out
 
     def attach_two_scale(self, factors: TwoScaleFactors, mask_R: Tensor | None, module: int) -> TwoScaleFactors:
-        """As :meth:`attach`, for the four factors (A, B, aa, bb) of a two-scale adapter at once."""
+        """As :meth:`attach`, but for the four factors (A, B, aa, bb) of a two-scale adapter at once."""
         if not self.armed:
             return factors
         out: TwoScaleFactors = _AddTwoScaleGradient.apply(*factors, mask_R, module, self)
@@ -120,13 +121,13 @@ def gram_residual(factor: Tensor, mask_R: Tensor | None, rank_axis: int) -> Tens
     """A A^T - I (or B^T B - I) in fp32, with masked rows taken out of both terms; shape (R, R)."""
     wide = factor if rank_axis == 0 else factor.t()
     if wide.is_cuda and wide.dtype != torch.float32:
-        # bf16 operands, fp32 sum and result: products of two bf16 numbers are exact in fp32
+        # bf16 operands, fp32 accumulation and result: products of two bf16 numbers are exact in fp32
         residual_RR = torch.mm(wide, wide.t(), out_dtype=torch.float32)
     else:
         wide = wide.float()
         residual_RR = wide @ wide.t()
     residual_RR.diagonal().sub_(1.0)
-    if mask_R is not None:  # cheaper here than on the factor: a masked row leaves product and identity alike
+    if mask_R is not None:  # cheaper here than on the factor, and removes a row from product and identity alike
         off_R = ~mask_R
         residual_RR.masked_fill_(off_R.unsqueeze(1), 0.0).masked_fill_(off_R, 0.0)
     return residual_RR
@@ -156,7 +157,7 @@ class _AddPenaltyGradient(torch.autograd.Function):
         penalty.norms_M2[ctx.slot].copy_(norm)
         if penalty.coefficient == 0:
             return grads[0], None, None, None, None
-        # A masked row of the residual is zero, so its row of the factor gets nothing and gives nothing.
+        # A masked row of the residual is zero, so that row of the factor neither receives nor contributes gradient.
         scaled_RR = residual_RR.mul_(penalty.gradient_factor(norm)).to(factor.dtype)
         pair = (scaled_RR, factor.detach()) if ctx.rank_axis == 0 else (factor.detach(), scaled_RR)
         return torch.addmm(grads[0], *pair), None, None, None, None
@@ -164,7 +165,7 @@ class _AddPenaltyGradient(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TwoScaleResiduals:
-    """The five terms of one two-scale adapter, fp32; B and aa without their masked ranks."""
+    """The five terms of one two-scale adapter, fp32. Masked ranks are removed from B and aa."""
 
     A_kk: Tensor
     """A A^T - I."""
@@ -175,10 +176,10 @@ class TwoScaleResiduals:
     bb_kk: Tensor
     """bb^T bb - I."""
     inner_kk: Tensor
-    """aa B: how far the two planes are from orthogonal, in their own coordinates."""
+    """aa B: how far the two planes are from being orthogonal, in their own coordinates."""
 
     def norms(self) -> Tensor:
-        """Frobenius norms of the four own terms and of the cross term bb aa B A, (5,)."""
+        """Frobenius norms of the four factors' own terms and of the cross term bb aa B A, (5,)."""
         own = [r.norm() for r in (self.A_kk, self.B, self.aa, self.bb_kk)]
         # ||bb X A||^2 = <X, (bb^T bb) X (A A^T)>: the dense product is never formed
         cross = (self.inner_kk * self.pushed_kk()).sum().clamp_min(0).sqrt()
@@ -191,15 +192,18 @@ class TwoScaleResiduals:
 
 
 def two_scale_residuals(factors: TwoScaleFactors, mask_R: Tensor | None) -> TwoScaleResiduals:
-    """What the penalty of LoRA^2 measures: every factor's own orthogonality, and that of the two planes to each other.
+    """What the penalty of LoRA^2 measures: the orthogonality of every factor, and that of the two planes to each other.
 
-    The planes are those of the two LoRAs B A and bb aa inside the R-dimensional space that they share: the cross
-    term is ||(A^T B^T)(aa^T bb^T)||_F = ||bb aa B A||_F, zero if and only if (for full A and bb) they are orthogonal.
+    The planes are those of the two LoRAs, B A and bb aa, inside the R-dimensional space that they share. The cross
+    term is ||(A^T B^T)(aa^T bb^T)||_F = ||bb aa B A||_F. If A and bb have full rank, it is zero if and only if the
+    planes are orthogonal.
 
-    Differs from the reference: its regulariser always raises; it would have asked B^T B and aa aa^T to be the
-    identity also where R < k, which their rank rules out (here the feasible side is taken), and it forms the cross
-    product from detached tensors without using it. Both planes have dimension min(k, R), so that the cross term can
-    vanish together with the others only if R >= 2 k; below, it has a floor of sqrt(2 k - R), or sqrt(R) if R <= k.
+    Differs from the reference, whose regulariser always raises an error. The reference would have required B^T B and
+    aa aa^T to be the identity even if R < k, which their rank rules out; here the feasible side is used instead. It
+    also forms the cross product from detached tensors, and does not use it.
+
+    Both planes have dimension min(k, R). So the cross term can vanish together with the others only if R >= 2 k. Below
+    that it is at least sqrt(2 k - R), or sqrt(R) if R <= k.
     """
     A_kI, B_Rk, aa_kR, bb_Ok = factors
     if mask_R is not None:
@@ -242,7 +246,7 @@ class _AddTwoScaleGradient(torch.autograd.Function):
         if penalty.coefficient == 0:
             return (*grads, None, None, None)
         weight_5 = penalty.gradient_factor(norms_5)
-        # a cross norm of 0 may be a rounded one, with a gradient that is not quite 0 to be divided by it
+        # a cross norm of 0 may come from rounding; the gradient that it would divide is then not quite 0
         weight_5[4] *= norms_5[4] > TINY
         extras = _two_scale_gradient(factors, residuals, weight_5, ctx.mask_R)
         return (*(grad + extra for grad, extra in zip(grads, extras, strict=True)), None, None, None)

@@ -1,8 +1,8 @@
-"""The penalty's gradient of one bank as a CUDA graph.
+"""The penalty's gradient for one bank as a CUDA graph.
 
-Some sixty small kernels per layer keep the GPU busy for 0.3 ms and the host for more than one (LLaMA-7B, H100), and the
-host is what training steps wait for. What they read lies at fixed addresses and changes rarely in shape, so that they
-are recorded once and launched as one.
+The gradient takes some sixty small kernels per layer. They keep the GPU busy for 0.3 ms but the host for more than 1 ms
+(LLaMA-7B, H100), and training steps wait for the host. Their inputs have fixed addresses and rarely change shape. So
+the kernels are captured once and then launched as one graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from salient_ds.adapters.stacked_penalty import Stack, add_penalty_gradient
 
 
 class PenaltyGraph:
-    """Adds the penalty's gradients of the factors in one flat parameter; anything but new values is recorded anew."""
+    """Adds the penalty's gradients for the factors in one flat parameter.
+
+    New values of the factors need no new graph. If masks, coefficient, gradient scale, address or size change, the
+    graph is captured again.
+    """
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
@@ -38,16 +42,16 @@ class PenaltyGraph:
         grad: Tensor,
         largest: int,
     ) -> None:
-        """Add to ``grad`` in place and note the norms, as :func:`add_penalty_gradient` for every stack.
+        """Add to ``grad`` in place and record the norms, like calling :func:`add_penalty_gradient` for every stack.
 
         Args:
-            version: grows with every change of the stacks' masks.
+            version: increases with every change of the stacks' masks.
             flat: the parameter that holds the factors.
-            largest: elements of the largest such parameter; all share memory of its size.
+            largest: elements of the largest such parameter of the model; all share scratch memory of that size.
         """
         key = (version, penalty.coefficient, penalty.gradient_scale, flat.data_ptr(), flat.numel())
         if key != self._key:
-            # The first time kernel by kernel: they are loaded then, which a recording must not do
+            # The first run is not captured: it loads the kernels, which must not happen during a capture
             self._key, self._graph = key, None
             self._scratch = _shared(flat.device).scratch(flat, largest)
             self._extra = self._scratch[: flat.numel()]
@@ -64,7 +68,7 @@ class PenaltyGraph:
     def _run(
         self, penalty: OrthogonalityPenalty, stacks: Sequence[Stack], flat: Tensor, outs: list[Tensor] | None
     ) -> list[tuple[Tensor, int, Tensor]]:
-        """Fill the scratch; the norms, in ``outs`` if given."""
+        """Fill the scratch memory. Returns the norms, written into ``outs`` if given."""
         with penalty.collect_notes() as notes:
             for stack in stacks:
                 add_penalty_gradient(penalty, stack, flat, self._extra, accumulate=False)
@@ -74,17 +78,17 @@ class PenaltyGraph:
 
     def _record(self, penalty: OrthogonalityPenalty, stacks: Sequence[Stack], flat: Tensor) -> None:
         shared, current = _shared(flat.device), torch.cuda.current_stream(flat.device)
-        # Not in the pool: there other graphs may write in between, for norms are read after the backward pass
+        # Not from the pool: norms are read after the backward pass, and other graphs may overwrite pool memory before
         outs = [torch.empty(len(stack.shapes), device=flat.device) for stack in stacks if stack.numel]
         graph = torch.cuda.CUDAGraph()
         shared.stream.wait_stream(current)
         with torch.cuda.stream(shared.stream):
-            # other threads (collectives' watchdogs) may go on as they like
+            # thread_local: other threads (watchdogs of collectives) may use CUDA meanwhile
             graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
             try:
                 self._notes = self._run(penalty, stacks, flat, outs)
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # says only that the recording is broken
+                with contextlib.suppress(RuntimeError):  # only says that the capture is invalid
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -93,7 +97,7 @@ class PenaltyGraph:
 
 
 class _Shared:
-    """What all graphs of a device share. They are launched one after another on one stream."""
+    """What all graphs of a device share. The graphs are launched one after another on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -102,14 +106,14 @@ class _Shared:
         self._anchor = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
             square = torch.ones(16, 16, device=device)
-            torch.mm(square, square)  # makes the stream's workspace, outside any recording
-            # A pool must not lose its last recording while memory from it is in use
+            torch.mm(square, square)  # allocates the stream's workspace, outside any capture
+            # A pool must not lose its last graph while memory from it is in use
             self._anchor.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             square.add_(1)
             self._anchor.capture_end()
 
     def scratch(self, like: Tensor, numel: int) -> Tensor:
-        """Memory for one bank's gradients, the same for all who ask for the same; gone with the last of them."""
+        """Scratch memory for one bank's gradients. Equal requests share it; it is freed with its last user."""
         key = (numel, like.dtype)
         found = self._scratches.get(key)
         if found is None:

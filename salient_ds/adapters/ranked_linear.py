@@ -20,7 +20,7 @@ from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 
 @dataclass(frozen=True)
 class FactorAddress:
-    """Where one factor lives: elements [offset, offset + prod(shape)) of a flat view of ``parameter``."""
+    """Where one factor is stored: elements [offset, offset + prod(shape)) of a flat view of ``parameter``."""
 
     parameter: nn.Parameter
     offset: int
@@ -31,12 +31,12 @@ class FactorAddress:
 class RankedLinear(nn.Module, ABC):
     """A frozen ``nn.Linear`` plus a trainable low-rank update whose rows can be switched off.
 
-    ``rank_mask_R`` is a bool buffer, which no engine casts to the training precision. It is not saved with the model;
-    the checkpoint stores the decision itself.
+    ``rank_mask_R`` is a bool buffer, so no engine casts it to the training precision. It is not saved with the model;
+    the checkpoint stores the decision instead.
     """
 
     drops_masked: ClassVar[bool] = False
-    """Masked rows never act, also while they may come back: an export leaves them out."""
+    """Whether masked rows have no effect even while they may still come back, so that an export leaves them out."""
     rank_mask_R: Tensor
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
@@ -49,14 +49,14 @@ class RankedLinear(nn.Module, ABC):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.gated = False
         self.packed: dict[str, tuple[nn.Parameter, int]] = {}
-        """Flat parameter and first element of every factor, if a :class:`FactorBank` holds them."""
+        """If a :class:`FactorBank` holds the factors: flat parameter and first element of each, by short name."""
         self.fused = True
-        """Use one autograd function for layer and update where possible. It adds up in place, which selective
-        checkpointing, keeping the very results that are added to, forbids."""
+        """Use one autograd function for layer and update where possible. It adds in place. That does not work with
+        selective checkpointing, which keeps the very results that are added to."""
         self.penalty_slot = 0
-        """Number of the adapter in the orthogonality penalty and in scores of whole matrices."""
+        """Index of the adapter in the orthogonality penalty and in scores of whole matrices."""
         self.mask_version = 0
-        """Grows with every change of mask or scaling: what is derived from them is then out of date."""
+        """Increases with every change of mask or scaling, so that values derived from them can be updated."""
         self.register_buffer("rank_mask_R", torch.ones(rank, dtype=torch.bool), persistent=False)
 
     @property
@@ -69,7 +69,7 @@ class RankedLinear(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight: some model code looks at ``module.weight.dtype`` (T5)."""
+        """The frozen weight. Some model code reads ``module.weight.dtype`` (T5)."""
         return self.base.weight
 
     @property
@@ -77,9 +77,12 @@ class RankedLinear(nn.Module, ABC):
         return self.base.bias
 
     def set_mask(self, mask_R: Tensor, gate: bool, final: bool = True) -> None:
-        """Write a decision's rows (bool, any device); ``gate``: what they drop gets no gradient in forward either.
+        """Set which rows are live.
 
-        ``final`` says that what is dropped will not come back; only forms that grow care.
+        Args:
+            mask_R: bool, any device; False switches a row off.
+            gate: also mask the rows in the forward pass, so that rows switched off get no gradient.
+            final: rows switched off will not come back. Only growing forms use this.
         """
         self.rank_mask_R.copy_(mask_R)
         self.gated = gate
@@ -87,7 +90,7 @@ class RankedLinear(nn.Module, ABC):
 
     @abstractmethod
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
-        """Shape and rank axis (None: shared by all ranks) of the trainable factors by short name ("A", "E", "B")."""
+        """Shape and rank axis (None: shared by all ranks) of each trainable factor by short name ("A", "E", "B")."""
 
     def factors(self) -> dict[str, FactorAddress]:
         """Addresses of the trainable factors by short name."""
@@ -98,7 +101,7 @@ class RankedLinear(nn.Module, ABC):
         return found
 
     def resize(self, rank: int) -> None:
-        """Become an adapter of ``rank`` rows, all live; the bank that holds the factors makes new ones of that size."""
+        """Change to ``rank`` rows, all live. The bank that holds the factors has to create new ones of that size."""
         assert self.packed, "only packed factors can be replaced"
         self.rank = rank
         self.rank_mask_R = torch.ones(rank, dtype=torch.bool, device=self.rank_mask_R.device)
@@ -111,9 +114,9 @@ class RankedLinear(nn.Module, ABC):
 class SVDLinear(RankedLinear):
     """y = W0 x + b + scaling * B diag(E * mask) A dropout(x)  (AdaLoRA Eq. 3; SalientLoRA section 3).
 
-    E starts at zero, so a fresh adapter leaves the base model's output exactly as it is. Evaluated right to left:
-    two thin products, never the dense update. Differs from the reference: the multiplier is alpha / r, without the
-    1e-5 that its code adds to r.
+    E starts at zero, so a fresh adapter leaves the base model's output exactly as it is. The update is evaluated from
+    right to left as two thin products; the dense update is never formed. Differs from the reference: the multiplier is
+    alpha / r, without the 1e-5 that its code adds to r.
     """
 
     def __init__(
@@ -136,7 +139,7 @@ class SVDLinear(RankedLinear):
         self.lora_B = nn.Parameter(_normal(shape_B, init_std, generator).to(device, dtype))
         self._penalty = [penalty] if penalty is not None else []  # in a list: not a submodule
         self.gain_R: Tensor | None = None
-        """E * mask * scaling of this forward pass, from the bank; None: worked out here."""
+        """E * mask * scaling for this forward pass, set by the bank; None: ``forward`` computes it."""
 
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         rank = self.rank
@@ -161,7 +164,7 @@ class SVDLinear(RankedLinear):
 
 
 class PlainLinear(RankedLinear):
-    """y = W0 x + b + scaling * B A dropout(x), B = 0 at the start (LoRA, Hu et al. 2022)."""
+    """y = W0 x + b + scaling * B A dropout(x), with B = 0 at the start (LoRA, Hu et al. 2022)."""
 
     def __init__(
         self,
@@ -178,7 +181,7 @@ class PlainLinear(RankedLinear):
         self.lora_A = nn.Parameter(uniform_start(rank, base.in_features, generator).to(device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
         self.gain_R: Tensor | None = None
-        """mask * scaling, from the bank; None: worked out here."""
+        """mask * scaling, set by the bank; None: ``forward`` applies the scaling alone."""
 
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         return {"A": ((self.rank, self.in_features), 0), "B": ((self.out_features, self.rank), 1)}
@@ -192,8 +195,8 @@ class PlainLinear(RankedLinear):
 
 
 def _with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor, B_OR: Tensor) -> Tensor:
-    """base(x) + B diag(gain) A dropout(x), in one autograd function where nothing speaks against it."""
-    if len(A_RI) == 0:  # asked of the tensor: torch.compile would make a case of its own of every value of `rank`
+    """base(x) + B diag(gain) A dropout(x), in one autograd function where possible."""
+    if len(A_RI) == 0:  # read off the tensor: torch.compile would specialise on every value of `rank`
         base_BO: Tensor = adapter.base(x_BI)
         return base_BO
     plain = isinstance(adapter.dropout, nn.Identity) or not adapter.training
@@ -210,7 +213,7 @@ def _with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor
 
 
 def uniform_start(rank: int, in_features: int, generator: torch.Generator | None) -> Tensor:
-    """A (R, I) as LoRA's released code starts it: kaiming_uniform with a = sqrt(5), fp32 on the CPU."""
+    """Initial A (R, I) as in LoRA's released code: kaiming_uniform with a = sqrt(5), fp32 on the CPU."""
     bound = 1 / math.sqrt(in_features)
     return torch.rand(rank, in_features, generator=generator) * 2 * bound - bound
 

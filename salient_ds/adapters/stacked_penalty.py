@@ -1,8 +1,8 @@
 """The orthogonality penalty's gradient for several factors of one flat parameter at once.
 
 Shape legend: n = factors in a stack, R = rank of one, S = sum of their ranks, I = in features (B: out features O).
-The same numbers as :mod:`salient_ds.adapters.orthogonality` for every factor by itself, in a tenth of the kernels:
-448 factors of LLaMA-7B take 128 batched products instead of 448 small ones.
+The numbers are those that :mod:`salient_ds.adapters.orthogonality` gives for every factor by itself, computed with a
+tenth of the kernels. For example, the 448 factors of LLaMA-7B take 128 batched products instead of 448 small ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from salient_ds.adapters.ranked_linear import RankedLinear
 
 @dataclass
 class Stack:
-    """Neighbouring factors, all A (R, I) with one I or all B (O, R) with one O."""
+    """Adjacent factors of a flat parameter: all A (R, I) with the same I, or all B (O, R) with the same O."""
 
     adapters: tuple[RankedLinear, ...]
     rank_axis: int
@@ -27,13 +27,13 @@ class Stack:
     """First element in the flat parameter."""
     shapes: tuple[tuple[int, int], ...]
     slots: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    """Row of every factor in ``norms_M2`` (n,)."""
+    """Row in ``norms_M2`` of every factor (n,)."""
     off: Tensor | None = None
-    """Residual elements that do not count: (n, R, R), or (S, S) where ranks differ. None: all count."""
+    """Residual elements to ignore: (n, R, R), or (S, S) if ranks differ. None: all count."""
     module_S: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    """Factor that each row belongs to, where ranks differ."""
+    """Index of the factor that each row belongs to (S,); only used if ranks differ."""
     minus_identity: Tensor | None = None
-    """What Gram matrices are added to: (1, R, R), or (1, S, S) where ranks differ."""
+    """-I, to which Gram matrices are added: (1, R, R), or (1, S, S) if ranks differ."""
 
     @property
     def uniform(self) -> bool:
@@ -48,7 +48,7 @@ class Stack:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def refresh(self, device: torch.device) -> None:
-        """Take over the adapters' masks."""
+        """Update everything that depends on the adapters' masks."""
         self.slots = torch.tensor([a.penalty_slot for a in self.adapters], device=device)
         masks = [a.rank_mask_R.to(device) if a.gated else torch.ones_like(a.rank_mask_R) for a in self.adapters]
         size = self.ranks[0] if self.uniform else sum(self.ranks)
@@ -67,12 +67,12 @@ class Stack:
 def add_penalty_gradient(
     penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor, accumulate: bool = True
 ) -> None:
-    """Add the gradient of every factor's penalty to ``grad`` in place and note the norms.
+    """Add the gradient of every factor's penalty to ``grad`` in place, and record the norms.
 
     Args:
         flat: the parameter that holds the factors.
         grad: its gradient, of the same size.
-        accumulate: add to what is there; otherwise it is overwritten.
+        accumulate: add to the values in ``grad``; otherwise overwrite them.
     """
     if stack.numel == 0:
         return
@@ -102,7 +102,7 @@ def _uniform(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Te
 
 
 def _ragged(penalty: OrthogonalityPenalty, stack: Stack, flat: Tensor, grad: Tensor, accumulate: bool) -> None:
-    """Ranks differ: one product over all rows, of which the blocks on the diagonal count."""
+    """Ranks differ: form one product over all rows, of which only the diagonal blocks count."""
     assert stack.off is not None
     span = slice(stack.offset, stack.offset + stack.numel)
     sizes = [math.prod(shape) for shape in stack.shapes]
@@ -137,7 +137,7 @@ def _gram_minus(wide_nRI: Tensor, minus_identity: Tensor) -> Tensor:
     """W W^T - I of every factor in fp32, (n, R, R)."""
     start = minus_identity.expand(len(wide_nRI), -1, -1)
     if wide_nRI.is_cuda and wide_nRI.dtype != torch.float32:
-        # bf16 operands, fp32 sum and result: products of two bf16 numbers are exact in fp32
+        # bf16 operands, fp32 accumulation and result: products of two bf16 numbers are exact in fp32
         return torch.baddbmm(start, wide_nRI, wide_nRI.transpose(1, 2), out_dtype=torch.float32)
     wide = wide_nRI.float()
     return torch.baddbmm(start, wide, wide.transpose(1, 2))

@@ -11,12 +11,12 @@ ALL_LINEAR = "all-linear"
 REGEX_PREFIX = "re:"
 SHORTCUT_KINDS = ("residual_1", "residual_2", "shortcut_sa", "shortcut_ffn")
 LAST_KIND = SHORTCUT_KINDS[-1]
-"""It comes from the layer before, which the first one does not have."""
+"""This kind starts in the previous layer, so the first layer has none."""
 _SHOWN = 12
 
 
 def select_modules(names: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
-    """Those of ``names`` that ``target_modules`` means, in the order of ``names``.
+    """The ``names`` that ``target_modules`` selects, in the order of ``names``.
 
     Args:
         names: paths of all linear layers, e.g. "model.layers.0.self_attn.q_proj".
@@ -24,8 +24,8 @@ def select_modules(names: Sequence[str], target_modules: str | Sequence[str]) ->
             name, "re:PATTERN" (must match the whole path), or "all-linear" (all of ``names``).
 
     Raises:
-        ValueError: nothing matches, or one of the listed names matches nothing (a typing error there would
-            silently leave a kind of layer unadapted), or the pattern is not a regular expression.
+        ValueError: nothing matches, or one of the listed names matches nothing (a typo there would silently
+            leave a kind of layer unadapted), or the pattern is not a regular expression.
     """
     if isinstance(target_modules, str):
         if target_modules == ALL_LINEAR:
@@ -44,14 +44,14 @@ def select_modules(names: Sequence[str], target_modules: str | Sequence[str]) ->
 
 
 def is_shortcut(name: str) -> bool:
-    """Whether a module path is that of a shortcut (by its last part)."""
+    """Whether a module path belongs to a shortcut, judged by its last part."""
     return name.rpartition(".")[2] in SHORTCUT_KINDS
 
 
 def match_targets(
     linear_shapes: Mapping[str, tuple[int, int]], target_modules: str | Sequence[str]
 ) -> list[tuple[str, tuple[int, int]]]:
-    """(module path, (out, in)) of every targeted layer, in features; raises like :func:`select_modules`."""
+    """(module path, (out features, in features)) of every targeted layer. Raises like :func:`select_modules`."""
     return [(name, linear_shapes[name]) for name in select_modules(list(linear_shapes), target_modules)]
 
 
@@ -113,7 +113,7 @@ def shortcut_candidates(linear_names: Sequence[str]) -> list[str]:
 
 
 def select_shortcuts(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Those of ``names`` that ``adapter.shortcuts.modules`` (kinds or paths) means, in the order of ``names``.
+    """The ``names`` that ``wanted`` (``adapter.shortcuts.modules``: kinds or paths) selects, in the order of ``names``.
 
     Raises:
         ValueError: one of ``wanted`` matches nothing.

@@ -16,12 +16,13 @@ from salient_ds.adapters.ranked_linear import RankedLinear
 class TwoScaleLinear(RankedLinear):
     """y = W0 x + b + scaling * bb aa diag(E * mask) B A dropout(x)  (LoRA^2, 2024).
 
-    A (k, I) and bb (O, k) are shared by all ranks, B (R, k) and aa (k, R) belong to single ones; the update's rank is
-    at most min(k, R). E starts at zero, so a fresh adapter leaves the base model's output exactly as it is.
+    All ranks share A (k, I) and bb (O, k). Each rank has its own row of B (R, k) and its own column of aa (k, R). The
+    update's rank is at most min(k, R). E starts at zero, so a fresh adapter leaves the base model's output exactly as
+    it is.
 
-    Differs from the reference: it forms the dense (I, O) product in every forward pass, here four thin products run
-    from right to left; k is a choice (there 8); the multiplier is alpha / r, without the 1e-5 added to r; nothing is
-    merged on eval(), where the reference multiplies elementwise.
+    Differs from the reference: it forms the dense (I, O) product in every forward pass, while here four thin products
+    are evaluated from right to left; k can be chosen (8 there); the multiplier is alpha / r, without the 1e-5 added to
+    r; nothing is merged on eval(), where the reference multiplies elementwise.
     """
 
     def __init__(
@@ -76,5 +77,5 @@ class TwoScaleLinear(RankedLinear):
 
 
 def two_scale_pair(A_kI: Tensor, B_Rk: Tensor, aa_kR: Tensor, bb_Ok: Tensor) -> tuple[Tensor, Tensor]:
-    """The inner products B A (R, I) and bb aa (O, R), fp32: with E between them a plain pair that any export folds."""
+    """The inner products B A (R, I) and bb aa (O, R), fp32. With E between them, any export can fold them."""
     return B_Rk.detach().float() @ A_kI.detach().float(), bb_Ok.detach().float() @ aa_kR.detach().float()

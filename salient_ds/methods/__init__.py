@@ -1,1 +1,1 @@
-"""One file per rank-allocation method, by composition."""
+"""Rank-allocation methods, one folder each, and what they share."""

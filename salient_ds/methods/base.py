@@ -1,4 +1,4 @@
-"""A method without statistics to build on, and what methods share. Importing this file loads no torch.
+"""A base class for methods, and helpers that methods share. Importing this file loads no torch.
 
 Shape legend: M = adapted matrices, N = rows (:mod:`salient_ds.ranks`).
 """
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def refuse_non_finite(what: str, modules: Sequence[str], bad: Sequence[int], when: str) -> None:
-    """Raise ValueError if ``bad`` names matrices whose statistics were not finite.
+    """Raise ValueError if any matrix has statistics that are not finite.
 
     Args:
-        what: the statistic, as in "sensitivity scores".
-        bad: indices into ``modules``.
-        when: as in "at step 7".
+        what: the statistic, for example "sensitivity scores".
+        bad: indices into ``modules`` of the matrices whose statistics are not finite.
+        when: for example "at step 7".
     """
     if not bad:
         return
@@ -33,14 +33,14 @@ def refuse_non_finite(what: str, modules: Sequence[str], bad: Sequence[int], whe
 
 
 def modules_of_rows(layout: RankLayout, rows_N: Tensor) -> list[int]:
-    """Indices of the matrices that own any of the rows (bool, N), in order."""
+    """Indices of the matrices that own at least one of the marked rows (bool, N), in order."""
     return sorted(set(layout.module_of_row_N[rows_N.cpu()].tolist()))
 
 
 class BaseMethod:
-    """A method without statistics of its own. Subclasses override what they need; ``allocate`` at least.
+    """A method without statistics of its own. Subclasses override what they need; with events, at least ``allocate``.
 
-    Args of the constructor: the method's options, the layout of all rows that there may be, and the number of applied
+    Args of the constructor: the method's options, the layout of all rows that may ever exist, and the number of applied
     steps of the run.
     """
 
@@ -58,7 +58,7 @@ class BaseMethod:
         """Nothing to prepare."""
 
     def resized(self, layout: RankLayout) -> None:
-        """Go on with the rows of ``layout``."""
+        """Continue with the rows of ``layout``."""
         self.layout = layout
 
     def before(self, view: StepView, step: int) -> None:
@@ -75,7 +75,7 @@ class BaseMethod:
         return {}
 
     def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
-        """A method with events has to decide them."""
+        """A method with events must override this."""
         raise NotImplementedError(f"{type(self).__name__} has events but no allocate()")
 
     def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a rank-allocation method is: its duties to the engine. Importing this file loads no torch.
+"""The duties of a rank-allocation method: what the engine calls. Importing this file loads no torch.
 
 Shape legend: M = adapted matrices, N = rows (:mod:`salient_ds.ranks`).
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """A rank-allocation method. Holds statistics of the local shards; never communicates."""
+    """A rank-allocation method. It keeps statistics of the local shards, and never communicates."""
 
     name: str
     policy: MaskPolicy
@@ -25,34 +25,45 @@ class Method(Protocol):
     needs_penalty: bool
     """Whether the orthogonality norms must be measured even if their coefficient is 0."""
     needs_before: bool
-    """Whether :meth:`before` is to be called at all."""
+    """Whether the engine has to call :meth:`before`."""
 
     def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
-        """Called once before training with the static views that ``observe`` will be given."""
+        """Receive the views that ``observe`` will be given.
+
+        Called before training, and again when rows have been dropped or added. Without views, the method must let go of
+        the old ones.
+        """
         ...
 
     def before(self, view: StepView, step: int) -> None:
-        """As :meth:`observe`, but just before the optimizer changes the masters; the gradient is already final."""
+        """As :meth:`observe`, but just before the optimizer changes the masters. The gradient is already final."""
         ...
 
     def observe(self, view: StepView, step: int) -> None:
-        """Called inside optimizer step ``step`` (1-based, applied steps only) for every local view."""
+        """Called for every local view inside optimizer step ``step`` (counted from 1, applied steps only)."""
         ...
 
     def end_step(self, step: int, penalty_M2: Tensor | None) -> None:
-        """After step ``step``; ``penalty_M2`` holds ||A A^T - I||_F and ||B^T B - I||_F per matrix at that step."""
+        """Called after step ``step``.
+
+        ``penalty_M2`` holds ||A A^T - I||_F and ||B^T B - I||_F of every matrix at that step; None if they were not
+        measured.
+        """
         ...
 
     def contribution(self) -> dict[str, Tensor]:
-        """Full-size tensors that hold this process' part and zeros elsewhere: their sum over processes is global."""
+        """Full-size tensors with this process's part and zeros elsewhere. The engine sums them over processes."""
         ...
 
     def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
-        """Pure decision from summed contributions; called with identical arguments on every process."""
+        """Decide from the summed contributions.
+
+        Called with identical arguments on every process, and has to return the same decision on all of them.
+        """
         ...
 
     def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:
-        """(statistic, part, tensor (..., numel)) triples to be checkpointed by whoever owns the part."""
+        """(statistic, part, tensor (..., numel)) triples. The process that owns a part saves it in the checkpoint."""
         ...
 
     def shared_state(self) -> dict[str, Any]:
@@ -60,69 +71,72 @@ class Method(Protocol):
         ...
 
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
-        """Restore after :meth:`attach`, possibly with another sharding than the one that was saved."""
+        """Restore the state after :meth:`attach`. The sharding may differ from the one that was saved."""
         ...
 
 
 @runtime_checkable
 class SharingMethod(Protocol):
-    """A method whose :meth:`Method.allocate` divides its work over processes, all of which call it alike."""
+    """A method whose :meth:`Method.allocate` divides its work over processes. All of them call it alike."""
 
     share: WorkShare | None
-    """None: each process does all of it."""
+    """This process's share; None: each process does all of the work."""
 
 
 @runtime_checkable
 class ScoringMethod(Protocol):
-    """Further duties of a method that needs scores of whole matrices (adapters/module_score.py)."""
+    """Additional duties of a method that needs scores of whole matrices (adapters/module_score.py)."""
 
     exact_scores: bool
-    """Gradients are averaged over processes before their absolute value is taken, instead of the scores."""
+    """True: gradients are averaged over processes before their absolute value is taken. False: scores are averaged."""
 
     def choose_reduction(self, accumulation: int) -> None:
-        """Settle ``exact_scores`` for steps of so many micro-batches on a process.
+        """Set ``exact_scores``, given that a step has ``accumulation`` micro-batches on a process.
 
         Raises:
-            ValueError: what was asked for is not possible with them.
+            ValueError: what the options ask for is not possible with that many micro-batches.
         """
         ...
 
     def scored_at(self, step: int) -> bool:
-        """Whether the backward passes of ``step`` are to be scored."""
+        """Whether to score the backward passes of ``step``."""
         ...
 
     def take_scores(self, score_M: Tensor, step: int) -> None:
-        """Scores of an applied step, before :meth:`Method.end_step`; the same on every process."""
+        """Receive the scores of an applied step, equal on every process. Called before :meth:`Method.end_step`."""
         ...
 
 
 @runtime_checkable
 class ResizableMethod(Protocol):
-    """A method that can go on with other rows; its options say so by ``compactable`` or ``grows``."""
+    """A method that can continue with other rows. Its options declare that by ``compactable`` or ``grows``."""
 
     def resized(self, layout: RankLayout) -> None:
-        """Pruned rows are gone, or there is room for new ones: from now on rows are numbered by ``layout``."""
+        """Pruned rows have been dropped, or new rows allocated. From now on, ``layout`` numbers the rows."""
         ...
 
 
 @runtime_checkable
 class GrowingMethod(Protocol):
-    """A method whose events may need rows that are not there yet, the first ones of every matrix at any time."""
+    """A method whose events may need rows that are not allocated yet.
+
+    At any time, the first rows of every matrix are allocated.
+    """
 
     def room_for(self, event: Event, previous: RankDecision) -> tuple[int, ...] | None:
-        """Rows that every matrix is to have before ``event`` is decided; None: those that it has. Pure."""
+        """Rows that every matrix needs before ``event`` is decided; None: the allocated ones suffice. Pure."""
         ...
 
 
 @runtime_checkable
 class ReportingMethod(Protocol):
-    """A method with results of its own to leave in the run directory."""
+    """A method that writes results of its own to the run directory."""
 
     def write_results(self, folder: Path, run: Mapping[str, Any]) -> None:
         """Called once on the main process after the last step.
 
         Args:
             folder: the run directory.
-            run: the run file as it was given, a mapping of sections.
+            run: the run file as it was given, as a mapping of sections.
         """
         ...

@@ -1,7 +1,7 @@
 """What a method's options answer before torch is loaded: events, totals, adapter form, memory, capabilities.
 
-``check``, the memory estimate, injection and the speed plan ask these questions and know no method by name. A
-capability that a method does not declare is refused or noted by ``salient-ds check``.
+``check``, the memory estimate, injection and the speed plan ask these questions and know no method by name. If a method
+does not declare a capability, ``salient-ds check`` notes that, and refuses a run file that asks for the capability.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 
 class MethodConfig(Strict):
-    """Section ``method`` of a run file; one subclass per method, found by its ``name``."""
+    """Section ``method`` of a run file. Every method has a subclass, which is found by its ``name``."""
 
     name: str
 
     implementation: ClassVar[str]
-    """The class that decides, as "package.module:Class". It is imported when a run is built."""
+    """The class that decides, as "package.module:Class". It is imported only when a run is built."""
     packable: ClassVar[bool] = False
-    """Factors may lie in banks of a few layers (``speed.packing``)."""
+    """Whether factors may be packed in banks of a few layers each (``speed.packing``)."""
     compilable: ClassVar[bool] = False
-    """Layers are compiled on GPUs without being asked (``speed.compile_layers: auto``)."""
+    """Whether ``speed.compile_layers: auto`` compiles layers on GPUs."""
     compactable: ClassVar[Literal["never", "last", "every"]] = "never"
-    """Pruned rows may be dropped after the last event, or after every one (``speed.compaction``)."""
+    """When pruned rows may be dropped: never, after the last event, or after every event (``speed.compaction``)."""
     grows: ClassVar[bool] = False
-    """Events add rows instead of taking them away (``speed.growth``)."""
+    """Whether events add rows instead of removing them (``speed.growth``)."""
 
     @property
     def takes_shortcuts(self) -> bool:
@@ -45,17 +45,20 @@ class MethodConfig(Strict):
 
     @property
     def counts_epochs(self) -> bool:
-        """Whether the events depend on how many steps an epoch has."""
+        """Whether the events depend on the number of steps in an epoch."""
         return False
 
     @property
     def replaces_weights(self) -> str | None:
-        """The option that makes the method replace weights while the model runs; compiled layers would not see it."""
+        """The option that makes the method replace weights while the model runs, or None.
+
+        Compiled layers would not see such weights.
+        """
         return None
 
     @property
     def scoring_bytes(self) -> int:
-        """Memory on each process for scoring whole matrices in backward passes; 0: they are not scored."""
+        """Bytes on each process for scoring whole matrices in backward passes; 0: no scoring."""
         return 0
 
     def build(
@@ -65,16 +68,16 @@ class MethodConfig(Strict):
         rates: RatePlan | None = None,
         steps_per_epoch: int | None = None,
     ) -> Method:
-        """The object that decides.
+        """Create the object that decides.
 
         Args:
-            layout: all rows that there may be.
+            layout: all rows that may ever exist.
             total_steps: applied optimizer steps of the run.
-            rates: the learning-rate schedule, for methods that give single rows their own.
+            rates: the learning-rate schedule, for methods that give single rows their own learning rate.
             steps_per_epoch: for methods whose events are given in epochs.
 
         Raises:
-            ValueError: the schedule has no event or contradicts itself, with the numbers and the ways out.
+            ValueError: the schedule has no event or contradicts itself. The message gives the numbers and the remedies.
         """
         return self._implementation()(self, layout, total_steps)
 
@@ -83,25 +86,28 @@ class MethodConfig(Strict):
         return getattr(import_module(module), name)
 
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:
-        """The form of the adapters around ``num_matrices`` layers; ``in_flight``: rows are added while training."""
+        """The form of the adapters around ``num_matrices`` layers.
+
+        ``in_flight``: growing adapters start with a few rows, and more are allocated during training.
+        """
         return SVDForm()
 
     def adapter_parameters(self, layout: RankLayout, ranks: Sequence[float] | None = None) -> int:
-        """Trainable elements of all adapters; ``ranks`` (they may be means) instead of the layout's."""
+        """Number of trainable elements of all adapters. ``ranks``, which may be means, replaces the layout's ranks."""
         form = self.adapter_form(len(layout.ranks), max(layout.ranks, default=1))
         sides = zip(layout.in_features, layout.out_features, ranks or layout.ranks, strict=True)
         return round(sum(form.parameters(wide, tall, rank) for wide, tall, rank in sides))
 
     def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
-        """All allocations of a run in order; none for fixed ranks.
+        """All allocations of a run in order; empty if ranks are fixed.
 
         Raises:
-            ValueError: ranks have to go or come, but the schedule has no event, or its numbers contradict each other.
+            ValueError: ranks have to change, but the schedule has no event, or its numbers contradict each other.
         """
         return []
 
     def probe_batches_of(self, micro_batch_size: int) -> tuple[int, int] | None:
-        """Batches, and examples in each, that events before a step look at; None: the method does not probe."""
+        """Number of probe batches per event, and examples in each; None: the method does not probe."""
         return None
 
     def initial_total(self, layout: RankLayout) -> int:
@@ -109,7 +115,7 @@ class MethodConfig(Strict):
         return layout.total
 
     def final_total(self, layout: RankLayout, total_steps: int) -> int:
-        """Sum of ranks at the end, or the most that it can be.
+        """Sum of ranks at the end, or an upper bound of it.
 
         Raises:
             ValueError: the numbers of the schedule contradict each other.
@@ -117,34 +123,37 @@ class MethodConfig(Strict):
         return layout.total
 
     def first_room(self, num_matrices: int, rank: int) -> int:
-        """Rows that every matrix begins with if room is made in flight (methods that grow)."""
+        """Rows allocated for every matrix at the start, if more are allocated during training (methods that grow)."""
         return rank
 
     def largest_rooms(self, layout: RankLayout, multiple: int) -> list[int]:
-        """Rows of every matrix if growth goes to where it costs most memory; rooms are multiples of ``multiple``."""
+        """Rows allocated for every matrix if growth takes its most memory-hungry course.
+
+        The engine rounds the rows of a matrix up to a multiple of ``multiple``.
+        """
         return list(layout.ranks)
 
     def statistics_bytes(self, layout: RankLayout) -> int:
-        """Memory of the method's statistics on all processes together."""
+        """Bytes of the method's statistics, on all processes together."""
         return 0
 
     def event_bytes(self, layout: RankLayout) -> int:
-        """Memory that an event needs on each process."""
+        """Bytes that an event needs on each process."""
         return 0
 
     def problems(self, adapter: AdapterConfig) -> list[str]:
-        """Contradictions between the method and section ``adapter``, one sentence each with value and remedy."""
+        """Contradictions between the method and section ``adapter``: one sentence each, with value and remedy."""
         return []
 
     def compaction_problem(self, when: Literal["last", "every"]) -> str | None:
-        """Why dropping rows then would change the training; None if it would not."""
+        """Why dropping rows after the ``last`` or ``every`` event would change the training; None if it would not."""
         return None
 
     def batch_facts(self, accumulation: int) -> tuple[dict[str, Any], list[str]]:
-        """Facts and notes for ``check`` that follow from the number of micro-batches of a step on one process.
+        """Facts and notes for ``check`` that depend on ``accumulation``, the micro-batches of a step on one process.
 
         Raises:
-            ValueError: the method cannot work with so many.
+            ValueError: the method cannot work with that many micro-batches.
         """
         return {}, []
 
@@ -154,12 +163,12 @@ class MethodConfig(Strict):
 
 
 class TargetConfig(MethodConfig):
-    """Options of a method that ends at a total number of ranks."""
+    """Options of a method that ends at a given sum of ranks."""
 
     target_rank: float | None = Field(None, gt=0)
     """Mean rank per matrix at the end of allocation."""
     target_total: int | None = Field(None, gt=0)
-    """Instead of target_rank: the total number of singular values that are kept."""
+    """Alternative to target_rank: the total number of singular values that are kept."""
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -168,14 +177,14 @@ class TargetConfig(MethodConfig):
         return self
 
     def wanted_total(self, num_matrices: int) -> int:
-        """Sum of ranks that the run is to end with."""
+        """The target: sum of ranks at the end of the run."""
         if self.target_total is not None:
             return self.target_total
         assert self.target_rank is not None
         return round(self.target_rank * num_matrices)
 
     def problems(self, adapter: AdapterConfig) -> list[str]:
-        """A target above the rank that every matrix starts with."""
+        """Reports a ``target_rank`` above ``adapter.rank``."""
         if self.target_rank is None or self.target_rank <= adapter.rank:
             return []
         return [

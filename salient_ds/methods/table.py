@@ -1,4 +1,4 @@
-"""The one table of methods: every name that ``method.name`` may have. No torch.
+"""The one table of methods: every valid value of ``method.name``. No torch.
 
 A method of another package is found through its entry point in the group "salient_ds.methods"; see ADDING.md.
 """
@@ -25,9 +25,9 @@ _registered: dict[str, type[MethodConfig]] = {}
 
 
 def register(options: type[MethodConfig]) -> type[MethodConfig]:
-    """Add a method of another package for this process; usable as a class decorator.
+    """Register a method of another package in this process; usable as a class decorator.
 
-    Processes that a launcher starts do not see it: for them declare an entry point.
+    Processes that a launcher starts do not see it. For them, declare an entry point.
 
     Raises:
         ValueError: the name is taken by another method, or the class has no default name.
@@ -43,10 +43,11 @@ def register(options: type[MethodConfig]) -> type[MethodConfig]:
 
 
 def methods() -> dict[str, type[MethodConfig]]:
-    """Options class of every method by its name: built in, from entry points, registered.
+    """Options class of every method by name: built in, from entry points, and registered.
 
     Raises:
-        ConfigError: an entry point cannot be loaded, or takes a name that there is.
+        ConfigError: an entry point cannot be loaded, is no subclass of MethodConfig, or takes the name of another
+            method.
     """
     return {**_installed(), **_registered}
 
@@ -75,7 +76,7 @@ def _installed() -> dict[str, type[MethodConfig]]:
 
 
 def unknown_method(name: object) -> str:
-    """Message for a ``method`` section without a name (None), or with one that no method has."""
+    """Error message for a ``method`` section without a name (None), or with an unknown one."""
     known = list(methods())
     if name is None:
         return f"missing key 'method.name': choose one of {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""When ranks are taken away and how many remain: the events of a run, known before it starts. No torch.
+"""When ranks are removed and how many remain: the events of a run, known before it starts. No torch.
 
 Numbers: N = initial sum of ranks, n_i = initial warm-up, n_f = length of the allocation phase between the two
 warm-ups, T_i and T_f = first and last window length, all in steps. Steps are applied optimizer steps, counted from 1.
@@ -14,10 +14,10 @@ from salient_ds.ranks import Event
 
 @dataclass(frozen=True)
 class AllocationPlan:
-    """The numbers that a schedule is made from, checked against each other.
+    """The numbers that define a schedule, checked against each other.
 
     Raises:
-        ValueError: target below 1 or above the initial total, or warm-ups longer than training.
+        ValueError: the target is below 1 or above the initial total, or the warm-ups are longer than training.
     """
 
     total_steps: int
@@ -53,27 +53,27 @@ class AllocationPlan:
         return self.total_steps - self.initial_warmup - self.final_warmup
 
     def window_at(self, progress: float) -> float:
-        """T = T_f + (T_i - T_f)(1 - progress)^3, the window length at a share ``progress`` of the phase."""
+        """T = T_f + (T_i - T_f)(1 - progress)^3, the window length after a fraction ``progress`` of the phase."""
         return self.window_final + (self.window_initial - self.window_final) * (1 - progress) ** 3
 
     def total_at(self, window: float) -> float:
-        """r = N - T / T_f (N - target), the sum of ranks that goes with the window length T."""
+        """r = N - T / T_f (N - target), the sum of ranks that belongs to the window length T."""
         return self.initial_total - (window / self.window_final) * (self.initial_total - self.target_total)
 
 
 def paper_schedule(plan: AllocationPlan, final_prune: bool = True) -> list[Event]:
     """Events as the paper means them (Ke et al., NeurIPS 2024: adaptive length of the time window).
 
-    With n = step - n_i: T(n) and r(n) as in :class:`AllocationPlan`; the first event comes at n = T_i, the
-    next one T(n) steps (rounded) after the event at n. The budget is r(n) rounded down.
+    Let n = step - n_i, with T(n) and r(n) as in :class:`AllocationPlan`. The first event comes at n = T_i. After an
+    event at n, the next one comes T(n) steps (rounded) later. The budget is r(n), rounded down.
 
-    With ``final_prune`` the last event falls on the end of the phase and its budget is the target; a regular
-    event less than T_i steps before it is merged into it.
+    With ``final_prune`` the last event falls on the end of the phase, and its budget is the target. A regular event
+    less than T_i steps before it is merged into it.
 
     Differs from the reference: progress is n / n_f (the code divides by n_i + n_f), and the target is reached.
 
     Raises:
-        ValueError: the phase is shorter than the first window, so that nothing would ever be pruned.
+        ValueError: the phase is shorter than the first window, so nothing would ever be pruned.
     """
     _require_event(plan, plan.phase_steps)
     events: list[Event] = []
@@ -89,21 +89,21 @@ def paper_schedule(plan: AllocationPlan, final_prune: bool = True) -> list[Event
 
 
 class ReferenceStep(NamedTuple):
-    """What the released code holds after one step."""
+    """State of the released code after one step."""
 
     total_rank: int
-    """The budget it reports (also between events)."""
+    """The budget that it reports (also between events)."""
     event: bool
     """Whether it prunes at this step."""
     steps_left: int
-    """Steps until the next prune, after this step."""
+    """Steps from this one until the next prune."""
 
 
 def reference_trace(plan: AllocationPlan) -> list[ReferenceStep]:
-    """The released code's counters at every step; element s belongs to our step s + 1.
+    """The released code's counters at every step. Element s belongs to our step s + 1.
 
-    Allocation runs while n_i < s <= total - final_warmup, s from 0. The code divides by total - final_warmup,
-    not by the length of the phase, rounds T half to even, and truncates the budget.
+    Allocation runs while n_i < s <= total - final_warmup, with s counted from 0. The code divides by
+    total - final_warmup instead of the length of the phase, rounds T half to even, and truncates the budget.
     """
     trace = []
     left = plan.window_initial
@@ -123,13 +123,13 @@ def reference_trace(plan: AllocationPlan) -> list[ReferenceStep]:
 
 
 def reference_schedule(plan: AllocationPlan, final_prune: bool = False) -> list[Event]:
-    """Events of the released code (Heyest/SalientLoRA): step s of the code is step s + 1 here.
+    """Events of the released code (Heyest/SalientLoRA). Step s of the code is step s + 1 here.
 
-    Its last event is up to T_f steps before the end of the phase and usually above the target;
-    ``final_prune`` adds the missing one. The window starts anew after every event.
+    The code's last event comes up to T_f steps before the end of the phase, and its budget is usually above the target.
+    ``final_prune`` adds the missing event. A new window starts after every event.
 
     Raises:
-        ValueError: the phase is shorter than the first window, so that nothing would ever be pruned.
+        ValueError: the phase is shorter than the first window, so nothing would ever be pruned.
     """
     last_step = min(plan.total_steps, plan.total_steps - plan.final_warmup + 1)
     _require_event(plan, last_step - 1 - plan.initial_warmup)
@@ -144,16 +144,16 @@ def reference_schedule(plan: AllocationPlan, final_prune: bool = False) -> list[
 
 
 def leading_losses(schedule: str, initial_warmup: int) -> int:
-    """Steps before the first window at which the loss history begins: 1 in the released code without warm-up.
+    """How many steps before the first window the loss history begins: 1 in the released code without warm-up, else 0.
 
-    Its first step takes the loss, but not yet the singular values, of step 0: the first window's values are
-    then weighted with the losses of the step before each.
+    In its step 0, that code records the loss but not yet the singular values. So each value of the first window is
+    weighted with the loss of the step before it.
     """
     return 1 if schedule == "reference" and initial_warmup == 0 else 0
 
 
 def _require_event(plan: AllocationPlan, usable_steps: int) -> None:
-    """``usable_steps`` can be observed before allocation ends; the first window needs window_initial."""
+    """Raise if allocation ends before the first window is full: fewer ``usable_steps`` than ``window_initial``."""
     if usable_steps >= plan.window_initial:
         return
     missing = plan.window_initial - usable_steps
@@ -167,7 +167,7 @@ def _require_event(plan: AllocationPlan, usable_steps: int) -> None:
 
 
 def _end_at_target(events: list[Event], plan: AllocationPlan, last_step: int) -> list[Event]:
-    """Make ``last_step`` the last event, with the target as budget."""
+    """Make ``last_step`` the last event, with the target as its budget."""
     kept = [event for event in events if last_step - event.step >= plan.window_initial]
     start = kept[-1].step + 1 if kept else events[0].window_start
     return [*kept, Event(last_step, plan.target_total, start, last_step - start + 1)]

@@ -1,4 +1,4 @@
-"""AdaLoRA's budget: when ranks are taken away and how many remain, LoRA^2 included. No torch.
+"""The budget of AdaLoRA and LoRA^2: when ranks are removed and how many remain. No torch.
 
 Numbers: N = initial sum of ranks, t_i / t_f = initial and final warm-up, T = all steps, dT = interval, b = budget.
 Steps are applied optimizer steps, counted from 1; the released code's step s, counted from 0, is our step s + 1.
@@ -14,8 +14,8 @@ def budget_at(plan: AllocationPlan, step: int) -> int:
     """Allowed sum of ranks after ``step`` (1-based): N, then b_T + (N - b_T)(1 - progress)^3, then the target b_T.
 
     Progress runs from 0 to 1 over the steps t_i < s <= T - t_f of the released code (AdaLoRA, Zhang et al. 2023,
-    section 3.3), rounded down as there. Differs from the formula as printed in the paper (Eq. 14), which subtracts
-    t_f in the numerator too, and so starts above N and ends above the target.
+    section 3.3). The budget is rounded down, as there. Differs from the formula as printed in the paper (Eq. 14), which
+    subtracts t_f in the numerator too, and so starts above N and ends above the target.
     """
     s, end = step - 1, plan.total_steps - plan.final_warmup
     if s <= plan.initial_warmup:
@@ -29,15 +29,15 @@ def budget_at(plan: AllocationPlan, step: int) -> int:
 def cubic_schedule(plan: AllocationPlan, interval: int) -> list[Event]:
     """Events at every multiple of ``interval`` inside the allocation phase, and a final one that leaves the target.
 
-    The released code masks with frozen scores at every step of the final phase. All those masks are one and the same,
-    so that here the first of them is the last event, and its decision is held. The final event comes at the latest
-    after the last step: differs from the released code and PEFT, which with a final warm-up below 2 (PEFT: of 0) never
-    make the final cut.
+    In the final phase, the released code masks with frozen scores at every step. All these masks are the same. So here,
+    the first of them is the last event, and its decision is held. The final event comes after the last step at the
+    latest. Differs from the released code and PEFT, which never make the final cut if the final warm-up is below 2
+    (PEFT: if it is 0).
 
-    The window of an event is what its scores have seen: all steps so far, none of the final phase.
+    The window of an event covers the steps that its scores have seen: all steps so far, but none of the final phase.
 
     Returns:
-        No event if the target is the initial total: the method then is LoRA in SVD form.
+        An empty list if the target is the initial total: the method is then LoRA in SVD form.
 
     Raises:
         ValueError: the target is below the initial total, and no step is left to get there.

@@ -4,15 +4,15 @@ Shape legend: N = singular values, T = steps of the window, L = values that vary
 columns of one block.
 
 The dependency graph of SalientLoRA has an edge i -> j if the correlation of both histories reaches ``beta`` and the
-slope of j on i reaches ``gamma``. The slope is rho_ij sigma_j / sigma_i (sigma: deviation within the window), and
-rho_ij <= 1, so an edge needs sigma_j >= gamma sigma_i. For gamma > 1 two things follow:
+slope of j on i reaches ``gamma``. The slope is rho_ij sigma_j / sigma_i, where sigma is the deviation within the
+window. Since rho_ij <= 1, an edge needs sigma_j >= gamma sigma_i. For gamma > 1 two things follow:
 
-- sigma grows strictly along every edge: there is no cycle, and the influence solves a triangular system;
-- values whose sigma lie within a factor gamma of each other, a band, have no edge among themselves.
+- sigma grows strictly along every edge, so there is no cycle, and the influence solves a triangular system;
+- values whose sigmas lie within a factor gamma of each other (a band) have no edges among themselves.
 
-So the values are sorted by sigma and solved band by band from the largest sigma down. One band is a masked matrix
-product with everything above it, done in blocks. Differs from the reference, which builds the N x N graph and
-searches it for cycles to break: for gamma > 1 that search never finds one.
+So the values are sorted by sigma and solved band by band, from the largest sigma down. Each band takes a masked matrix
+product with everything above it, done in blocks. Differs from the reference, which builds the N x N graph and searches
+it for cycles to break. For gamma > 1, that search never finds one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ BLOCK_BYTES = 256 * 2**20
 """Default memory of one block and its temporaries."""
 
 REFERENCE_EPSILON = 1e-15
-"""What the released code adds to both denominators."""
+"""What the released code adds to the denominators of correlation and slope."""
 
 SATURATION = 1e300
-"""Largest influence reported; sums of saturated values stay finite."""
+"""Largest influence reported. Sums of saturated values stay finite."""
 
-# Thresholds are compared with this relative slack, above the rounding of a normalised float32 dot product: a value
-# that meets a threshold exactly is an edge (the code tests >=) on every device and with every block size.
+# Thresholds are lowered by this relative slack, which exceeds the rounding of a normalised float32 dot product. So a
+# value that meets a threshold exactly is an edge (the code tests >=) on every device and with every block size.
 _THRESHOLD_SLACK = 1e-6
-# Bands are narrower than gamma by more than slack and rounding together: no edge can hide inside a band.
+# Bands are narrower than gamma by more than slack and rounding together, so no edge can lie inside a band.
 _BAND_SLACK = 1e-5
 
 # correlation and limit (float32), epsilon term (float32), two bools, the float64 copy for the accumulation
@@ -58,20 +58,21 @@ def influence(
 ) -> Tensor:
     """Influence I_i = sum over edges i -> k of slope_ik I_k, and 1 without an edge (Ke et al., NeurIPS 2024).
 
-    Histories are centred in float64, multiplied in float32 (never TF32), and influences accumulated in float64: they
+    Histories are centred in float64 and multiplied in float32 (never TF32). Influences are accumulated in float64: they
     reach 1e24 and more, and saturate at 1e300.
 
     Args:
-        window_NT: histories of all values, one row each; rows that do not vary take part in no edge.
-        beta: least correlation of an edge.
-        gamma: least slope of an edge, above 1.
+        window_NT: histories of all values, one row each. Rows that do not vary have no edges.
+        beta: smallest correlation of an edge.
+        gamma: smallest slope of an edge, above 1.
         leaf: influence *reported* for values without an outgoing edge: 1 in the paper, 0 in the released code.
             Either way they count as 1 for the values that point at them.
         epsilon: added to the denominators of correlation and slope: 1e-15 in the released code (it removes edges
             between histories whose sum of squares is about that small), else 0.
-        block_bytes: memory for one block; the rest is a few copies of the window.
-        share: divides the blocks of every band over processes that all call this with the same arguments; the numbers
-            are the same bit for bit, as blocks are the same whoever works on them. None: all are worked on here.
+        block_bytes: memory for one block. All other memory is a few copies of the window.
+        share: divides the blocks of every band over processes, which all call this with the same arguments. The result
+            is the same bit for bit, because the blocks do not depend on who computes them. None: this process computes
+            all blocks.
 
     Returns:
         float64 (N,), on the window's device.
@@ -96,13 +97,13 @@ def influence(
 
 @dataclass(frozen=True)
 class DependencyGraph:
-    """The edges as a rule, over the values that vary, in increasing order of deviation.
+    """The edges as a rule over the values that vary, in increasing order of deviation.
 
     i -> j iff rho_ij >= limit_ij; its slope is rho_ij sigma_j / (sigma_i + epsilon / sigma_i).
     """
 
     rows_L: Tensor
-    """Rows of the window, int64."""
+    """The values' rows in the window, int64."""
     unit_LT: Tensor
     """Centred histories of length 1, float32."""
     sigma_L: Tensor
@@ -116,7 +117,7 @@ class DependencyGraph:
     def of(cls, window_NT: Tensor, beta: float, gamma: float, epsilon: float = 0.0) -> DependencyGraph:
         """The graph of a window.
 
-        Centring in float64 makes a constant history exactly zero: it is left out here, not by luck of an epsilon.
+        Centring in float64 makes a constant history exactly zero. So it is left out reliably, without an epsilon.
         """
         centred_NT = window_NT.double()
         centred_NT = centred_NT - centred_NT.mean(1, keepdim=True)
@@ -128,13 +129,13 @@ class DependencyGraph:
         return cls(rows_L, unit_LT, sigma_L, sigma_L.cpu(), beta, gamma, epsilon)
 
     def first_above(self, row: int) -> int:
-        """First value that ``row`` could have an edge to: those before it are too close to it."""
+        """Index of the first value that ``row`` could have an edge to. Those before it are too close to it."""
         reach = max(self.gamma * (1 - _BAND_SLACK), 1.0)
         bound = self.sigma_cpu_L[row] * reach
         return int(torch.searchsorted(self.sigma_cpu_L, bound, right=reach == 1.0))
 
     def bands(self) -> list[tuple[int, int]]:
-        """Index ranges without inner edges, from the smallest deviation up; each begins at an existing value."""
+        """Index ranges without edges inside, from the smallest deviation up. Each begins at an existing value."""
         found, start = [], 0
         while start < len(self.sigma_cpu_L):
             found.append((start, self.first_above(start)))
@@ -142,9 +143,9 @@ class DependencyGraph:
         return found
 
     def limits(self, rows: slice, columns: slice) -> Tensor:
-        """Least correlation of an edge, both thresholds in one: max(beta, gamma sigma_i / sigma_j), (r, c) float32.
+        """Both thresholds as a smallest correlation of an edge: max(beta, gamma sigma_i / sigma_j), (r, c) float32.
 
-        Epsilon divides the correlation by 1 + e and adds e to sigma_i / sigma_j, e = epsilon / (sigma_i sigma_j).
+        Epsilon divides the correlation by 1 + e and adds e to sigma_i / sigma_j, with e = epsilon / (sigma_i sigma_j).
         """
         # relative to the first row, so that no factor leaves the range of float32
         unit = self.sigma_L[rows.start]
@@ -159,7 +160,7 @@ class DependencyGraph:
         return limit_rc.mul_(1 - _THRESHOLD_SLACK)
 
     def correlations(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """rho where there is an edge and 0 elsewhere (r, c) float32, and whether a row has any edge (r,)."""
+        """rho where there is an edge and 0 elsewhere, (r, c) float32; and whether a row has any edge, (r,)."""
         rho_rc = self.unit_LT[rows] @ self.unit_LT[columns].T
         edge_rc = rho_rc >= self.limits(rows, columns)
         rho_rc.masked_fill_(~edge_rc, 0.0)
@@ -167,13 +168,13 @@ class DependencyGraph:
 
 
 def _solve(graph: DependencyGraph, leaf: float, pairs: int, share: WorkShare) -> Tensor:
-    """Influences of the sorted values (L,): back-substitution over bands, ``pairs`` pairs of values at a time.
+    """Influences of the sorted values (L,), by back-substitution over bands, ``pairs`` pairs of values at a time.
 
-    Inside a band nothing depends on anything: its rows are divided over processes, and joined before the next band.
+    Inside a band, no value depends on another. So its rows are divided over processes, and joined before the next band.
     """
     sigma_L = graph.sigma_L
     total = len(sigma_L)
-    # In a sum, value j counts sigma_j / sigma_max * I_j: deviations, large or small, cannot make it overflow.
+    # In a sum, value j counts sigma_j / sigma_max * I_j, so that large or small deviations cannot make it overflow.
     scale_L = sigma_L / sigma_L[-1]
     denominator_L = scale_L + graph.epsilon / sigma_L / sigma_L[-1]
     value_L = torch.ones_like(sigma_L)
@@ -198,7 +199,7 @@ def _solve(graph: DependencyGraph, leaf: float, pairs: int, share: WorkShare) ->
 
 
 def _join(value_L: Tensor, leaf_L: Tensor, blocks: list[slice], share: WorkShare) -> None:
-    """Give every process the rows of all blocks of a band; block k was worked on by process k mod size."""
+    """Give every process the rows of all blocks of a band. Process k mod world size has computed block k."""
     rows = slice(blocks[0].start, blocks[-1].stop)
     both = torch.stack([value_L[rows], leaf_L[rows].double()])
     for k, block in enumerate(blocks):
@@ -210,7 +211,7 @@ def _join(value_L: Tensor, leaf_L: Tensor, blocks: list[slice], share: WorkShare
 
 @contextmanager
 def full_precision_matmul(device_type: str) -> Iterator[None]:
-    """Real float32 products inside: no TF32, no bf16 shortcut, no autocast, whatever the run has switched on."""
+    """Inside the context, products are true float32: no TF32, bf16 shortcut or autocast, whatever the run enables."""
     mkldnn: Any = torch.backends.mkldnn
     owners: list[Any] = [torch.backends.cuda.matmul, mkldnn.matmul]
     saved = [owner.fp32_precision for owner in owners]

@@ -1,6 +1,6 @@
-"""Learning rates of rows that join a run late, as if they were a parameter group of their own. No torch.
+"""Learning rates of rows that join a run late, as if they had their own parameter group. No torch.
 
-Numbers: T = all steps, w = warm-up steps, e = step after which rows joined (0: from the start).  Steps are applied
+Numbers: T = all steps, w = warm-up steps, e = step after which rows joined (0: from the start). Steps are applied
 optimizer steps, counted from 1.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RatePlan:
-    """What the optimizer and its schedule do to every parameter, known before the run."""
+    """The learning-rate schedule and Adam settings of all parameters, known before the run."""
 
     schedule: Literal["linear", "cosine", "constant"]
     warmup: int
@@ -23,11 +23,11 @@ class RatePlan:
     weight_decay: float
 
     def rate(self, step: int, joined: int = 0) -> float:
-        """Share of the base learning rate in ``step`` for parameters that joined after step ``joined``.
+        """Fraction of the base learning rate in ``step``, for parameters that joined after step ``joined``.
 
-        Warm-up starts again at 0 with its full length, and the rest of the schedule is squeezed into what is left of
-        the run (IncreLoRA's released code; there the step of the event itself, in which its new parameters have no
-        gradient, shows the base rate).
+        Warm-up starts again at 0 with its full length. The rest of the schedule is compressed into what is left of the
+        run, as in IncreLoRA's released code. (There, the step of the event itself shows the base rate; its new
+        parameters have no gradient in that step.)
         """
         done, length = step - 1 - joined, self.total_steps - joined
         assert done >= 0
@@ -41,11 +41,11 @@ class RatePlan:
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     def restart(self, step: int, joined: int) -> float:
-        """How the update of rows that joined late relates to what the optimizer makes of them in ``step``.
+        """Factor from the optimizer's update of late rows in ``step`` to the update that they should get.
 
-        The quotient of the two learning rates, times that of Adam's bias corrections: the optimizer counts steps from
-        the beginning, and with its usual betas would take up to 6.6 times too large steps along fresh moments. Exact
-        up to Adam's epsilon.
+        It is the quotient of the two learning rates, times the quotient of Adam's bias corrections. The optimizer
+        counts steps from the start of the run. With the usual betas, its steps along fresh moments would be up to 6.6
+        times too large. The factor is exact up to Adam's epsilon.
         """
         usual = self.rate(step)
         if usual == 0.0:
@@ -53,6 +53,6 @@ class RatePlan:
         return self.rate(step, joined) / usual * self._correction(step - joined) / self._correction(step)
 
     def _correction(self, steps: int) -> float:
-        """Adam's factor on m / sqrt(v) after ``steps`` steps."""
+        """Adam's bias correction of m / sqrt(v) after ``steps`` steps."""
         beta1, beta2 = self.betas
         return math.sqrt(1.0 - beta2**steps) / (1.0 - beta1**steps)

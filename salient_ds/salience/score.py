@@ -1,10 +1,10 @@
-"""What SalientLoRA sorts by: orthogonality-weighted magnitude and influence, normalised and combined.
+"""The score that SalientLoRA ranks by: orthogonality-weighted magnitude and influence, normalised and combined.
 
 Shape legend: N = ranked singular values in module-major order, M = adapted matrices, T = steps of the window,
-K = 1 (one history of losses for all matrices) or M (one each).  ``sizes`` are the numbers of ranked values
+K = 1 (one history of losses for all matrices) or M (one each). ``sizes`` are the numbers of ranked values
 per matrix, sum = N.
 
-Results have the losses' precision: float64, or float32 to reproduce the released code to the rounding.
+Results have the precision of the losses: float64, or float32 to reproduce the released code up to rounding.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def loss_weights(losses_KT: Tensor, constant: Literal["uniform", "nan"]) -> Tens
     """Weight of each step in [0, 1]: sum(L) / L_t, min-max scaled over the window (Ke et al., NeurIPS 2024).
 
     The most orthogonal step gets 1, the least orthogonal one 0. If all losses of a history are equal, min-max
-    is 0/0: ``uniform`` makes all weights 1, ``nan`` leaves NaN (released code: every score becomes NaN, and
-    all values are masked).
+    scaling is 0/0. Then ``uniform`` makes all weights 1, and ``nan`` leaves NaN (released code: every score becomes
+    NaN, and all values are masked).
     """
     if constant == "uniform":
-        # A matrix that has lost all its rows has loss 0: as a limit its step counts fully.
+        # A matrix that has lost all its rows has loss 0. In the limit of small losses, its steps count fully.
         losses_KT = losses_KT.clamp(min=torch.finfo(losses_KT.dtype).tiny)
-        # one ratio for the whole history: the sum would overflow or underflow beside extreme losses
+        # the minimum, not the sum, which extreme losses would make overflow; min-max scaling gives the same weights
         inverse_KT = losses_KT.amin(1, keepdim=True) / losses_KT
     else:
         # one after the other, as the released code adds them: the weights then agree to the last bit
@@ -53,7 +53,7 @@ def loss_weights(losses_KT: Tensor, constant: Literal["uniform", "nan"]) -> Tens
 def magnitude(window_NT: Tensor, weights_KT: Tensor, sizes: Sequence[int], signed: bool = False) -> Tensor:
     """Weighted sum over time of every value, m_i = sum_t w_t |sigma_it| (or of sigma_it itself), (N,).
 
-    The paper prints sigma_it without the absolute value; the released code takes it.
+    The paper prints sigma_it without the absolute value; the released code takes the absolute value.
     """
     values_NT = window_NT if signed else window_NT.abs()
     if len(weights_KT) > 1:
@@ -66,20 +66,20 @@ def magnitude(window_NT: Tensor, weights_KT: Tensor, sizes: Sequence[int], signe
 
 
 def per_module_share(magnitude_N: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Magnitude as a share of all absolute magnitudes in its matrix, (N,); NaN if they are all 0."""
+    """Magnitude divided by the sum of absolute magnitudes in its matrix, (N,); NaN if that sum is 0."""
     # one sum per matrix instead of a scatter: atomic additions would differ from process to process
     sums_M = torch.stack([part.abs().sum() for part in magnitude_N.split(list(sizes))])
     return magnitude_N / sums_M.repeat_interleave(torch.tensor(sizes, device=sums_M.device))
 
 
 def global_share(influence_N: Tensor) -> Tensor:
-    """Influence divided by the sum of all, (N,); 0 if that is 0 (no edge in the window, leaves count 0)."""
+    """Influence divided by the sum of all influences, (N,); 0 if that sum is 0 (no edge, and leaves count 0)."""
     total = influence_N.sum()
     return torch.where(total > 0, influence_N / total, torch.zeros_like(influence_N))
 
 
 def percentile(value_N: Tensor) -> Tensor:
-    """Share of values below each one, half of the equal ones counted in, (N,) float64; NaN stays NaN."""
+    """Fraction of values below each one, plus half of the equal ones, (N,) float64; NaN stays NaN."""
     if len(value_N) == 0:
         return value_N.double()
     _, inverse_N, counts = torch.unique(value_N, return_inverse=True, return_counts=True)
@@ -96,9 +96,9 @@ def normalise(
 ) -> tuple[Tensor, Tensor]:
     """Bring magnitude and influence to one scale, both (N,) in the magnitude's precision.
 
-    - printed: as in the paper, which names no normalisation; influences reach 1e24 and then decide alone.
+    - printed: unchanged, because the paper names no normalisation. Influences reach 1e24, and then decide alone.
     - released: magnitude as a share within its matrix, influence as a share of all.
-    - robust: percentiles over all ranked values, both terms alike.
+    - robust: percentiles over all ranked values, for both terms.
     """
     if how == "released":
         magnitude_N = per_module_share(magnitude_N, sizes)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def select_exact(score_N: Tensor, budget: int, live_N: Tensor) -> Tensor:
-    """Keep exactly ``budget`` of the live values: the highest scores, of equal ones those with the lower row.
+    """Keep exactly ``budget`` of the live values: the highest scores; among equal scores, the lower rows.
 
-    A score of NaN counts as the lowest. A budget above the number of live values keeps them all: what was
-    pruned does not come back.
+    NaN counts as the lowest score. A budget above the number of live values keeps all of them; pruned values do not
+    come back.
 
     Returns:
         bool (N,), on the scores' device.
@@ -30,7 +30,7 @@ def select_exact(score_N: Tensor, budget: int, live_N: Tensor) -> Tensor:
 
 
 def reference_threshold(score_N: Tensor, budget: int) -> float:
-    """The (N - budget)-th smallest score, NaN counting as the largest; -inf if the budget covers all."""
+    """The (N - budget)-th smallest score, with NaN as the largest; -inf if the budget covers all values."""
     dropped = len(score_N) - budget
     if dropped <= 0:
         return float("-inf")
@@ -38,10 +38,10 @@ def reference_threshold(score_N: Tensor, budget: int) -> float:
 
 
 def select_threshold(score_N: Tensor, budget: int) -> Tensor:
-    """Keep what lies strictly above :func:`reference_threshold` (the released code's rule).
+    """Keep the values strictly above :func:`reference_threshold` (the released code's rule).
 
-    Values tied with the threshold all go, so that fewer than ``budget`` may remain. NaN is never above
-    anything: such a value goes, but has taken one of the places, and with at least ``budget`` of them nothing
+    All values tied with the threshold are dropped, so fewer than ``budget`` may remain. NaN is never above anything. So
+    a NaN value is dropped too, although it has taken one of the places. With at least ``budget`` NaN values, nothing
     remains.
 
     Returns:
@@ -51,6 +51,6 @@ def select_threshold(score_N: Tensor, budget: int) -> Tensor:
 
 
 def score_at_cut(score_N: Tensor, mask_N: Tensor, live_N: Tensor) -> float:
-    """Highest score among the live values that go, for the log; NaN if all of them stay."""
+    """Highest score among the live values that are dropped, for the log; NaN if all of them stay."""
     gone = score_N[live_N.to(score_N.device) & ~mask_N]
     return float(gone.max()) if len(gone) else float("nan")

@@ -1,7 +1,7 @@
-"""Smoothed sensitivity of parameters to the loss, and its sum over the rows of a factor: AdaLoRA's statistic.
+"""AdaLoRA's statistic: smoothed sensitivity of the loss to parameters, and its mean over each rank of a factor.
 
 Shape legend: n = elements of one part (any piece of a flattened factor that one process owns), R = ranks of the
-factor.  Everything is elementwise until :func:`row_means`, so that no shard needs to know another one.
+factor. Everything is elementwise until :func:`row_means`, so no shard needs to know another one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from salient_ds.ranks import Part
 
 CHUNK = 2**24
-"""Elements whose temporaries may exist at once (64 MiB); bounds the memory of an update."""
+"""Elements whose temporaries may exist at once (64 MiB). Bounds the memory of an update."""
 
 
 @dataclass
 class Smoothed:
-    """State of one list of parts; both lists are parallel to it."""
+    """State for a list of parts. Both lists have one tensor per part."""
 
     sensitivity: list[Tensor]
     """Ibar (n,) fp32 each: moving average of |w g|."""
@@ -37,14 +37,14 @@ class Smoothed:
 
 
 def init(values: Sequence[Tensor]) -> Smoothed:
-    """State before the first step: zeros, without bias correction later (as in the paper and its code)."""
+    """State before the first step: zeros. There is no bias correction later (as in the paper and its code)."""
     return Smoothed(*([torch.zeros_like(v, dtype=torch.float32) for v in values] for _ in range(2)))
 
 
 def update(state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: float, beta2: float) -> Smoothed:
     """Take in one step, in place (AdaLoRA, Zhang et al. 2023, Eq. 8 to 10).
 
-    I = |w g|;  Ibar <- beta1 Ibar + (1 - beta1) I;  Ubar <- beta2 Ubar + (1 - beta2) |I - Ibar| with the new Ibar.
+    I = |w g|; Ibar <- beta1 Ibar + (1 - beta1) I; Ubar <- beta2 Ubar + (1 - beta2) |I - Ibar| with the new Ibar.
 
     Args:
         values: weights w of every part (n,).
@@ -64,9 +64,9 @@ def update(state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: fl
 
 
 def row_scores(state: Smoothed, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
-    """The reduce-form: every part with its share of the means of Ibar Ubar over each rank's elements (R,) float64.
+    """Every part with its share of the mean of Ibar Ubar over each rank's elements, (R,) float64.
 
-    Summed over all parts of a factor, on any number of processes, the shares are the factor's contribution to the
+    The sum of the shares over all parts of a factor, on any number of processes, is the factor's contribution to the
     scores (Eq. 7 and 11).
     """
     for part, sensitivity_n, uncertainty_n in zip(parts, state.sensitivity, state.uncertainty, strict=True):
@@ -76,8 +76,8 @@ def row_scores(state: Smoothed, parts: Sequence[Part]) -> Iterator[tuple[Part, T
 def row_means(part: Part, value_n: Tensor) -> Tensor:
     """This part's share of the mean of a factor over each of its ranks, (R,) float64.
 
-    A part may begin and end in the middle of a line of the (row-major) factor. It is cut there into at most three
-    pieces, of which the middle one is a matrix of whole lines: no index is as large as the part.
+    A part may begin and end in the middle of a line of the (row-major) factor. So it is cut into at most three pieces,
+    of which the middle one is a matrix of whole lines. No index tensor as large as the part is needed.
     """
     assert part.rank_axis in (0, 1), "a factor that all ranks share has no score"
     line = math.prod(part.shape[1:])
@@ -101,7 +101,7 @@ def row_means(part: Part, value_n: Tensor) -> Tensor:
 
 
 def _chunks(values: Sequence[Tensor]) -> Iterator[slice]:
-    """Consecutive spans of parts of at most CHUNK elements together (a larger part stands alone)."""
+    """Consecutive spans of parts with at most CHUNK elements together. A larger part is a span of its own."""
     start = filled = 0
     for index, value in enumerate(values):
         if filled and filled + value.numel() > CHUNK:

@@ -1,4 +1,4 @@
-"""The window: the history of singular values over the last steps, recorded by whoever owns them.
+"""The window: the history of singular values over the last steps. Every process records those that it owns.
 
 Shape legend: N = all singular values, n = those in one view, T = length of the window, t = steps recorded.
 """
@@ -23,7 +23,7 @@ class _Track:
 class Trajectory:
     """Histories of the singular values that this process owns, one track per view.
 
-    A track belongs to fixed rows. It is kept step-major: recording writes one contiguous line.
+    A track belongs to fixed rows. It is stored step by step, so that recording writes one contiguous line.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,9 @@ class Trajectory:
         track.filled += 1
 
     def assemble(self, total_rows: int, window: int, device: torch.device) -> Tensor:
-        """This process' part of the window, (N, T) float32 on ``device``, zeros elsewhere.
+        """This process's part of the window, (N, T) float32 on ``device``, with zeros elsewhere.
 
-        The sum over processes is the whole window, and exact: every row has one owner.
+        The sum over processes is the whole window. It is exact, because every row has one owner.
         """
         whole_NT = torch.zeros((total_rows, window), dtype=torch.float32, device=device)
         for key, track in self._tracks.items():
@@ -64,7 +64,7 @@ class Trajectory:
         return whole_NT
 
     def history(self, key: str, rows_n: Tensor) -> Tensor | None:
-        """Recorded part (t, n) of the given rows of a view; None if nothing was recorded."""
+        """Recorded values (t, n) of the given rows of a view; None if nothing was recorded."""
         track = self._tracks.get(key)
         if track is None or track.filled == 0:
             return None
@@ -75,7 +75,7 @@ class Trajectory:
         return track.values_Tn[: track.filled, place.to(track.values_Tn.device)]
 
     def restore(self, key: str, rows_n: Tensor, values_tn: Tensor, window: int) -> None:
-        """Put back the first t steps of a view; recording goes on with the next one."""
+        """Restore the first t steps of a view. Recording continues with the next step."""
         filled = len(values_tn)
         assert filled <= window and values_tn.shape[1] == len(rows_n)
         values_Tn = values_tn.new_empty((window, len(rows_n)), dtype=torch.float32)

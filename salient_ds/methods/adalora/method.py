@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., ICLR 2023): ranks by the smoothed sensitivity of triplets, under a shrinking budget.
+"""AdaLoRA (Zhang et al., ICLR 2023): ranks follow the smoothed sensitivity of triplets, under a shrinking budget.
 
 Shape legend: N = singular values, R = ranks of one matrix, n = elements of one part.
 """
@@ -20,17 +20,18 @@ from salient_ds.salience.sensitivity import Smoothed
 
 
 class AdaLoRA:
-    """Smooths |weight * gradient| of A, E and B at every step and zeroes the singular values with the lowest scores.
+    """Smooths |weight * gradient| of A, E and B at every step. Events zero the singular values with the lowest scores.
 
-    The score of triplet i is s(E_i) + mean_j s(A_ij) + mean_j s(B_ji) with s = Ibar Ubar (Eq. 7 to 11): means, so that
-    long and short vectors count alike. A zeroed singular value keeps its vectors, is trained on, and may be kept
-    again by a later event; the last event is for good.
+    A triplet is a singular value with its two vectors. The score of triplet i is s(E_i) + mean_j s(A_ij) +
+    mean_j s(B_ji) with s = Ibar Ubar (Eq. 7 to 11). It uses means so that long and short vectors count alike. A zeroed
+    singular value keeps its vectors and continues to train, so a later event may keep it again. What the last event
+    zeroes stays zero.
 
-    Every process smooths the elements it owns. An event sums N float64 numbers over the processes, other steps
-    communicate nothing; the state takes twice the memory of the observed fp32 masters until the last event.
+    Every process smooths the elements it owns. An event sums N float64 numbers over the processes; other steps
+    communicate nothing. Until the last event, the state takes twice the memory of the observed fp32 masters.
 
     Where paper and released code disagree, :class:`SensitivityOptions` decides. Differs from both: if the target is
-    the initial total there is no event and no statistic (LoRA in SVD form), where the released code fails.
+    the initial total, there is no event and no statistic (LoRA in SVD form). The released code fails in that case.
 
     Raises:
         ValueError: the schedule has no event or contradicts itself (see :mod:`salient_ds.salience.cubic_budget`).
@@ -53,37 +54,37 @@ class AdaLoRA:
 
     @property
     def state_bytes(self) -> int:
-        """Memory that the statistics take on this process."""
+        """Bytes of the statistics on this process."""
         return sum(state.nbytes for state in self._state.values())
 
     def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
-        """Remember the views of this process; nothing has been observed yet."""
+        """Remember the views of this process."""
         assert layout == self.layout
         self._views = list(views)
 
     def resized(self, layout: RankLayout) -> None:
-        """Go on with the rows that the last event kept; no statistic is needed any more."""
+        """Continue with the rows that the last event kept. Statistics are no longer needed."""
         self.layout = layout
         self._state.clear()
 
     def before(self, view: StepView, step: int) -> None:
-        """Paper: sensitivity of the weights that the gradient was taken at."""
+        """``moment: paper``: sensitivity of the weights at which the gradient was taken."""
         if self.options.moment == "paper":
             self._take_in(view, step)
 
     def observe(self, view: StepView, step: int) -> None:
-        """Released code: sensitivity of the weights after the step, times the step's gradient."""
+        """``moment: reference``: sensitivity from the weights after the step, times the step's gradient."""
         if self.options.moment == "reference":
             self._take_in(view, step)
 
     def end_step(self, step: int, penalty_M2: Tensor | None) -> None:
-        """Count the step; the statistics are freed once no event needs them."""
+        """Count the step. The statistics are freed once no event needs them."""
         self._step = step
         if not self.events or step > self.events[-1].step:
             self._state.clear()
 
     def contribution(self) -> dict[str, Tensor]:
-        """``score``: this process' share of all scores (N,) float64; the sum over processes is exact to rounding."""
+        """``score``: this process's share of all scores (N,) float64. The sum over processes is exact to rounding."""
         score_N = torch.zeros(self.layout.total, dtype=torch.float64)
         for view in self._views:
             assert view.key in self._state, f"view {view.key} was not observed"
@@ -94,12 +95,12 @@ class AdaLoRA:
         return {"score": score_N}
 
     def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
-        """Keep the ``event.total_rank`` highest scores among all values, also those that the last event zeroed.
+        """Keep the ``event.total_rank`` highest scores among all values, including those that the last event zeroed.
 
         Raises:
             ValueError: a score is not finite.
         """
-        # Rounded, so that two scores that are equal but for the order of summation are equal on any sharding.
+        # Rounded, so that scores that differ only by the order of summation are equal on any sharding.
         score_N = statistics["score"].float()
         bad = modules_of_rows(self.layout, ~score_N.isfinite())
         refuse_non_finite("sensitivity scores", self.layout.modules, bad, f"at step {event.step}")
@@ -114,7 +115,7 @@ class AdaLoRA:
         return RankDecision(event.step, event.total_rank, mask_N.cpu(), threshold, hold)
 
     def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:
-        """("sensitivity" or "uncertainty", part, values (n,)) of all that is observed, until the last event."""
+        """("sensitivity" or "uncertainty", part, values (n,)) for everything observed; nothing after the last event."""
         for view in self._views if self._pending(self._step) else []:
             state = self._state.get(view.key)
             if state is not None:
@@ -123,14 +124,14 @@ class AdaLoRA:
                     yield "uncertainty", part, state.uncertainty[index]
 
     def shared_state(self) -> dict[str, Any]:
-        """Last step seen, and whether it left statistics to go on from."""
+        """Last step seen, and whether the checkpoint of that step holds statistics."""
         return {"step": self._step, "saved": self._step > 0 and self._pending(self._step)}
 
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
-        """Go on smoothing, whoever owned the elements before.
+        """Continue smoothing, whichever process owned the elements before.
 
         Raises:
-            ValueError: the state was saved under a schedule whose last event had taken place.
+            ValueError: this run has events left, but the state was saved after the last event of its schedule.
         """
         step = int(shared["step"])
         needed = step > 0 and self._pending(step)

@@ -1,4 +1,4 @@
-"""Options of AdaLoRA, and what LoRA^2's have in common with them. No torch."""
+"""Options of AdaLoRA, and those that it shares with LoRA^2. No torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from salient_ds.steps import steps_or_fraction
 class SensitivityOptions:
     """Every point where the AdaLoRA paper (Zhang et al., ICLR 2023) and its released code disagree about decisions.
 
-    LoRA^2's code is a copy of AdaLoRA's in these. (A third point, the form of the penalty, is
+    In these points, LoRA^2's code is a copy of AdaLoRA's. (A third point, the form of the penalty, is
     ``adapter.orthogonality.form``.)
     """
 
     moment: Literal["paper", "reference"]
-    """Weight in |weight * gradient|: where the gradient was taken (paper), or after the step (code)."""
+    """The weight in |weight * gradient|. paper: the one at which the gradient was taken. reference: the one after the
+    step (released code)."""
     ties: Literal["exact", "threshold"]
-    """exact: budget met exactly, the lower row wins a tie; threshold: all values at the cut go (code)."""
+    """exact: the budget is met exactly; in a tie, the lower row stays. threshold: all values at the cut are dropped
+    (released code)."""
 
 
 SENSITIVITY_PRESETS: dict[str, SensitivityOptions] = {
@@ -36,22 +38,23 @@ SENSITIVITY_PRESETS: dict[str, SensitivityOptions] = {
 
 
 class SensitivityConfig(TargetConfig):
-    """What AdaLoRA and LoRA^2 have in common: the smoothed sensitivity and the cubic budget."""
+    """What AdaLoRA and LoRA^2 share: the smoothed sensitivity and the cubic budget."""
 
     preset: Literal["standard", "paper", "reference"] = "standard"
-    """Starting point of `moment` and `ties`: standard is the released code with budgets met exactly."""
+    """Starting point for `moment` and `ties`. standard: the released code, but with budgets met exactly. paper: as in
+    the paper. reference: as in the released code. `moment` and `ties` override the preset if they are set."""
     target_rank: float | None = Field(None, gt=0)
-    """Mean rank per matrix at the end of allocation; equal to adapter.rank it prunes nothing (LoRA in SVD form)."""
+    """Mean rank per matrix at the end of allocation. If equal to adapter.rank, nothing is pruned (LoRA in SVD form)."""
     initial_warmup: float = Field(0, ge=0)
-    """Steps before the budget starts to fall (t_i; a fraction of all steps if below 1)."""
+    """Steps before the budget starts to fall (t_i). A value below 1 is a fraction of all steps."""
     final_warmup: float = Field(0, ge=0)
-    """Steps at the end with fixed ranks (t_f; a fraction of all steps if below 1)."""
+    """Steps at the end with fixed ranks (t_f). A value below 1 is a fraction of all steps."""
     interval: int = Field(10, ge=1)
-    """Steps between allocations (Delta_T; the AdaLoRA paper uses 1, 10 or 100 by task)."""
+    """Steps between allocations (Delta_T). The AdaLoRA paper uses 1, 10 or 100, by task."""
     beta1: float = Field(0.85, gt=0, lt=1)
     """Decay of the smoothed sensitivity."""
     beta2: float = Field(0.85, gt=0, lt=1)
-    """Decay of the smoothed deviation from it (uncertainty)."""
+    """Decay of the smoothed uncertainty, the deviation from the smoothed sensitivity."""
     moment: Literal["paper", "reference"] | None = None
     ties: Literal["exact", "threshold"] | None = None
 
@@ -59,7 +62,7 @@ class SensitivityConfig(TargetConfig):
     compactable: ClassVar[Literal["never", "last", "every"]] = "last"
 
     def options(self) -> SensitivityOptions:
-        """The preset's options, overridden by those that are set explicitly."""
+        """The preset's options, overridden by the options that are set explicitly."""
         preset = SENSITIVITY_PRESETS[self.preset]
         return SensitivityOptions(self.moment or preset.moment, self.ties or preset.ties)
 
@@ -78,7 +81,7 @@ class SensitivityConfig(TargetConfig):
         )
 
     def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
-        """One event every ``interval`` steps of the allocation phase, and the final one."""
+        """One event every ``interval`` steps of the allocation phase, and a final one."""
         return cubic_schedule(self.plan(layout, total_steps), self.interval)
 
     def final_total(self, layout: RankLayout, total_steps: int) -> int:
@@ -86,11 +89,11 @@ class SensitivityConfig(TargetConfig):
         return self.plan(layout, total_steps).target_total
 
     def scored_elements(self, layout: RankLayout) -> int:
-        """Elements whose sensitivity is smoothed."""
+        """Number of elements whose sensitivity is smoothed."""
         return self.adapter_parameters(layout)
 
     def statistics_bytes(self, layout: RankLayout) -> int:
-        """Two moving averages per scored element, and with ``moment: paper`` the weights before the step."""
+        """Two moving averages per scored element. ``moment: paper`` also counts the weights before the step."""
         return (12 if self.options().moment == "paper" else 8) * self.scored_elements(layout)
 
 

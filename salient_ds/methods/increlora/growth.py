@@ -1,6 +1,6 @@
 """IncreLoRA's growth: when ranks are added, how many, and to which matrices. No torch.
 
-Numbers: M = adapted matrices, h = matrices that grow at an event, a = rows that one of them gains.  Steps are applied
+Numbers: M = adapted matrices, h = matrices that grow at an event, a = rows that one of them gains. Steps are applied
 optimizer steps, counted from 1; the released code's step s, counted from 0, is our step s + 1.
 """
 
@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from salient_ds.ranks import Event
 
 DEFAULT_ADD = {2: 1, 4: 2, 6: 3, 8: 4}
-"""Rows gained at once by mean target rank, as in the released code."""
+"""Rows that a matrix gains at once, by mean target rank, as in the released code."""
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """The numbers that growth is made from, checked against each other.
+    """The numbers that define growth, checked against each other.
 
     Raises:
-        ValueError: a target that growth cannot reach from the start, or more matrices per event than there are.
+        ValueError: a start rank above the largest rank, a target that growth cannot reach from the start, or more
+            matrices per event than there are.
     """
 
     total_steps: int
     ranks: tuple[int, ...]
-    """The most that every matrix may grow to."""
+    """Largest rank that every matrix may grow to."""
     start_rank: int
     target_total: int
     """Sum of ranks at which growth ends."""
@@ -57,30 +58,31 @@ class GrowthPlan:
         return self.start_rank * len(self.ranks)
 
     def due_steps(self) -> range:
-        """Steps after which ranks may grow: in the released code every s > initial_warmup with s % interval == 0."""
+        """Steps after which ranks may grow. In the released code: every s > initial_warmup with s % interval == 0."""
         first = (self.initial_warmup // self.interval + 1) * self.interval
         return range(first + 1, self.total_steps + 1, self.interval)
 
     def total_after(self, total: int) -> int:
-        """Sum of ranks after one more event (threshold: without ties, which make more matrices grow)."""
+        """Sum of ranks after one more event. If not ``exact``, this assumes no ties, which make more matrices grow."""
         if self.exact:
             return min(self.target_total, total + self.top_h * self.add)
         return total + min(self.top_h, self.target_total - total) * self.add
 
 
 def headroom(active: int, add: int, left: int) -> int:
-    """Rows that a matrix of ``active`` rows is given beyond those and its reserve, when all get new room anyway.
+    """Spare rows allocated for a matrix beyond its ``active`` rows and its reserve, when all matrices are resized.
 
-    What it gains at once, or half of what it has: one that grows often then needs new room only every so often. No
-    more than are ``left`` until the target.
+    That is ``add`` or half of ``active``, whichever is larger. So a matrix that grows often needs to be resized only
+    now and then. It is never more than the ``left`` rows that are missing to the target.
     """
     return min(left, max(add, active // 2))
 
 
 def more_room(plan: GrowthPlan, active_M: Sequence[int], reserve: int, room_M: Sequence[int]) -> tuple[int, ...] | None:
-    """Rows that every matrix is to have before it grows to ``active_M`` rows and ``reserve`` more; None: it has them.
+    """Rows to allocate for every matrix so that it can hold ``active_M`` active rows and ``reserve`` more.
 
-    If one matrix has too few, all get new headroom: they are made anew together.
+    None: all matrices have enough allocated rows (``room_M``). If one has too few, all get new headroom, because they
+    are rebuilt together.
     """
     least_M = [min(most, active + reserve) for most, active in zip(plan.ranks, active_M, strict=True)]
     if all(least <= room for least, room in zip(least_M, room_M, strict=True)):
@@ -93,20 +95,21 @@ def more_room(plan: GrowthPlan, active_M: Sequence[int], reserve: int, room_M: S
 def largest_rooms(
     *, widths_M: Sequence[int], most: int, start: int, add: int, reserve: int, target: int, multiple: int = 1
 ) -> list[int]:
-    """Rows of every matrix if growth goes to where it costs most memory; never more elements than that (but for ties).
+    """Rows allocated for every matrix if growth takes its most memory-hungry course. Only ties can lead to more
+    elements.
 
     Args:
-        widths_M: elements that one row of every matrix has.
-        most: the most rows that a matrix may have.
-        start, add, reserve: rows at the start, rows gained at once, rows that train ahead of time.
+        widths_M: number of elements of one row, for every matrix.
+        most: largest number of rows of a matrix.
+        start, add, reserve: rows at the start, rows gained at once, rows that train before they are activated.
         target: sum of ranks at which growth ends.
-        multiple: what rooms are multiples of.
+        multiple: allocated rows are rounded up to a multiple of this number.
     """
     count = len(widths_M)
     left = max(0, target - start * count)
 
     def room(active: int) -> int:
-        return min(most, active + reserve + headroom(active, add, most) + multiple - 1)  # however rounding falls
+        return min(most, active + reserve + headroom(active, add, most) + multiple - 1)  # the most after rounding up
 
     full = next((active for active in range(start, most) if room(active) == most), most)
     rooms = [0] * count
@@ -132,17 +135,17 @@ def default_add(mean_target: float) -> int:
 
 
 def growth_events(plan: GrowthPlan) -> list[Event]:
-    """All events of a run; what training and ``salient-ds check`` both use.
+    """All events of a run, for both training and ``salient-ds check``.
 
-    With ``ties: exact`` every event's total is exact. With ``ties: threshold`` the list is an upper one: ties make
-    ranks grow faster, and events after the target are then without effect.
+    With ``ties: exact`` every event's total is exact. With ``ties: threshold`` there may be more events than needed:
+    ties make ranks grow faster, and events after the target is reached have no effect.
 
     Returns:
-        No event if the target is the initial total: the method then is LoRA in SVD form.
+        An empty list if the target is the initial total: the method is then LoRA in SVD form.
 
     Raises:
-        ValueError: the events that fit into the run do not reach the target; ``ties: threshold`` and so little room
-            that a single matrix may want to grow beyond it.
+        ValueError: the events that fit into the run do not reach the target; or, with ``ties: threshold``, a single
+            matrix could grow beyond its largest rank.
     """
     events: list[Event] = []
     total = plan.initial_total
@@ -172,16 +175,16 @@ class Growth:
     """Outcome of one event."""
 
     rows: tuple[int, ...]
-    """Rows that every matrix gains (M numbers)."""
+    """Rows gained by every matrix (M numbers)."""
     threshold: float
     """Lowest score of a matrix that grows."""
 
 
 def grow_exact(score_M: Sequence[float], room_M: Sequence[int], rows: int, add: int) -> Growth:
-    """Give ``rows`` rows away: ``add`` to each matrix from the highest score down (ties: the earlier one first).
+    """Distribute ``rows`` rows: ``add`` to each matrix, from the highest score down (ties: the earlier one first).
 
-    A matrix takes no more than it has room for, the rest goes on to the next one; should all have taken their share
-    and rows be left, they go round again.
+    A matrix takes no more rows than ``room_M`` allows; the rest goes to the next one. If rows are left after all
+    matrices have had their turn, another round starts.
     """
     assert rows <= sum(room_M)
     order = sorted(range(len(score_M)), key=lambda k: (-score_M[k], k))

@@ -1,6 +1,6 @@
-"""IncreLoRA (Zhang et al. 2023): ranks grow, one event at a time, where the loss depends most on a matrix' update.
+"""IncreLoRA (Zhang et al. 2023): at each event, ranks grow in the matrices whose update matters most to the loss.
 
-Shape legend: M = adapted matrices, R = rows that one matrix has room for, N = sum of all R.
+Shape legend: M = adapted matrices, R = rows allocated for one matrix, N = sum of all R.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from salient_ds.salience.sensitivity import Smoothed
 
 
 class IncreLoRA:
-    """Smooths one score per matrix and lets the highest ones take more rows into use until the target is met.
+    """Smooths one score per matrix. At each event, the highest-scoring matrices activate more rows, up to the target.
 
-    The score is sum |dW o dL/ddW| / sqrt(O I) (see :func:`salient_ds.adapters.module_score.module_score`), smoothed as
-    AdaLoRA's sensitivity: S = Ibar Ubar. A matrix that grows activates its reserve rows, with singular value 1e-5, and
-    takes new ones into reserve (:class:`salient_ds.adapters.growing.GrowingLinear`). Growth is permanent.
+    The score is sum |dW o dL/ddW| / sqrt(O I) (see :func:`salient_ds.adapters.module_score.module_score`), smoothed
+    like AdaLoRA's sensitivity: S = Ibar Ubar. A matrix that grows activates its reserve rows, which start with singular
+    value 1e-5, and puts new rows into reserve (:class:`salient_ds.adapters.growing.GrowingLinear`). Growth is
+    permanent.
 
-    Differs from the released code, which lets every process grow by its own scores (different matrices under data
-    parallelism), counts only the last micro-batch, leaves fp16's loss scale in, and may overshoot (``ties``).
+    Differs from the reference: in the released code, every process grows by its own scores (different matrices under
+    data parallelism), only the last micro-batch counts, fp16's loss scale stays in the scores, and the sum of ranks may
+    overshoot the target (``ties``).
 
-    Rows that join late start their own warm-up (``lr_restart``), and those that have not joined yet are kept as they
-    are, by scaling what the optimizer did to them (:class:`salient_ds.methods.increlora.row_rates.RowRates`).
+    Rows that join late start their own warm-up (``lr_restart``), and rows that have not joined yet keep their values.
+    For both, the optimizer's changes are rescaled (:class:`salient_ds.methods.increlora.row_rates.RowRates`).
 
-    Matrices need not have room for all rows they may ever take: :meth:`room_for` says what an event needs. Since rows
-    are taken in order, everything that is remembered about them is the same with any room.
+    Rows need not all be allocated from the start: :meth:`room_for` says what an event needs. Rows are activated in
+    order, so everything that is remembered about them is independent of how many are allocated.
 
     Raises:
         ValueError: the schedule misses the target or contradicts itself (see ``growth.py``).
@@ -67,7 +69,7 @@ class IncreLoRA:
             start_sigma=RESERVE_SIGMA if config.advance_learning else None,
         )
         self.exact_scores = config.score_reduction == "exact"
-        """Final once :meth:`choose_reduction` has heard of the batches."""
+        """Final once :meth:`choose_reduction` has been called."""
         self._keeps_waiting_rows = rates is not None and rates.weight_decay > 0
         self.needs_before = config.lr_restart or self._keeps_waiting_rows
         self._reserve = self.plan.add if config.advance_learning else 0
@@ -76,19 +78,19 @@ class IncreLoRA:
         self._step = 0
         start, reserve = config.start_rank, self._reserve if self.events else 0
         self._sigma_joined = [[0] * start + [NEVER] * (rank - start) for rank in layout.ranks]
-        """Step after which E of every row began to train, by matrix, also of rows that there is no room for yet."""
+        """By matrix and row: step after which E began to train. Includes rows that are not allocated yet."""
         self._vectors_joined = [([0] * (start + reserve) + [NEVER] * rank)[:rank] for rank in layout.ranks]
-        """The same for its vectors: they begin in reserve."""
+        """The same for the vectors, which already train in reserve."""
         self._row_rates = RowRates()
         self._choose_rows()
 
     @property
     def smoothed_M2(self) -> Tensor:
-        """Ibar and Ubar of every matrix."""
+        """Ibar and Ubar of every matrix (M, 2)."""
         return torch.stack([self._smoothed.sensitivity[0], self._smoothed.uncertainty[0]], 1)
 
     def choose_reduction(self, accumulation: int) -> None:
-        """Settle ``score_reduction`` for steps of so many micro-batches on a process; errors as the options' own."""
+        """Set ``exact_scores`` for ``accumulation`` micro-batches per step and process. Raises like the options do."""
         self.exact_scores = self.config.exact_scores(accumulation)
 
     def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
@@ -96,12 +98,12 @@ class IncreLoRA:
         assert layout == self.layout
 
     def resized(self, layout: RankLayout) -> None:
-        """Go on with room for other numbers of rows."""
+        """Continue with other numbers of allocated rows."""
         self.layout = layout
         self._choose_rows()
 
     def room_for(self, event: Event, previous: RankDecision) -> tuple[int, ...] | None:
-        """Rows that every matrix is to have before ``event`` is decided; None: what it will give has room.
+        """Rows that every matrix needs before ``event`` is decided; None: the allocated ones suffice.
 
         Raises:
             ValueError: a score is not finite.
@@ -113,23 +115,23 @@ class IncreLoRA:
         return more_room(self.plan, grown, reserve, self.layout.ranks)
 
     def scored_at(self, step: int) -> bool:
-        """Whether the backward passes of ``step`` are to be scored: every ``score_every`` steps until growth ends."""
+        """Whether to score the backward passes of ``step``: every ``score_every`` steps until growth ends."""
         growing = bool(self.events) and step <= self.events[-1].step and self._total < self.plan.target_total
         return growing and (step - 1) % self.config.score_every == 0
 
     def take_scores(self, score_M: Tensor, step: int) -> None:
-        """Smooth the scores of an applied step, equal on every process."""
+        """Smooth the scores of an applied step, which are equal on every process."""
         assert self.scored_at(step)
         score_M = score_M.float().cpu()
         ones_M = torch.ones_like(score_M)
         sensitivity.update(self._smoothed, [score_M], [ones_M], self.config.beta1, self.config.beta2)
 
     def before(self, view: StepView, step: int) -> None:
-        """Keep a copy of the rows that do not learn at the optimizer's pace."""
+        """Copy the rows that do not follow the optimizer's learning rate."""
         self._row_rates.keep(view)
 
     def observe(self, view: StepView, step: int) -> None:
-        """Bring those rows to their own pace."""
+        """Rescale the step of those rows to their own learning rate."""
         if not self.needs_before:
             return
         rates = self.rates
@@ -141,11 +143,11 @@ class IncreLoRA:
         self._step = step
 
     def contribution(self) -> dict[str, Tensor]:
-        """Nothing: scores are global when they are taken in."""
+        """Nothing to sum: scores are already global when they arrive."""
         return {}
 
     def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
-        """Activate rows of the matrices with the highest scores; ``previous`` itself if growth was over before.
+        """Activate rows of the matrices with the highest scores. Returns ``previous`` itself if growth has ended.
 
         Raises:
             ValueError: a score is not finite.
@@ -165,7 +167,7 @@ class IncreLoRA:
         return iter(())
 
     def shared_state(self) -> dict[str, Any]:
-        """Smoothed scores, sum of ranks, and since when every row has been learning."""
+        """Smoothed scores, sum of ranks, and the step since which every row has been training."""
         return {
             "step": self._step,
             "total": self._total,
@@ -175,7 +177,7 @@ class IncreLoRA:
         }
 
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
-        """Go on as if there had been no interruption."""
+        """Continue as if there had been no interruption."""
         self._step, self._total = int(shared["step"]), int(shared["total"])
         self._smoothed = Smoothed(*([column] for column in torch.tensor(shared["smoothed_M2"]).unbind(1)))
         self._sigma_joined = [list(rows) for rows in shared["sigma_joined"]]
@@ -198,7 +200,7 @@ class IncreLoRA:
         return grow_threshold(score_M, min(left, self.plan.top_h), self.plan.add)
 
     def _join(self, step: int, before: list[int], after: list[int], reserve: int) -> None:
-        """Activated rows, and new ones in the reserve, learn from the next step on."""
+        """Record that activated rows, and new rows in reserve, train from the next step on."""
         for k, (low, high) in enumerate(zip(before, after, strict=True)):
             self._sigma_joined[k][low:high] = [step] * (high - low)
             vectors = self._vectors_joined[k]
@@ -208,7 +210,7 @@ class IncreLoRA:
         self._choose_rows()
 
     def _choose_rows(self) -> None:
-        """Rows whose pace is not the optimizer's: late ones, and, if they would decay, those that wait."""
+        """Choose the rows that do not follow the optimizer's rate: late ones, and waiting ones if they would decay."""
         chosen = {}
         for k in range(len(self.layout.ranks)):
             for factor, joined in (("A", self._vectors_joined), ("B", self._vectors_joined), ("E", self._sigma_joined)):

@@ -22,37 +22,38 @@ if TYPE_CHECKING:
 class IncreLoRAConfig(TargetConfig):
     name: Literal["increlora"] = "increlora"
     target_rank: float | None = Field(None, gt=0)
-    """Mean rank per matrix at which growth ends; a single matrix grows to adapter.rank at the most."""
+    """Mean rank per matrix at which growth ends. A single matrix grows to adapter.rank at most."""
     target_total: int | None = Field(None, gt=0)
-    """Instead of target_rank: the total number of singular values at which growth ends."""
+    """Alternative to target_rank: the total number of singular values at which growth ends."""
     start_rank: int = Field(1, ge=1)
     """Rank of every matrix at the start (1 in all released scripts)."""
     initial_warmup: float = Field(0, ge=0)
-    """Steps before ranks may grow (a fraction of all steps if below 1); the scripts use one interval."""
+    """Steps before ranks may grow. A value below 1 is a fraction of all steps. Released scripts use one interval."""
     interval: int = Field(100, ge=1)
-    """Steps between events (100 to 1000 in the scripts, by task)."""
+    """Steps between events (100 to 1000 in the released scripts, by task)."""
     top_h: int = Field(ge=1)
-    """Matrices that grow at an event (2 to 22 in the scripts, by task and target)."""
+    """Number of matrices that grow at an event (2 to 22 in the released scripts, by task and target)."""
     add: int | None = Field(None, ge=1)
-    """Rows that a matrix gains at once; by default 1, 2, 3 or 4 for a target_rank of 2, 4, 6 or 8."""
+    """Rows that a matrix gains at once. Default: 1, 2, 3 or 4 for a mean target rank of 2, 4, 6 or 8."""
     beta1: float = Field(0.85, gt=0, lt=1)
     """Decay of the smoothed score."""
     beta2: float = Field(0.85, gt=0, lt=1)
-    """Decay of the smoothed deviation from it (uncertainty)."""
+    """Decay of the smoothed uncertainty, the deviation from the smoothed score."""
     ties: Literal["exact", "threshold"] = "exact"
-    """exact: growth stops at the target, the earlier matrix wins a tie; threshold: all at the threshold grow (code)."""
+    """exact: growth stops exactly at the target; in a tie, the earlier matrix grows. threshold: all matrices at the
+    threshold grow (released code)."""
     advance_learning: bool = True
-    """Rows train with a singular value of 1e-5 before they count (the next `add` rows of every matrix)."""
+    """Train the next `add` rows of every matrix before they are activated, with a singular value of 1e-5."""
     lr_restart: bool = True
-    """Rows that join get their own warm-up and decay; false: they follow the learning rate of all others."""
+    """Rows that join late get their own learning-rate warm-up and decay. false: they follow the rate of all others."""
     score_reduction: Literal["auto", "mean", "exact"] = "auto"
-    """exact: score of the averaged gradient, at the cost of 4 bytes of traffic per adapted weight and scored step, and
-    only without gradient accumulation; mean: scores of single processes and micro-batches, averaged; auto: exact where
-    a step has one micro-batch on a process, else mean."""
+    """How scores are combined. exact: the averaged gradient is scored. This costs 4 bytes of traffic per adapted weight
+    and scored step, and does not work with gradient accumulation. mean: every process and micro-batch is scored by
+    itself, and the scores are averaged. auto: exact if a step has one micro-batch on a process, else mean."""
     score_every: int = Field(1, ge=1)
-    """Steps between two scores; each costs as much as the adapted layers' forward pass (exact: and its traffic)."""
+    """Steps between two scores. A score costs as much as the adapted layers' forward pass (exact: plus its traffic)."""
     block_bytes: int = Field(64 * 2**20, gt=0)
-    """Memory for the blocks of a matrix' gradient and update while it is scored."""
+    """Bytes for the blocks of a matrix's gradient and update while it is scored."""
 
     implementation: ClassVar[str] = "salient_ds.methods.increlora.method:IncreLoRA"
     packable: ClassVar[bool] = True
@@ -61,7 +62,7 @@ class IncreLoRAConfig(TargetConfig):
 
     @property
     def scoring_bytes(self) -> int:
-        """Blocks of a matrix' gradient and update."""
+        """The blocks of a matrix's gradient and update."""
         return self.block_bytes
 
     def build(
@@ -71,12 +72,12 @@ class IncreLoRAConfig(TargetConfig):
         rates: RatePlan | None = None,
         steps_per_epoch: int | None = None,
     ) -> Method:
-        """Rows that join late need to know the learning-rate schedule."""
+        """Create the method. It needs the learning-rate schedule for rows that join late."""
         method: Method = self._implementation()(self, layout, total_steps, rates)
         return method
 
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:
-        """Rows that are active, in reserve, or wait.
+        """Rows are active, in reserve, or off.
 
         Raises:
             ValueError: no default for ``method.add``.
@@ -88,7 +89,7 @@ class IncreLoRAConfig(TargetConfig):
         )
 
     def adapter_parameters(self, layout: RankLayout, ranks: Sequence[float] | None = None) -> int:
-        """As SVD adapters: the reserve does not change the count."""
+        """As for SVD adapters: the reserve does not change the count."""
         sides = zip(layout.in_features, layout.out_features, ranks or layout.ranks, strict=True)
         return round(sum(SVDForm().parameters(wide, tall, rank) for wide, tall, rank in sides))
 
@@ -101,7 +102,7 @@ class IncreLoRAConfig(TargetConfig):
         return self.add or default_add(self.wanted_total(num_matrices) / num_matrices)
 
     def reserve_rows(self, num_matrices: int) -> int:
-        """Rows of a matrix that train ahead of time while growth goes on: as many as it gains at once."""
+        """Rows of a matrix that train before they are activated, while growth continues: as many as ``add``."""
         return self.rows_added(num_matrices) if self.advance_learning else 0
 
     def plan(self, layout: RankLayout, total_steps: int) -> GrowthPlan:
@@ -135,13 +136,13 @@ class IncreLoRAConfig(TargetConfig):
         return self.plan(layout, total_steps).target_total
 
     def first_room(self, num_matrices: int, rank: int) -> int:
-        """The rows at the start, the reserve, and headroom for the first events."""
+        """The active rows at the start, the reserve, and headroom for the first events."""
         start, add = self.start_rank, self.rows_added(num_matrices)
         left = max(0, self.wanted_total(num_matrices) - start * num_matrices)
         return min(rank, start + self.reserve_rows(num_matrices) + headroom(start, add, left))
 
     def largest_rooms(self, layout: RankLayout, multiple: int) -> list[int]:
-        """All growth in the widest matrices, reserve and headroom in every one."""
+        """Assumes that all growth happens in the widest matrices. Every matrix has its reserve and headroom."""
         count = len(layout.ranks)
         return growth.largest_rooms(
             widths_M=[wide + tall + 1 for wide, tall in zip(layout.in_features, layout.out_features, strict=True)],
@@ -154,16 +155,16 @@ class IncreLoRAConfig(TargetConfig):
         )
 
     def statistics_bytes(self, layout: RankLayout) -> int:
-        """A copy of the rows that joined late, at most all of them."""
+        """A copy of the rows that joined late: at most all rows."""
         return 4 * self.adapter_parameters(layout) if self.lr_restart else 0
 
     def exact_scores(self, accumulation: int) -> bool:
-        """Whether scores are those of the averaged gradient instead of averaged scores.
+        """Whether the averaged gradient is scored (exact), instead of averaging scores.
 
-        ``auto`` is exact where a step has one micro-batch on a process (``accumulation`` 1).
+        ``auto`` is exact if a step has one micro-batch on a process (``accumulation`` 1).
 
         Raises:
-            ValueError: exact with gradient accumulation: the gradient is in several pieces, none of which is kept.
+            ValueError: ``exact`` with gradient accumulation. The gradient then comes in pieces, none of which is kept.
         """
         if self.score_reduction == "exact" and accumulation > 1:
             raise ValueError(
@@ -175,7 +176,7 @@ class IncreLoRAConfig(TargetConfig):
         return self.score_reduction == "exact" or (self.score_reduction == "auto" and accumulation == 1)
 
     def batch_facts(self, accumulation: int) -> tuple[dict[str, Any], list[str]]:
-        """How the scores of a step's micro-batches are combined."""
+        """Reports how the scores of a step's micro-batches are combined."""
         exact = self.exact_scores(accumulation)
         kind = "exact, of the averaged gradient" if exact else "mean, over micro-batches"
         return {"exact_scores": exact}, [f"method.score_reduction={self.score_reduction}: scores are {kind}"]

@@ -1,4 +1,4 @@
-"""Give single rows of a parameter another learning rate than its optimizer does: by scaling what a step changed.
+"""Gives single rows of a parameter their own learning rate, by rescaling what the optimizer's step changed.
 
 Shape legend: n = elements of one part (any piece of a flattened factor that one process owns).
 """
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from salient_ds.ranks import Part, StepView
 
 NEVER = -1
-"""In place of the step after which a row joined: it has not yet."""
+"""Stands for the step after which a row joined, if it has not joined yet."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring rows that joined after the same step."""
+    """Adjacent rows that joined after the same step."""
 
     first: int
     last: int
@@ -32,7 +32,7 @@ class Run:
 
 
 def runs_of(joined: Sequence[int]) -> list[Run]:
-    """The rows of one factor, grouped; rows that were there from the start are left out."""
+    """Group the rows of one factor into runs. Rows that were active from the start are left out."""
     runs, first = [], 0
     for step, group in groupby(joined):
         last = first + len(list(group))
@@ -43,7 +43,7 @@ def runs_of(joined: Sequence[int]) -> list[Run]:
 
 
 def row_pieces(part: Part, value_n: Tensor, first: int, last: int) -> list[Tensor]:
-    """Live slices of ``value_n`` that together are the rows ``first`` .. ``last`` - 1 of its factor (at most three)."""
+    """Live slices of ``value_n`` that hold its share of the factor's rows ``first`` .. ``last`` - 1 (at most three)."""
     assert part.rank_axis in (0, 1), "a factor that all ranks share has no rows"
     line = math.prod(part.shape[1:])
     if part.rank_axis == 0:
@@ -63,8 +63,8 @@ def _filled(pieces: list[Tensor]) -> list[Tensor]:
 class RowRates:
     """Rescales the optimizer's update of chosen rows: p = p_old + factor (p_new - p_old).
 
-    The whole update is scaled, weight decay included. Between the two calls a copy of those rows is kept, fp32, of
-    what this process owns.
+    The whole update is scaled, weight decay included. Between :meth:`keep` and :meth:`rescale`, the chosen rows are
+    kept as an fp32 copy, as far as this process owns them.
     """
 
     def __init__(self) -> None:
@@ -72,15 +72,15 @@ class RowRates:
         self._old: dict[str, list[Tensor]] = {}
 
     def choose(self, runs: dict[tuple[int, str], list[Run]]) -> None:
-        """From now on these rows, by (matrix, factor)."""
+        """Set the rows to rescale, by (matrix, factor)."""
         self._runs = runs
 
     def keep(self, view: StepView) -> None:
-        """Before the optimizer: remember the chosen rows of a view."""
+        """Before the optimizer's step: copy the chosen rows of a view."""
         self._old[view.key] = [piece.clone() for piece, _ in self._pieces(view)]
 
     def rescale(self, view: StepView, factor: Callable[[int], float]) -> None:
-        """After the optimizer: scale the change of every chosen row by ``factor(step after which it joined)``."""
+        """After the optimizer's step: scale every chosen row's change by ``factor(step after which it joined)``."""
         found = self._pieces(view)
         old = self._old.pop(view.key)
         if not found:

@@ -11,7 +11,7 @@ from salient_ds.methods.options import MethodConfig
 class LoRAConfig(MethodConfig):
     name: Literal["lora"] = "lora"
     form: Literal["plain", "svd"] = "plain"
-    """plain: B A with B = 0 at the start (LoRA); svd: B diag(E) A with E = 0, the same form as the adaptive methods."""
+    """plain: B A with B = 0 at the start (LoRA). svd: B diag(E) A with E = 0 at the start, as in adaptive methods."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (rank-stabilised LoRA) instead of alpha / r."""
 
@@ -21,7 +21,7 @@ class LoRAConfig(MethodConfig):
 
     @property
     def takes_shortcuts(self) -> bool:
-        """Beside plain adapters."""
+        """Only beside plain adapters."""
         return self.form == "plain"
 
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:

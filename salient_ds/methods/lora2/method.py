@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 class LoRA2(AdaLoRA):
-    """AdaLoRA's schedule, statistic and selection; only E, aa (k, R) and B (R, k) are scored.
+    """AdaLoRA's schedule, statistic and selection, but only E, aa (k, R) and B (R, k) are scored.
 
-    The score of rank i is s(E_i) + mean_j s(aa_ji) + mean_j s(B_ij) over the k inner directions. The outer factors
-    A and bb belong to all ranks alike, so that they would add the same to each.
+    The score of rank i is s(E_i) + mean_j s(aa_ji) + mean_j s(B_ij) over the k inner directions. All ranks share
+    the outer factors A and bb, which would therefore add the same to every score.
     """
 
     name = "lora2"
@@ -27,15 +27,16 @@ class LoRA2(AdaLoRA):
         self.inner_width = config.inner_width
 
     def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
-        """Remember the views and log how much less is scored than AdaLoRA would."""
+        """Remember the views, and log how many elements are scored compared with AdaLoRA."""
         super().attach(layout, views)
         log.info("LoRA^2 scores %.2f%% of the elements that AdaLoRA would score", 100 * self.scored_fraction())
 
     def scored_fraction(self) -> float:
         """Scored elements relative to AdaLoRA at the same ranks: sum R (2 k + 1) / sum R (in + out + 1).
 
-        The paper's abstract states a saving of about 98.5% in sensitivity computations. For DeBERTaV3-base with the
-        released code's k = 8 this definition gives 99.3%, for k = 1, the abstract's 0.17M parameters, 99.87%.
+        The paper's abstract states a saving of about 98.5% in sensitivity computations. For DeBERTaV3-base,
+        this definition gives 99.3% with the released code's k = 8, and 99.87% with k = 1 (the abstract's 0.17M
+        parameters).
         """
         sides = zip(self.layout.ranks, self.layout.in_features, self.layout.out_features, strict=True)
         full = sum(rank * (wide + tall + 1) for rank, wide, tall in sides)

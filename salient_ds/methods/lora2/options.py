@@ -14,7 +14,7 @@ from salient_ds.ranks import RankLayout
 class LoRA2Config(SensitivityConfig):
     name: Literal["lora2"] = "lora2"
     inner_width: int = Field(8, ge=1)
-    """Width k of the two outer factors, which all ranks share. k bounds the rank of an update (released code: 8)."""
+    """Width k of the two outer factors, which all ranks share. An update has at most rank k (released code: 8)."""
 
     implementation: ClassVar[str] = "salient_ds.methods.lora2.method:LoRA2"
 
@@ -23,7 +23,7 @@ class LoRA2Config(SensitivityConfig):
         return TwoScaleForm(inner_width=self.inner_width)
 
     def scored_elements(self, layout: RankLayout) -> int:
-        """All but the outer factors, which belong to all ranks alike."""
+        """All elements except those of the outer factors, which all ranks share."""
         sides = zip(layout.in_features, layout.out_features, strict=True)
         outer = sum(self.inner_width * (wide + tall) for wide, tall in sides)
         return self.adapter_parameters(layout) - outer

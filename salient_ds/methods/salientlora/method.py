@@ -24,10 +24,10 @@ from salient_ds.salience.trajectory import Trajectory
 
 
 class SalientLoRA:
-    """Records E and the orthogonality losses during each window and prunes to the budget at its end.
+    """Records E and the orthogonality losses during each window, and prunes to the budget at its end.
 
-    Where paper and released code disagree, :class:`SalientOptions` decides. ``nan_scores: reference`` also means
-    the code's numerics: float32 scores, epsilon 1e-15 in correlations, pruned rows ranked with the others.
+    Where paper and released code disagree, :class:`SalientOptions` decides. ``nan_scores: reference`` also selects
+    the released code's numerics: float32 scores, epsilon 1e-15 in correlations, pruned rows ranked with the others.
 
     Raises:
         ValueError: the schedule has no event or contradicts itself (see :mod:`salient_ds.salience.budget`).
@@ -47,7 +47,7 @@ class SalientLoRA:
         warmup = config.plan(layout, total_steps).initial_warmup
         self._leading_losses = leading_losses(self.options.schedule, warmup)
         self.share: WorkShare | None = None
-        """How an event's solve is divided over processes; set by the engine."""
+        """How the work of an event is divided over processes; set by the engine."""
         self._views: list[StepView] = []
         self._step = 0
         self._device = torch.device("cpu")
@@ -62,16 +62,16 @@ class SalientLoRA:
 
     @property
     def window_bytes(self) -> int:
-        """Memory that the recorded window takes on this process."""
+        """Bytes of the recorded window on this process."""
         return self._trajectory.nbytes
 
     def attach(self, layout: RankLayout, views: Sequence[StepView]) -> None:
-        """Remember the views of this process; nothing has been observed yet."""
+        """Remember the views of this process."""
         assert layout == self.layout
         self._views = list(views)
 
     def resized(self, layout: RankLayout) -> None:
-        """Go on with the rows that the last event kept; its window is over."""
+        """Continue with the rows that the last event kept. Its window is over."""
         self.layout = layout
         self._trajectory.clear()
 
@@ -97,7 +97,7 @@ class SalientLoRA:
         self._losses.append(penalty_M2.detach().float().clone())
 
     def contribution(self) -> dict[str, Tensor]:
-        """``window``: this process' rows of the finished window (N, T), zeros elsewhere."""
+        """``window``: this process's rows of the finished window (N, T), with zeros elsewhere."""
         event = self._window_of
         assert event is not None and event.step == self._step, "only due right after an event's step"
         return {"window": self._trajectory.assemble(self.layout.total, event.window, self._device)}
@@ -105,7 +105,7 @@ class SalientLoRA:
     def allocate(self, statistics: dict[str, Tensor], event: Event, previous: RankDecision) -> RankDecision:
         """Score all values of the window and keep ``event.total_rank`` of them.
 
-        The history of orthogonality norms is the process' own: it was equal on all of them from the start.
+        The history of orthogonality norms is not part of ``statistics``: every process has recorded the same one.
 
         Raises:
             ValueError: a singular value is not finite.
@@ -117,7 +117,7 @@ class SalientLoRA:
         bad = modules_of_rows(self.layout, ~window_NT.isfinite().all(1))
         when = f"in steps {event.window_start}..{event.step}"
         refuse_non_finite("singular values", self.layout.modules, bad, when)
-        # Whatever an optimizer made of a pruned value since the last event does not count.
+        # Whatever the optimizer did to pruned values since the last event does not count.
         window_NT = window_NT * live_N[:, None]
         if self.reference_numerics:
             score_N = self._scores(window_NT, list(self.layout.ranks))
@@ -128,7 +128,7 @@ class SalientLoRA:
         return RankDecision(event.step, event.total_rank, mask_N.cpu(), threshold)
 
     def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:
-        """The unfinished window: ("window", part of E, values (t, n))."""
+        """The unfinished window, as ("window", part of E, values (t, n)) triples."""
         for view in self._views if self._recording() else []:
             for part in _sigma_parts(view):
                 history_tn = self._trajectory.history(view.key, self._rows(part))
@@ -136,7 +136,7 @@ class SalientLoRA:
                     yield "window", part, history_tn
 
     def shared_state(self) -> dict[str, Any]:
-        """Last step seen, steps recorded in the unfinished window, and its orthogonality norms (t, M, 2)."""
+        """Last step seen, number of steps in the unfinished window, and their orthogonality norms (t, M, 2)."""
         losses = self._losses if self._recording() else []
         empty_0M2 = torch.empty((0, len(self.layout.ranks), 2))
         return {
@@ -146,7 +146,7 @@ class SalientLoRA:
         }
 
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
-        """Go on in the middle of a window, whoever owned its parts before.
+        """Continue in the middle of a window, whichever process owned its parts before.
 
         Raises:
             ValueError: the state was saved under a schedule with other windows.
@@ -177,7 +177,7 @@ class SalientLoRA:
         self._trajectory.restore(view.key, rows_n, values_tn, window)
 
     def _scores(self, window_LT: Tensor, sizes: list[int]) -> Tensor:
-        """Scores of the given rows, of which matrix k owns ``sizes[k]`` (L,)."""
+        """Scores (L,) of the given rows. Matrix k owns ``sizes[k]`` of them."""
         options, reference = self.options, self.reference_numerics
         norms_TM2 = torch.stack(self._losses[: window_LT.shape[1]]).to(window_LT.device)
         norms_TM2 = norms_TM2.float() if reference else norms_TM2.double()
@@ -210,7 +210,7 @@ class SalientLoRA:
         return self.events[index] if index < len(self.events) else None
 
     def _enter(self, step: int) -> Event | None:
-        """The event that ``step`` leads to; the window of an earlier one is freed."""
+        """The event that ``step`` leads to. Frees the window of an earlier event."""
         event = self._event_at(step)
         if event != self._window_of:
             self._trajectory.clear()
@@ -219,16 +219,16 @@ class SalientLoRA:
         return event
 
     def _first_loss(self, event: Event) -> int:
-        # For later windows the step before is the previous event's: its loss goes there, as in the released code.
+        # The step before a later window is the previous event's, and so is its loss, as in the released code.
         return event.window_start - self._leading_losses
 
     def _recorded_at(self, step: int) -> int:
-        """Steps of an unfinished window that are recorded once ``step`` has ended; 0 after an event."""
+        """Number of steps of an unfinished window that are recorded once ``step`` has ended; 0 after an event."""
         event = self._event_at(step + 1)
         return max(0, step - event.window_start + 1) if event is not None else 0
 
     def _recording(self) -> bool:
-        """Whether what is held belongs to an open window, not to an event that has taken place."""
+        """Whether the recorded values belong to an open window, not to an event that has already taken place."""
         return self._window_of is not None and self._window_of.step > self._step
 
     def _rows(self, part: Part) -> Tensor:
@@ -238,7 +238,7 @@ class SalientLoRA:
 
 
 def mask_policy(options: SalientOptions) -> MaskPolicy:
-    """How decisions act: at once and on everything (paper), or one step later and on E alone (code)."""
+    """How decisions act: at once and on everything (paper), or one step later and only on E (released code)."""
     everything = options.pruned_vectors == "zero"
     return MaskPolicy(
         gate_forward=everything,

@@ -22,30 +22,36 @@ class SalientOptions:
     """Every point where the SalientLoRA paper (Ke et al., NeurIPS 2024) and its released code disagree."""
 
     schedule: Literal["paper", "reference"]
-    """paper: n_t and n_f count the allocation phase only; reference: the code's denominator n_i + n_f."""
+    """paper: progress is a fraction of the allocation phase n_f. reference: it is divided by n_i + n_f, as in the
+    released code (n_i: initial warm-up)."""
     final_prune: bool
-    """A last event at the end of the allocation phase that leaves exactly the target budget."""
+    """Whether a last event at the end of the allocation phase leaves exactly the target budget."""
     leaf_influence: float
-    """Influence reported for a value with no out-edge: 1 (paper) or 0 (code)."""
+    """Influence reported for a value without outgoing edges: 1 (paper) or 0 (released code)."""
     combine: Literal["mix", "sum"]
-    """mix: lambda * magnitude + (1 - lambda) * influence (paper); sum: plain sum (code)."""
+    """mix: lambda * magnitude + (1 - lambda) * influence (paper). sum: plain sum (released code)."""
     normalisation: Literal["printed", "released", "robust"]
-    """printed: none; released: magnitude per module, influence over all values; robust: percentiles over live values.
+    """printed: none. released: magnitude is normalised per module, influence over all values. robust: percentiles over
+    all live values, for both.
 
-    The paper does not state one. robust is its preset's choice because it recovers planted ranks (recall 0.99), which
-    the released one does not (0.85): eval/records/2026-11-22_planted-rank_16-cpu-cores."""
+    The paper does not state a normalisation. The paper preset uses robust because it recovers planted ranks (recall
+    0.99), while released does not (0.85): eval/records/2026-11-22_planted-rank_16-cpu-cores."""
     magnitude: Literal["absolute", "signed"]
-    """|sigma| (code) or sigma (as printed in the paper)."""
+    """absolute: |sigma| (released code). signed: sigma, as printed in the paper."""
     loss_weights: Literal["per_module", "global"]
-    """Weigh a value's history by its own matrix' orthogonality loss (paper) or by the global one (code)."""
+    """What weights a value's history. per_module: the orthogonality loss of its own matrix (paper). global: the loss
+    over all matrices (released code)."""
     apply_at: Literal["now", "next_step"]
-    """When a decision takes effect: right after the event (paper) or after the next optimizer step (code)."""
+    """When a decision takes effect: right after the event (paper), or after the next optimizer step (released code)."""
     ties: Literal["exact", "threshold"]
-    """exact: budget met exactly, ties broken by (score, module, row); threshold: all values at the cut go (code)."""
+    """exact: the budget is met exactly; ties are broken by (score, module, row). threshold: all values at the cut are
+    dropped (released code)."""
     nan_scores: Literal["zero", "reference"]
-    """zero: 0/0 counts as 0 and pruned rows are not ranked; reference: NaN ranks as the largest score and is masked."""
+    """zero: 0/0 counts as 0, and pruned rows are not ranked. reference: NaN ranks as the largest score, and is masked
+    (released code)."""
     pruned_vectors: Literal["zero", "train"]
-    """zero: rows of A and B are zeroed and leave the regulariser (paper); train: only E is masked (code)."""
+    """zero: the vectors of pruned rows are zeroed too, and leave the orthogonality penalty (paper). train: only E is
+    masked (released code)."""
 
 
 SALIENT_PRESETS: dict[str, SalientOptions] = {
@@ -65,21 +71,22 @@ SALIENT_PRESETS: dict[str, SalientOptions] = {
 class SalientLoRAConfig(TargetConfig):
     name: Literal["salientlora"] = "salientlora"
     preset: Literal["paper", "reference"] = "paper"
-    """Starting point of the options below; any of them that is set here wins over the preset."""
+    """Starting point for the options from `schedule` on, which :class:`SalientOptions` explains. An option that is set
+    overrides the preset."""
     initial_warmup: float = Field(0, ge=0)
-    """Steps before allocation starts (n_i; a fraction of all steps if below 1)."""
+    """Steps before allocation starts (n_i). A value below 1 is a fraction of all steps."""
     final_warmup: float = Field(0, ge=0)
-    """Steps after allocation ends (a fraction of all steps if below 1)."""
+    """Steps after allocation ends. A value below 1 is a fraction of all steps."""
     window_initial: int = Field(10, ge=2)
-    """First window length T_i (steps)."""
+    """Length of the first window in steps (T_i)."""
     window_final: int = Field(200, ge=2)
-    """Last window length T_f (steps)."""
+    """Length that windows grow to, in steps (T_f)."""
     beta: float = Field(0.9, gt=0, le=1)
-    """Correlation threshold of a dependency."""
+    """Smallest correlation of two singular values' histories that makes a dependency."""
     gamma: float = 2.0
-    """Slope threshold of a dependency; must be above 1."""
+    """Smallest slope that makes a dependency; must be above 1."""
     lambda_: float = Field(0.7, ge=0, le=1, alias="lambda")
-    """Share of the magnitude in the mixed score."""
+    """Weight of the magnitude in the mixed score. The influence gets 1 - lambda."""
     schedule: Literal["paper", "reference"] | None = None
     final_prune: bool | None = None
     leaf_influence: Literal[0, 1] | None = None
@@ -112,7 +119,7 @@ class SalientLoRAConfig(TargetConfig):
         return self
 
     def options(self) -> SalientOptions:
-        """The preset's options, overridden by those that are set explicitly."""
+        """The preset's options, overridden by the options that are set explicitly."""
         preset = SALIENT_PRESETS[self.preset]
         chosen: dict[str, Any] = {}
         for field in fields(SalientOptions):
@@ -147,15 +154,16 @@ class SalientLoRAConfig(TargetConfig):
         return self.plan(layout, total_steps).target_total
 
     def statistics_bytes(self, layout: RankLayout) -> int:
-        """The longest window, fp32."""
+        """The longest window, in fp32."""
         return 4 * layout.total * self.window_final
 
     def event_bytes(self, layout: RankLayout) -> int:
-        """A gathered copy of the window, its double-precision form and temporaries, and a block of the solve."""
+        """A gathered copy of the window, its double-precision form and temporaries, and one block of the influence's
+        solve."""
         return _EVENT_BYTES_PER_VALUE * layout.total * self.window_final + _EVENT_BLOCK
 
     def compaction_problem(self, when: Literal["last", "every"]) -> str | None:
-        """Rows dropped after every event must not have mattered to the next one."""
+        """``every`` requires that rows dropped after an event cannot matter to the next one."""
         if when == "last":
             return None
         options = self.options()
@@ -171,7 +179,7 @@ class SalientLoRAConfig(TargetConfig):
         )
 
     def event_notes(self, events: Sequence[Event], target: int) -> list[str]:
-        """Whether the last event reaches the target (the released code's schedule does not)."""
+        """A note if the last event does not reach the target, as with the released code's schedule."""
         if not events or events[-1].total_rank <= target:
             return []
         return [
