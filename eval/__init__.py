@@ -1,1 +1,1 @@
-"""Evaluation: MT-Bench, tasks and speed. Installed as the package ``salient_eval``."""
+"""Evaluation: MT-Bench, planted ranks and speed. Installed as the package ``salient_eval``."""

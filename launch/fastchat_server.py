@@ -1,11 +1,13 @@
-"""Serve a model directory as an OpenAI-compatible judge (or answerer) with FastChat's own servers, until interrupted.
+"""Serve a model directory with FastChat's servers, as an OpenAI-compatible judge or answering model, until interrupted.
 
     python launch/fastchat_server.py MODEL --name NAME [--port 8000] [--device cuda] [--conv-template vicuna_v1.1]
 
-Starts FastChat's controller, model worker and API server on the loopback and says when they are ready. Needs
-`pip install "fschat[model_worker]"`. transformers 5 always gives a rope dictionary, in which FastChat 0.2.36 expects a
-"factor": the worker is given a copy of config.json with a factor of 1, which changes no number.
-Do not stream from it: with pydantic 2 this FastChat fails there.
+Starts FastChat's controller, model worker and API server on the loopback interface and prints a line when they are
+ready. Needs `pip install "fschat[model_worker]"`.
+
+transformers 5 always provides a rope dictionary, and FastChat 0.2.36 expects a "factor" in it. So the worker gets a
+copy of config.json with a factor of 1, which changes no result. Do not use streaming: FastChat 0.2.36 fails there with
+pydantic 2.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ ROPE_KEYS = ("rope_parameters", "rope_scaling")
 
 
 def served_copy(model: Path, folder: Path) -> Path:
-    """Links to the model's files, and its config with a rope factor, in ``folder``."""
+    """Fill ``folder`` with links to the model's files and a copy of its config that has a rope factor."""
     for file in model.resolve().iterdir():
         if file.name != "config.json":
             (folder / file.name).symlink_to(file)
@@ -52,7 +54,7 @@ def free_port() -> int:
 
 
 def commands(model: Path, name: str, port: int, device: str, conv_template: str | None) -> list[list[str]]:
-    """Controller, worker and API server, in the order of their start."""
+    """Command lines of controller, worker and API server, in the order in which they are started."""
     controller, worker = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     serve = [sys.executable, "-m"]
     template = ["--conv-template", conv_template] if conv_template else []
@@ -68,7 +70,7 @@ def commands(model: Path, name: str, port: int, device: str, conv_template: str 
 
 @contextlib.contextmanager
 def running(lines: Sequence[Sequence[str]], logs: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The processes, their output in ``logs``; stopped at the end whatever happens."""
+    """Run the commands as processes that log to ``logs``. They are stopped when the block ends, for whatever reason."""
     environment = {**os.environ, "LOGDIR": str(logs), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     started: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
@@ -89,7 +91,7 @@ def running(lines: Sequence[Sequence[str]], logs: Path) -> Iterator[list[subproc
 
 
 def wait_for_port(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """The controller must listen before the others ask it."""
+    """Wait until something listens on ``port``. The controller must do so before the other servers contact it."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         check_alive(processes)
@@ -100,7 +102,7 @@ def wait_for_port(port: int, processes: Sequence[subprocess.Popen[bytes]]) -> No
 
 
 def wait_for_model(url: str, name: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until the API server lists the model."""
+    """Wait until the API server lists the model."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -116,7 +118,7 @@ def wait_for_model(url: str, name: str, processes: Sequence[subprocess.Popen[byt
 
 
 def check_alive(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Raises SystemExit with the command of a process that ended."""
+    """Raise SystemExit with the command of a process that has ended, if there is one."""
     for process in processes:
         if process.poll() is not None:
             raise SystemExit(f"error: {process.args!r} ended with status {process.returncode}; see its log")
@@ -125,15 +127,15 @@ def check_alive(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a model with FastChat's servers on the loopback.")
     parser.add_argument("model", type=Path, help="Hugging Face directory")
-    parser.add_argument("--name", required=True, help="name that clients ask for")
+    parser.add_argument("--name", required=True, help="model name that clients use")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--conv-template", help="FastChat's name of the chat template (default: guessed from the path)")
-    parser.add_argument("--logs", type=Path, help="folder of the servers' logs (default: a temporary one)")
+    parser.add_argument("--logs", type=Path, help="folder for the servers' logs (default: a temporary one)")
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         raise SystemExit(f"error: {args.model} holds no config.json: give a model directory")
-    for wanted in (signal.SIGTERM, signal.SIGINT):  # a shell that starts it with & has SIGINT ignored
+    for wanted in (signal.SIGTERM, signal.SIGINT):  # SIGINT is ignored if a shell started this with &
         signal.signal(wanted, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as temporary:
         logs = (args.logs or Path(temporary) / "logs").resolve()

@@ -3,21 +3,21 @@
 #
 #   launch/mt_bench.sh RUN.yaml [key=value]...        (key=value: overrides of the run file)
 #
-# A step whose result is there does nothing, and one that was stopped goes on: start the same command again.
-# Set in the environment:
-#   STEPS          which steps (default "train export generate judge report")
+# Run the same command again after an interruption: finished steps are skipped, and an interrupted step continues.
+# Environment variables:
+#   STEPS          steps to run (default "train export generate judge report")
 #   PROCESSES      processes for training and generating, one per GPU (default 1)
-#   FORM           peft (default), padded or merged: what is exported, and answers
-#   BASE_TOO       1: the base model answers as well, as "base", and the report compares the two
+#   FORM           peft (default), padded or merged: the exported form, which is also the model that answers
+#   BASE_TOO       1: the base model answers too, under the name "base", and the report compares both
 #   QUESTIONS      mt_bench (default) or own (our 16 questions; not MT-Bench)
 #   MODEL_ID       name of the answers (default: name of the run directory)
 #   DATA, REPORT   folders (default data, report)
-#   JUDGE_MODEL    the judge's name at its endpoint; without it nothing is judged
+#   JUDGE_MODEL    the judge's name at its endpoint; if it is not set, nothing is judged
 #   JUDGE_URL      OpenAI-compatible endpoint (default https://api.openai.com/v1, key in OPENAI_API_KEY)
 #   GENERATE_ARGS, JUDGE_ARGS, REPORT_ARGS    further options of `salient-ds mt-bench generate`, `judge`, `report`
-# The cases: mt_bench_api_judge.sh, mt_bench_local_judge.sh, mt_bench_own_set.sh.
+# Ready-made variants: mt_bench_api_judge.sh, mt_bench_local_judge.sh, mt_bench_own_set.sh.
 set -euo pipefail
-{ # read as a whole before anything runs: a run takes hours, in which this file may be replaced
+{ # bash reads this whole block before it runs anything, so editing the file during a run of hours does no harm
 
 if (($# == 0)); then
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
@@ -41,7 +41,8 @@ if [[ ${BASE_TOO:-0} == 1 && " ${generate_args[*]-} " == *" --endpoint "* ]]; th
   echo "error: BASE_TOO=1 with --endpoint would ask the same served model twice: generate the base's answers apart" >&2
   exit 2
 fi
-# One name per line, read by the package itself, so that overrides count; last, what an earlier run there had otherwise.
+# One fact per line. The package itself reads the run file, so that overrides count. The last line names the sections
+# that differ from an earlier run in the same output_dir.
 mapfile -t facts < <(python - "$run_file" "${overrides[@]}" <<'PYTHON'
 import sys
 from pathlib import Path
@@ -65,10 +66,10 @@ model_id=${MODEL_ID:-$(basename "$run_dir")}
 wanted() { [[ $steps == *" $1 "* ]]; }
 say() { printf '\n== %s\n' "$*"; }
 
-# Training itself leaves the peft form in RUN/adapter.
+# Training already writes the peft form to RUN/adapter.
 exported=$run_dir/adapter
 [[ $form == peft ]] || exported=$run_dir/export-$form
-mark=salient_ds.json # every form has it
+mark=salient_ds.json # every exported form contains it
 
 answer() { # MODEL NAME [option]...
   local command=(mt-bench generate "$1" --model-id "$2" --data "$data" "${questions[@]}" "${generate_args[@]}" "${@:3}")
@@ -88,7 +89,7 @@ if wanted train; then
     say "train: $run_dir is finished"
   else
     say "train: $run_file"
-    # --gpus makes this the launcher, which must end with the training's own status
+    # with --gpus this command becomes the launcher, so it ends with the exit status of the training
     salient-ds train "$run_file" "${overrides[@]}" --gpus "$processes" --resume auto
   fi
 fi

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# MT-Bench with a judge behind an API, GPT-4 unless JUDGE_MODEL says otherwise. Never spends more than MAX_COST dollars.
+# MT-Bench with a judge behind an API. The judge is GPT-4 unless JUDGE_MODEL names another.
+# One start of this script never spends more than MAX_COST dollars.
 #
 #   export OPENAI_API_KEY=...
 #   MAX_COST=6 launch/mt_bench_api_judge.sh launch/recipes/llama-7b-alpaca-salientlora.yaml
 #
-# Prices are dollars per million tokens and change: set PRICE_PROMPT and PRICE_COMPLETION to those of your judge.
-# What it would cost, without asking anything: STEPS=judge JUDGE_ARGS=--dry-run MAX_COST=0 launch/mt_bench_api_judge.sh ...
-# Everything else: launch/mt_bench.sh.
+# Prices are in dollars per million tokens, and they change. Set PRICE_PROMPT and PRICE_COMPLETION to your judge's.
+# To see the cost without asking the judge:
+#   STEPS=judge JUDGE_ARGS=--dry-run MAX_COST=0 launch/mt_bench_api_judge.sh ...
+# launch/mt_bench.sh documents all other settings.
 set -euo pipefail
 : "${MAX_COST:?set MAX_COST to the dollars that judging may cost}"
 prices="--price-prompt ${PRICE_PROMPT:-30} --price-completion ${PRICE_COMPLETION:-60}"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# MT-Bench with a judge on this machine or in this network: any OpenAI-compatible server (vLLM, FastChat, ...).
+# MT-Bench with a judge on this machine or in the local network: any OpenAI-compatible server (vLLM, FastChat, ...).
 #
 #   python launch/fastchat_server.py /models/my-judge --name my-judge        (in another terminal)
 #   JUDGE_MODEL=my-judge launch/mt_bench_local_judge.sh launch/recipes/llama-7b-alpaca-salientlora.yaml
 #
-# Scores of different judges cannot be compared: judge the models that you compare in one run.
-# Everything else: launch/mt_bench.sh.
+# Scores from different judges are not comparable: use one judge for all models that you compare.
+# launch/mt_bench.sh documents all other settings.
 set -euo pipefail
 : "${JUDGE_MODEL:?set JUDGE_MODEL to the name of the model at the server}"
 export JUDGE_MODEL JUDGE_URL=${JUDGE_URL:-http://127.0.0.1:8000/v1}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole way on the demo's model and our own 16 questions (not MT-Bench), base model and adapter side by side.
+# The whole pipeline on the demo's model and our own 16 questions (not MT-Bench). Base model and adapter are compared.
 #
-#   make demo                           (fetches the model; trains the adapter)
-#   launch/mt_bench_own_set.sh          (answers; judged if JUDGE_MODEL is set, see launch/mt_bench.sh)
+#   make demo                           (downloads the model and trains the adapter)
+#   launch/mt_bench_own_set.sh          (generates answers; judges them if JUDGE_MODEL is set, see launch/mt_bench.sh)
 #
-# Another run file: launch/mt_bench_own_set.sh RUN.yaml [key=value]...
+# With another run file: launch/mt_bench_own_set.sh RUN.yaml [key=value]...
 set -euo pipefail
 here=$(dirname "$0")
 (($# > 0)) || set -- "$here/recipes/demo_smollm2.yaml"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Check a run, then start it on all GPUs of this node, or of the nodes in $HOSTFILE; goes on where an earlier start
-# of the same run ended.
+# Check a run, then start it on all GPUs of this node, or on all nodes in $HOSTFILE. If the run was started before, it
+# continues from its last checkpoint.
 #   launch/train.sh RUN.yaml [section.key=value ...]
 #   HOSTFILE=hosts PORT=29501 launch/train.sh RUN.yaml
 set -euo pipefail

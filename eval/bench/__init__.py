@@ -1,1 +1,1 @@
-"""Speed: training steps side by side, and allocation events by themselves."""
+"""Benchmarks: training steps of several methods, single allocation events, and the recovery of planted ranks."""

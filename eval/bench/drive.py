@@ -1,4 +1,4 @@
-"""Runs one request in processes of its own and brings back its result or the reason why there is none. No torch."""
+"""Run one request in separate processes, and return its result or the reason why there is none. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 class ArmFailed(RuntimeError):
-    """The processes of an arm ended without a result; the message says why in one line."""
+    """The processes of an arm ended without a result. The message gives the reason in one line."""
 
 
 def run_worker(
     request: dict[str, Any], gpus: int, launcher: bool, cpu: bool, timeout: float, log: Path
 ) -> dict[str, Any]:
-    """Start the worker, wait for it, and read what it wrote.
+    """Start the worker, wait for it, and read its result.
 
     Args:
-        request: what worker.py understands.
-        gpus: processes; with ``launcher`` (always for more than one) DeepSpeed's launcher starts them.
-        cpu: keep DeepSpeed off any GPU.
-        timeout: seconds after which all its processes are ended.
-        log: file that their output is added to.
+        request: a request that worker.py understands.
+        gpus: number of processes.
+        launcher: start them with DeepSpeed's launcher. More than one process is always started with it.
+        cpu: make DeepSpeed use the CPU.
+        timeout: seconds after which all processes are ended.
+        log: file to which the output of the processes is appended.
 
     Returns:
-        The result plus ``exit_status`` (not 0, or None after the time limit, if only taking leave went wrong).
+        The result plus ``exit_status``. The status is not 0 if the processes failed after they had written the result,
+        and None if they did not end in time.
 
     Raises:
-        ArmFailed: non-zero exit, no result, or time out.
+        ArmFailed: the worker reported an error, or it ended or timed out without a result.
     """
     with tempfile.TemporaryDirectory() as folder:
         spec, result = Path(folder, "spec.json"), Path(folder, "result.json")
@@ -64,7 +66,7 @@ def run_worker(
 
 @contextlib.contextmanager
 def started(command: list[str], cpu: bool, out: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, which is gone with all its children when the block ends."""
+    """Start a process in a session of its own. When the block ends, the process and all its children are ended."""
     environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     if cpu:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -78,7 +80,7 @@ def started(command: list[str], cpu: bool, out: Any) -> Iterator[subprocess.Pope
 
 
 def end_session(process: subprocess.Popen[bytes], patience: float = 10) -> None:
-    """End every process of the session that ``process`` leads: ask, wait a little, insist."""
+    """End every process of the session that ``process`` leads: SIGTERM first, SIGKILL after ``patience`` seconds."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -91,7 +93,7 @@ def end_session(process: subprocess.Popen[bytes], patience: float = 10) -> None:
 
 
 def group_alive(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()  # collect the leader, so that it does not count as alive
+    process.poll()  # reap the leader, otherwise it still counts as alive
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:

@@ -1,9 +1,10 @@
-"""The influence solve of an allocation event by itself: seconds and memory over the number of singular values.
+"""Benchmark the influence solve of an allocation event: seconds and memory for several numbers of singular values.
 
     python eval/bench/event.py --sizes 1080,3456,13824,107520 --window 200 --reference
 
-N = 107520 is LLaMA-7B with all 224 matrices at rank 480. ``--reference`` also times the published way (a dense N x N
-matrix, a graph library's search for cycles, recursion over edges) where N is small enough, and compares the results.
+N = 107520 is LLaMA-7B with all 224 matrices at rank 480. ``--reference`` also times the published algorithm where N is
+small enough, and compares the results. That algorithm uses a dense N x N matrix, a graph library's search for cycles
+and recursion over edges.
 
 Shape legend: N = singular values, T = steps of the window, K = common factors.
 """
@@ -35,10 +36,10 @@ BETA, GAMMA, LEAF = 0.9, 2.0, 1.0
 
 
 def histories(num_values: int, window: int, seed: int, device: torch.device, factors: int = 64) -> Tensor:
-    """Histories with many dependencies at very different scales, (N, T) float32.
+    """Make histories (N, T) float32 with many dependencies at very different scales.
 
-    Random walks, one of K per value, scaled by a log-normal amplitude, plus noise: groups of strongly correlated
-    values whose deviations spread over orders of magnitude, as singular values do when they train together.
+    Each value follows one of K random walks, plus noise, scaled by a log-normal amplitude. This gives groups of
+    strongly correlated values whose standard deviations span orders of magnitude, like singular values in training.
     """
     draw = torch.Generator(device=device).manual_seed(seed)
     walks_KT = torch.randn(factors, window, generator=draw, device=device).cumsum(1)
@@ -49,7 +50,7 @@ def histories(num_values: int, window: int, seed: int, device: torch.device, fac
 
 
 def published(window_NT: Tensor) -> Tensor:
-    """Influence as published: every slope in one matrix, the graph searched for cycles, recursion (N,) float64."""
+    """Influence (N,) float64 as published: all slopes in one matrix, search for cycles, recursion over edges."""
     import networkx as nx
 
     centred_NT = window_NT.double().cpu()
@@ -74,14 +75,14 @@ def published(window_NT: Tensor) -> Tensor:
             known[node] = sum(weight * value(other) for _, other, weight in edges) if edges else LEAF
         return known[node]
 
-    sys.setrecursionlimit(max(sys.getrecursionlimit(), len(window_NT) + 1000))  # a path visits a value once
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), len(window_NT) + 1000))  # a path visits each value at most once
     return torch.tensor([value(node) for node in range(len(window_NT))], dtype=torch.float64)
 
 
 def time_solve(
     num_values: int, window: int, repeats: int, device: torch.device
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """(row of the table, window, influences) of one size; fresh histories for every repetition."""
+    """Return (row of the table, window, influences) for one size. Every repetition gets new histories."""
     seconds = []
     for seed in range(repeats + 1):
         window_NT = histories(num_values, window, seed, device)
@@ -102,7 +103,7 @@ def time_solve(
 
 
 def compare(row: dict[str, Any], window_NT: Tensor, found_N: Tensor) -> None:
-    """Add time and agreement of the published way to ``row``."""
+    """Run the published algorithm, and add its time and its largest relative difference to ``row``."""
     began = time.perf_counter()
     expected_N = published(window_NT)
     row["reference_seconds"] = time.perf_counter() - began
@@ -110,15 +111,15 @@ def compare(row: dict[str, Any], window_NT: Tensor, found_N: Tensor) -> None:
 
 
 def main(
-    sizes: Annotated[str, typer.Option(help="Numbers of singular values.")] = "1080,3456,13824,107520",
-    window: Annotated[int, typer.Option(min=2, help="Steps of the window.")] = 200,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed solves per size, after one untimed.")] = 3,
+    sizes: Annotated[str, typer.Option(help="Numbers of singular values, by commas.")] = "1080,3456,13824,107520",
+    window: Annotated[int, typer.Option(min=2, help="Window length in steps.")] = 200,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed solves per size, after one warm-up.")] = 3,
     reference: Annotated[bool, typer.Option("--reference", help="Also the published way (needs networkx).")] = False,
-    reference_limit: Annotated[int, typer.Option(help="Largest N for it.")] = 1080,
+    reference_limit: Annotated[int, typer.Option(help="Largest N for --reference.")] = 1080,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Time the influence solve alone."""
+    """Time the influence solve of an allocation event."""
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     where = torch.device("cuda" if on_gpu else "cpu")
     name = torch.cuda.get_device_name() if on_gpu else "CPU"

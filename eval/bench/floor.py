@@ -1,4 +1,4 @@
-"""The least time a training step can take: its matrix products at the rate the machine really reaches.
+"""Lower bound for the time of a training step: its matrix products at the rate that the machine really reaches.
 
 Shape legend: i = in features, o = out features, r = rank, h = width of attention, s = tokens per sequence,
 n = tokens per step.
@@ -20,32 +20,32 @@ _FROM_EMBEDDING = (
     "model.layers.0.self_attn.k_proj",
     "model.layers.0.self_attn.v_proj",
 )
-"""Their input is the frozen embedding's output: nothing needs its gradient."""
+"""Layers whose input is the output of the frozen embedding, so that no input gradient is needed."""
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of one step on one process, a multiplication and an addition counted as two.
+    """Floating-point operations of one step on one process. A multiplication and an addition count as two.
 
-    Left out, as none of it needs to be a matrix product at that size or needs to be done at all: recomputation,
-    elementwise work, the optimizer, and the orthogonality penalty.
+    Not counted are recomputation, elementwise operations, the optimizer and the orthogonality penalty: none of these
+    has to be a matrix product of that size, or has to be done at all.
     """
 
     frozen: int
-    """Frozen matrices: forward, and the gradient of their inputs."""
+    """Frozen matrices: forward pass and input gradients."""
     head: int
-    """Output embedding: the same."""
+    """Output embedding: forward pass and input gradients."""
     attention: int
-    """Scores and weighted sums over the pairs that the causal mask leaves: forward, and both operands' gradients."""
+    """Attention scores and weighted sums over unmasked pairs: forward pass and the gradients of both operands."""
     adapters: int
-    """The thin products of every adapter: forward, and the gradients of inputs and weights."""
+    """Low-rank products of every adapter: forward pass, input gradients and weight gradients."""
 
     @property
     def total(self) -> int:
         return self.frozen + self.head + self.attention + self.adapters
 
     def seconds(self, flops_per_second: float) -> float:
-        """The floor (seconds)."""
+        """The lower bound in seconds at the given rate."""
         return self.total / flops_per_second
 
     def to_dict(self) -> dict[str, int]:
@@ -60,16 +60,17 @@ def step_flops(
     seq: int,
     inner_width: int | None = None,
 ) -> StepFlops:
-    """Count one training step of a causal LLaMA-family model with rank-``rank`` adapters.
+    """Count the operations of one training step of a causal LLaMA-family model with adapters of rank ``rank``.
 
     Args:
         config: the model's config.json.
         target_modules: adapted layers, as in the run configuration.
-        batch: sequences on this process; seq: tokens of each.
+        batch: sequences on this process.
+        seq: tokens per sequence.
         inner_width: k of LoRA^2, whose adapter is i -> k -> r -> k -> o; None for the usual i -> r -> o.
 
     Raises:
-        ValueError: a model family whose shapes are not known.
+        ValueError: the shapes of this model family are not known.
     """
     arch = architecture(config)
     if arch is None:
@@ -94,7 +95,7 @@ def step_flops(
 
 
 def matrix_rate(device_type: str, dtype_name: str, size: int | None = None, repeats: int = 20) -> dict[str, Any]:
-    """Rate of one large square matrix product on random data, the median over ``repeats`` of it.
+    """Measure the rate of one large square matrix product on random data: the median over ``repeats`` runs.
 
     Returns:
         ``{"dtype", "size", "flops_per_second"}``.

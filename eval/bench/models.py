@@ -1,4 +1,4 @@
-"""The random base model and the run configuration that all arms share."""
+"""The base model with random weights and the run configuration, which all arms share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .plan import PLAIN, ArmSpec
 
 
 def run_config(spec: ArmSpec, model_dir: str, method: dict[str, Any]) -> RunConfig:
-    """The arm as a run of salient_ds (what concerns data and output is never read)."""
+    """The arm as a run configuration of salient_ds. Its data and output entries are placeholders."""
     settings = spec.settings
     return parse_config({
         "output_dir": "unused", "deepspeed": "unused", "data": {"train": "unused"},
@@ -37,14 +37,14 @@ def run_config(spec: ArmSpec, model_dir: str, method: dict[str, Any]) -> RunConf
 
 @contextlib.contextmanager
 def model_directory(config: dict[str, Any]) -> Any:
-    """A directory that holds nothing but ``config`` as config.json."""
+    """A temporary directory that only holds ``config`` as config.json."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         yield folder
 
 
 def ds_config(spec: ArmSpec, run: RunConfig, total_steps: int) -> dict[str, Any]:
-    """The ZeRO JSON of the arm's stage, the same for every arm; empty for the plain loop."""
+    """The DeepSpeed JSON for the arm's ZeRO stage, the same for every arm. Empty for the plain loop."""
     if spec.loop == PLAIN:
         return {}
     path = Path(spec.settings.ds_configs) / f"zero{spec.zero}.json"
@@ -53,7 +53,7 @@ def ds_config(spec: ArmSpec, run: RunConfig, total_steps: int) -> dict[str, Any]
 
 
 def load_base(run: RunConfig, ds: dict[str, Any], device: torch.device) -> nn.Module:
-    """Random weights made where they are used (ZeRO-3: partitioned while they are made)."""
+    """Build the model with random weights on ``device``; at ZeRO-3, they are partitioned during construction."""
     torch.manual_seed(run.train.seed)
     partitioned = ds.get("zero_optimization", {}).get("stage") == 3
     with contextlib.nullcontext() if partitioned else device:

@@ -1,4 +1,4 @@
-"""salient_ds' methods as arms: its own adapters, engine and observation, and a shortened allocation schedule."""
+"""The methods of salient_ds as arms, with its adapters and engine, and a shortened allocation schedule."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .plan import PLAIN, ArmSpec
 from .timing import Stopwatch, peak_gib, reset_peak, wait
 
 STEADY_STEPS = 10_000
-"""Length of the run that timed steps pretend to belong to."""
+"""Nominal number of steps of the run to which the timed steps belong."""
 
 
 class TimedEngine:
-    """An engine whose three calls per step are timed parts; everything else is the engine's own."""
+    """Wraps an engine and times its three calls per step. Everything else is passed on to the engine."""
 
     def __init__(self, engine: Any, watch: Stopwatch) -> None:
         self._engine = engine
@@ -57,10 +57,13 @@ class TimedEngine:
 
 
 def method_options(spec: ArmSpec, schedule: bool) -> dict[str, Any]:
-    """Options of the arm's method: the shortened schedule, or one whose first event no timed step reaches.
+    """Options of the arm's method.
 
-    Either way statistics are taken from the first step on, as in the middle of a real run. AdaLoRA's events come as
-    often as those of PEFT's arm.
+    In both cases statistics are collected from the first step on, as in the middle of a real run.
+
+    Args:
+        schedule: use the shortened schedule. Otherwise windows are so long that no window ends in the timed steps, and
+            methods without windows have an event every ``delta_t`` steps (AdaLoRA thus like PEFT's arm).
     """
     settings = spec.settings
     long = max(200, 2 * (settings.warmup + settings.steps + settings.part_steps))
@@ -76,7 +79,7 @@ def method_options(spec: ArmSpec, schedule: bool) -> dict[str, Any]:
 
 @dataclass
 class OwnArm:
-    """A model with adapters on its engine, and the method that watches it now."""
+    """A model with adapters in its engine, together with its current method."""
 
     spec: ArmSpec
     allocating: AllocatingEngine
@@ -109,7 +112,7 @@ class OwnArm:
         return found
 
     def step(self, tokens_BS: Tensor) -> Any:
-        """One optimizer step, the product's own."""
+        """Run one optimizer step with the engine's own ``train_step``."""
         targets = tokens_BS.shape[0] * (tokens_BS.shape[1] - 1)
         batch = MicroBatch({"input_ids": tokens_BS, "labels": tokens_BS}, targets, ())
         return self.allocating.train_step([batch], targets * self.spec.gpus)
@@ -124,10 +127,11 @@ class OwnArm:
         return sum(int(adapter.rank_mask_R.sum()) for adapter in self.adapted.adapters.values())
 
     def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
-        """Train through a shortened allocation schedule; the time of every event, and what is left at the end.
+        """Train through a shortened allocation schedule. Return the time of every event and the final total rank.
 
-        An event's ``seconds`` run from the end of the optimizer's step to the end of the training step, the device
-        idle at both ends; ``gather``, ``solve`` and ``apply`` are the engine's own readings.
+        An event's ``seconds`` are the time from the end of the optimizer step to the end of the training step, less the
+        time of a compaction. The device is idle at both ends. ``gather``, ``solve`` and ``apply`` are measured by the
+        engine itself.
         """
         spec, device = self.spec, self.watch.device
         run = run_config(spec, "unused", method_options(spec, schedule=True))
@@ -136,11 +140,11 @@ class OwnArm:
             return {}
         steady = self.allocating
         layout = self.adapted.layout
-        steady.state.method = LoRAConfig().build(layout, STEADY_STEPS)  # the method of the timed steps looks no further
+        steady.state.method = LoRAConfig().build(layout, STEADY_STEPS)  # the timed steps' method stops observing
         state = AllocationState(steady.engine, steady.adapted, method, device)
         self.allocating = AllocatingEngine(state, resizer=steady.resizer)
         self.watch.mark_steps = True
-        del steady  # its hooks and views would keep what a compaction replaces
+        del steady  # its hooks and views would keep tensors alive that a compaction replaces
         reset_peak(device)
         events: list[dict[str, Any]] = []
         after: list[float] = []
@@ -189,7 +193,7 @@ def make_engine(
     autocast: bool,
     folding: bool = False,
 ) -> Any:
-    """The plain loop, or DeepSpeed's engine as the product builds it; PEFT's arms clip as DeepSpeed does."""
+    """Build the plain loop, or DeepSpeed's engine exactly as salient_ds builds it for a run."""
     if spec.loop != PLAIN:
         return build_engine(adapted, run.train, ds, STEADY_STEPS, device, folding)
     optimizer = optimizer_factory(run.train, fused=device.type == "cuda")

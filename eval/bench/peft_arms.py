@@ -1,4 +1,4 @@
-"""What one would use instead: LoRA and AdaLoRA of the PEFT library, in the same loop and the same engine."""
+"""Baselines: LoRA and AdaLoRA of the PEFT library, in the same loop and the same engine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .timing import Stopwatch
 
 @dataclass
 class PeftArm:
-    """A PEFT model on its engine.
+    """A PEFT model in its engine.
 
-    AdaLoRA's ``update_and_allocate`` reads gradients. In the plain loop it is called where PEFT's documentation puts
-    it, after the optimizer's step. Under DeepSpeed gradients can be read between backward and step only (through an
-    HfDeepSpeedConfig that is alive): there it runs, although from ZeRO-1 on the masks it sets are lost, because the
-    fp32 masters overwrite them.
+    AdaLoRA's ``update_and_allocate`` reads gradients. In the plain loop it is called after the optimizer step, where
+    PEFT's documentation puts it. Under DeepSpeed, gradients can only be read between backward pass and step, and only
+    while an HfDeepSpeedConfig is alive. So it is called there. From ZeRO-1 on, the masks that it sets are lost, because
+    the fp32 masters overwrite them.
     """
 
     spec: ArmSpec
@@ -49,7 +49,7 @@ class PeftArm:
         return cls(spec, engine, model.base_model, Stopwatch(device), hf_deepspeed_config(spec, ds))
 
     def step(self, tokens_BS: Tensor) -> Tensor:
-        """One optimizer step; returns its loss (device tensor)."""
+        """Run one optimizer step and return its loss (device tensor)."""
         self.count += 1
         with self.watch.part("forward"):
             loss: Tensor = self.engine(input_ids=tokens_BS, labels=tokens_BS).loss
@@ -81,13 +81,16 @@ class PeftArm:
         return {"compacted": False}
 
     def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
-        """PEFT has no event by itself: its allocation is part of every step."""
+        """Return nothing: PEFT has no separate events, its allocation is part of every step."""
         return {}
 
 
 def with_adapters(base: nn.Module, spec: ArmSpec, run: RunConfig, device: torch.device) -> Any:
-    """PEFT's model. Its adapters are fp32 in the plain loop (PEFT's default, with autocast) and in training precision
-    under DeepSpeed, which keeps fp32 masters itself."""
+    """Wrap ``base`` with PEFT's adapters.
+
+    The adapters are fp32 in the plain loop (PEFT's default, together with autocast). Under DeepSpeed, which keeps fp32
+    masters itself, they are in training precision.
+    """
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
     common: dict[str, Any] = {"target_modules": run.adapter.target_modules, "task_type": "CAUSAL_LM"}
@@ -113,7 +116,7 @@ def with_adapters(base: nn.Module, spec: ArmSpec, run: RunConfig, device: torch.
 
 
 def hf_deepspeed_config(spec: ArmSpec, ds: dict[str, Any]) -> Any:
-    """By this object, while it lives, PEFT's AdaLoRA knows that gradients are DeepSpeed's."""
+    """While this object is alive, PEFT's AdaLoRA reads its gradients from DeepSpeed. None for the other arms."""
     if spec.loop == PLAIN or spec.arm != "peft_adalora":
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig

@@ -1,4 +1,4 @@
-"""A bare PyTorch training loop behind the few methods of a DeepSpeed engine that the arms use."""
+"""A bare PyTorch training loop with the few methods of a DeepSpeed engine that the arms use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BuildOptimizer = Callable[[ParameterGroups], torch.optim.Optimizer]
 
 
 class FP16_UnfusedOptimizer:
-    """fp32 masters of low-precision parameters, one by one.
+    """One fp32 master per low-precision parameter.
 
-    Has the name and the two attributes of DeepSpeed's optimizer wrapper that does the same at ZeRO stage 0: by them
-    salient_ds finds the masters, so that its methods observe and mask here exactly as they do inside an engine.
+    It has the name and the two attributes of DeepSpeed's optimizer wrapper for ZeRO stage 0. salient_ds finds the
+    masters by these, so that its methods observe and mask here exactly as in a DeepSpeed engine.
     """
 
     def __init__(self, groups: ParameterGroups) -> None:
@@ -27,7 +27,11 @@ class FP16_UnfusedOptimizer:
         self.copies = [copy for group in self.fp16_groups for copy in group]
 
     def take_gradients(self, bound: float) -> Tensor | None:
-        """Move the copies' gradients to the masters in fp32, clipped at ``bound`` (0: not); their norm before."""
+        """Move the copies' gradients to the masters in fp32, clipped to the norm ``bound`` (0: no clipping).
+
+        Returns:
+            The norm before clipping (device tensor), or None without clipping.
+        """
         pairs = [(m, c) for m, c in zip(self.masters, self.copies, strict=True) if c.grad is not None]
         grads = [copy.grad for _, copy in pairs if copy.grad is not None]
         norm, factor_1 = None, self.masters[0].new_ones(1)
@@ -51,23 +55,24 @@ def _scale(grad: Tensor, factor_1: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_scale() -> Callable[[Tensor, Tensor], Tensor]:
-    """In one pass: PyTorch's own product of bf16 and fp32 reaches half of a GPU's memory rate."""
+    """Compiled to one pass over memory: PyTorch's own bf16 x fp32 product reaches half of a GPU's memory bandwidth."""
     return torch.compile(_scale, dynamic=True)
 
 
 class _NoHook:
     def remove(self) -> None:
-        """There is nothing to remove."""
+        """Do nothing: there is no hook."""
 
 
 class PlainEngine:
-    """Model and AdamW on one process, no DeepSpeed: what a step costs by itself.
+    """Model and AdamW on one process without DeepSpeed. It shows what a step costs without the engine.
 
     Args:
-        groups: trainable parameters as an optimizer takes them.
-        build_optimizer: AdamW over such groups.
-        clip: bound of the gradient's norm, 0 = none.
-        autocast: run the forward pass in bf16 although trainable parameters are fp32 (PEFT's default form).
+        module: the model.
+        groups: trainable parameters as optimizer parameter groups.
+        build_optimizer: makes AdamW from such groups.
+        clip: bound of the gradient norm, 0 = none.
+        autocast: run the forward pass in bf16 although trainable parameters are fp32 (PEFT's default).
     """
 
     def __init__(
@@ -84,13 +89,13 @@ class PlainEngine:
         self.basic_optimizer = build_optimizer(groups)
         self.optimizer: Any = self.masters or self.basic_optimizer
         self._norm: Tensor | None = None
-        # As DeepSpeed's engine, for a compaction, which takes the one and makes the other
+        # Attributes of DeepSpeed's engine that a compaction uses when it replaces one engine by another
         self.lr_scheduler = self.monitor = None
         self.global_steps = self.global_samples = self.skipped_steps = self.micro_steps = 0
         self.module_forward_pre_hook = self.module_forward_post_hook = _NoHook()
 
     def destroy(self) -> None:
-        """Forget masters and moments."""
+        """Drop masters and moments."""
         self.basic_optimizer.state.clear()
         self.stepped = []
         self.masters = None
@@ -106,12 +111,12 @@ class PlainEngine:
         loss.backward()
 
     def step(self) -> None:
-        """Clip, update, forget the gradients."""
+        """Clip, update the parameters and drop the gradients."""
         self.update()
         self.basic_optimizer.zero_grad(set_to_none=True)
 
     def update(self) -> None:
-        """Everything of a step before the gradients are forgotten."""
+        """Do all parts of a step except dropping the gradients."""
         if self.masters is not None:
             self._norm = self.masters.take_gradients(self.clip)
         elif self.clip > 0:

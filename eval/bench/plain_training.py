@@ -1,7 +1,7 @@
 """Training in plain PyTorch, for benchmarks and for the tests that compare the engine with it.
 
-One process, fp32, no DeepSpeed and no shards: the method sees whole factors, and decisions act on whole factors as the
-method's :class:`~salient_ds.ranks.MaskPolicy` says. The order of decisions is the engine's own
+It uses one process, fp32, no DeepSpeed and no sharding. So the method sees whole factors, and decisions change whole
+factors as the method's :class:`~salient_ds.ranks.MaskPolicy` says. Decisions are ordered by the engine's own code
 (:mod:`salient_ds.engine.decisions`).
 """
 
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class WholeView:
-    """All factors of all adapters as one view: nothing is sharded."""
+    """All factors of all adapters in one view, unsharded."""
 
     key = "whole"
 
@@ -58,12 +58,16 @@ class WholeView:
 
 
 class PlainTraining:
-    """A model between two steps. The caller runs forward, backward and optimizer, and calls the rest in this order::
+    """Runs a method alongside the caller's training loop.
 
-    training.before_forward(step, probe)  (for methods whose events come before a step)
-    training.before_backward(step)        forward, loss.backward()
-    training.before_optimizer(step)       optimizer.step()
-    training.after_optimizer(step, norms)
+    Each step of the loop has to look like this::
+
+        training.before_forward(step, probe)      # for methods whose events come before a step
+        training.before_backward(step)
+        ...                                       # forward pass, loss.backward()
+        training.before_optimizer(step)
+        optimizer.step()
+        training.after_optimizer(step, norms_M2)
     """
 
     def __init__(self, adapted: AdaptedModel, method: Method, optimizer: torch.optim.Optimizer) -> None:
@@ -74,7 +78,7 @@ class PlainTraining:
             adapted.set_mask(initial.mask_N, policy.gate_forward, initial.hold)
         self.decisions = Decisions(policy, self, initial, initial)
         self.taken: list[RankDecision] = []
-        """Every decision so far."""
+        """All decisions so far, oldest first."""
         self.view = WholeView(adapted, optimizer)
         method.attach(layout, [self.view])
         self._events = {event.step: event for event in method.events}
@@ -83,7 +87,7 @@ class PlainTraining:
             self._scoring.choose_reduction(1)
 
     def before_forward(self, step: int, probe: Callable[[str], ProbeScores]) -> None:
-        """Take the event that comes before ``step``, if the method has one there; ``probe`` scores by a proxy."""
+        """Run the event that comes before ``step``, if there is one. ``probe(proxy)`` returns the proxy's scores."""
         method = self.method
         if not isinstance(method, ProbingMethod):
             return
@@ -96,19 +100,26 @@ class PlainTraining:
         self._allocate(event)
 
     def before_backward(self, step: int) -> None:
-        """Score the backward passes of ``step``, if the method asks for it."""
+        """Turn on scoring of the backward pass of ``step``, if the method asks for it.
+
+        Call this before the forward pass: that is where adapters check whether scoring is on.
+        """
         scores = self.adapted.scores
         if scores is not None and self._scoring is not None and self._scoring.scored_at(step) and not scores.armed:
             scores.arm(1.0, torch.device("cpu"), None)
 
     def before_optimizer(self, step: int) -> None:
-        """Let the method look at final gradients and old values."""
+        """Let the method observe the final gradients and the values before the update."""
         if self.method.needs_before:
             self.method.before(self.view, step)
 
     @torch.no_grad()
     def after_optimizer(self, step: int, norms_M2: Tensor | None) -> None:
-        """Everything that follows the optimizer's step, the event of ``step`` included."""
+        """Do everything that follows the optimizer step, including the event of ``step``.
+
+        Args:
+            norms_M2: norms of the orthogonality penalty, None without a penalty.
+        """
         self.decisions.before_observation()
         held = self.decisions.held
         if held.hold and not bool(held.mask_N.all()):
@@ -126,7 +137,7 @@ class PlainTraining:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """A decision that still waits for its step takes effect."""
+        """Apply a decision that is still waiting for its step."""
         self.decisions.settle()
 
     def ranks(self) -> dict[str, int]:
@@ -140,22 +151,28 @@ class PlainTraining:
             self.taken.append(decision)
 
     def hold(self, decision: RankDecision) -> None:
-        """Nothing to prepare: :meth:`after_optimizer` looks at what is held."""
+        """Nothing to do here: :meth:`after_optimizer` reads the held decision itself."""
 
     @torch.no_grad()
     def apply(self, decision: RankDecision) -> None:
-        """Masks, values and moments follow the decision as the method's policy says."""
+        """Set masks, values and moments to the decision, as the method's policy says."""
         policy = self.method.policy
         self.adapted.set_mask(decision.mask_N, policy.gate_forward, decision.hold)
         self._fill(~decision.mask_N, None if policy.zero_vectors else ("E",), 0.0, policy.zero_moments)
 
     @torch.no_grad()
     def start_rows(self, new_N: Tensor, sigma: float) -> None:
-        """E of new rows begins with ``sigma``, their moments with zero."""
+        """Set E of new rows to ``sigma`` and their moments to zero."""
         self._fill(new_N, ("E",), sigma, moments=True)
 
     def _fill(self, rows_N: Tensor, factors: tuple[str, ...] | None, value: float, moments: bool) -> None:
-        """Set rows of the given factors (None: all that have rows) to ``value``, and their moments to zero if asked."""
+        """Set rows of the given factors to ``value``.
+
+        Args:
+            rows_N: mask of the rows.
+            factors: names of the factors; None: all factors that have a rank axis.
+            moments: set the moments of these rows to zero, too.
+        """
         chosen = rows_N.split(list(self.adapted.layout.ranks))
         for adapter, rows_R in zip(self.adapted.adapters.values(), chosen, strict=True):
             if not bool(rows_R.any()):

@@ -1,4 +1,4 @@
-"""Which arms are timed: every combination that was asked for, less those that cannot run, with the reason. No torch."""
+"""Which arms are timed: all requested combinations except those that cannot run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from salient_ds.methods.table import methods
 PEFT_ARMS = ("peft_lora", "peft_adalora")
 PLAIN = "plain"
 COMPILED, FUSED_LOSS = "compile", "liger"
-"""Options of an arm, joined to its name by "+": compiled decoder layers, and the fused loss of liger-kernel."""
+"""Options of an arm, appended to its name with "+": compiled decoder layers, or the fused loss of liger-kernel."""
 _STAGES = ("0", "1", "2", "3")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all arms of one run have in common."""
+    """Settings that all arms of one run share."""
 
     config: dict[str, Any]
     """The model's config.json."""
     ds_configs: str
-    """Folder with zero0.json .. zero3.json."""
+    """Folder with zero0.json to zero3.json."""
     precision: str
     batch: int
     seq: int
@@ -34,7 +34,7 @@ class Settings:
     """Length of the shortened allocation schedule (0: none)."""
     windows: tuple[int, int]
     delta_t: int
-    """Steps between AdaLoRA's masks (PEFT's deltaT)."""
+    """Steps between two mask updates of AdaLoRA (PEFT's deltaT)."""
     clip: float
     attention: str
     seed: int
@@ -42,10 +42,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """One row of the table; everything that its processes need to know."""
+    """One row of the table, with everything that its processes need."""
 
     arm: str
-    """peft_lora, peft_adalora, or the name of one of salient_ds' methods."""
+    """peft_lora, peft_adalora, or the name of a method of salient_ds."""
     loop: str
     """plain (a bare PyTorch loop on one process) or deepspeed."""
     zero: int
@@ -55,10 +55,10 @@ class ArmSpec:
     checkpointing: str
     """none, selective or all."""
     compiled: bool
-    """Decoder layers go through torch.compile (arms of this package only)."""
+    """Decoder layers are compiled with torch.compile (only arms of this package)."""
     settings: Settings = field(repr=False)
     fused_loss: bool = False
-    """Output layer and loss are one (speed.liger=loss; arms of this package only)."""
+    """Output layer and loss are fused (speed.liger=loss; only arms of this package)."""
 
     @property
     def title(self) -> str:
@@ -67,14 +67,14 @@ class ArmSpec:
         return f"{self.arm} r={self.rank} {where} x{self.gpus} checkpointing={self.checkpointing}{options}"
 
     def key(self) -> dict[str, Any]:
-        """What identifies the arm in a record."""
+        """The fields that identify the arm in a record."""
         return {"arm": self.arm, "loop": self.loop, "zero": self.zero, "rank": self.rank, "gpus": self.gpus,
                 "checkpointing": self.checkpointing, "compiled": self.compiled, "fused_loss": self.fused_loss,
                 "form": self.form}  # fmt: skip
 
     @property
     def form(self) -> str:
-        """Name of the arms that have the same floor."""
+        """Name shared by all arms with the same floor, for example ``r=64``."""
         return f"{'lora2 ' if self.arm == 'lora2' else ''}r={self.rank}"
 
     @classmethod
@@ -89,16 +89,18 @@ def own_methods() -> list[str]:
 
 
 def split_name(name: str) -> tuple[str, list[str]]:
-    """``"salientlora+compile"`` -> the arm and its options."""
+    """Split ``"salientlora+compile"`` into the arm and its options."""
     arm, *options = name.split("+")
     return arm, options
 
 
 def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """``"peft_lora,peft_adalora@480,salientlora"`` -> arms with their ranks (``@a+b``, else all of ``ranks``).
+    """Parse ``"peft_lora,peft_adalora@480,salientlora"`` into names with their ranks.
+
+    ``NAME@64+480`` has the ranks 64 and 480. A name without ``@`` gets all of ``ranks``.
 
     Raises:
-        ValueError: an unknown arm or option, with the known ones.
+        ValueError: an unknown arm or option (the message lists the known ones).
     """
     known = [*PEFT_ARMS, *own_methods()]
     found = []
@@ -115,10 +117,10 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
 
 
 def parse_zero(text: str) -> list[tuple[str, int]]:
-    """``"plain,2,3"`` -> (loop, stage) pairs.
+    """Parse ``"plain,2,3"`` into (loop, stage) pairs.
 
     Raises:
-        ValueError: anything but plain, 0, 1, 2, 3.
+        ValueError: an item other than plain, 0, 1, 2, 3.
     """
     found = []
     for item in (part.strip() for part in text.split(",")):
@@ -129,7 +131,7 @@ def parse_zero(text: str) -> list[tuple[str, int]]:
 
 
 def impossible(spec: ArmSpec) -> str | None:
-    """Why an arm is left out, if it is."""
+    """Return why an arm cannot run, or None if it can."""
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
     own = methods().get(spec.arm)
@@ -150,7 +152,7 @@ def plan(
     checkpointing: Sequence[str],
     settings: Settings,
 ) -> tuple[list[ArmSpec], list[tuple[ArmSpec, str]]]:
-    """(arms to run, arms left out with the reason); arms that are compared with each other stand side by side."""
+    """Return (arms to run, arms left out with the reason). Arms to be compared with each other are adjacent."""
     ranks = list(dict.fromkeys(rank for _, own in arms for rank in own))
     run, left_out = [], []
     for count in gpus:

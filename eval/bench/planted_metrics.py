@@ -1,4 +1,4 @@
-"""How well recovered ranks match planted ones, and means over seeds with their intervals. No torch."""
+"""Measures of how well recovered ranks match planted ones, and means over seeds with intervals. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from math import isfinite
 
 CONFIDENCE = 0.95
 FEWEST = 3
-"""Values that an interval needs: below, two equal ones would look like certainty."""
+"""Fewest values for an interval. With only two, equal values would look like certainty."""
 
 
 @dataclass(frozen=True)
 class RankScores:
-    """One student against one teacher."""
+    """Ranks of one student compared with those of its teacher."""
 
     overlap: int
     """Sum over matrices of min(recovered, planted) ranks."""
     precision: float | None
-    """Overlap relative to the student's total rank; None if it kept nothing."""
+    """Overlap divided by the student's total rank; None if the student kept nothing."""
     recall: float
-    """Overlap relative to the planted total."""
+    """Overlap divided by the planted total."""
     spearman: float | None
-    """Rank correlation over matrices; None if all of the student's (or the teacher's) ranks are equal."""
+    """Spearman's correlation over matrices; None if all ranks of the student, or all of the teacher, are equal."""
     mean_difference: float
     """Mean over matrices of |recovered - planted|."""
 
 
 def rank_scores(recovered: Sequence[int], planted: Sequence[int]) -> RankScores:
-    """Compare ranks per matrix, in the same order.
+    """Compare the ranks of all matrices, given in the same order.
 
-    With the planted total as budget, met exactly, precision and recall are equal.
+    Precision and recall are equal if the student's total rank is exactly the planted total.
     """
     from scipy.stats import spearmanr
 
@@ -48,7 +48,7 @@ def rank_scores(recovered: Sequence[int], planted: Sequence[int]) -> RankScores:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval; both ends are None if there are too few values for one."""
+    """A mean with its interval. Both ends are None if there are too few values for an interval."""
 
     mean: float
     low: float | None
@@ -56,7 +56,7 @@ class Estimate:
     count: int
 
     def side_of(self, value: float) -> int:
-        """1 or -1 if the whole interval lies above or below ``value``, 0 if it does not tell."""
+        """Return 1 if the whole interval is above ``value``, -1 if it is below, 0 otherwise or without an interval."""
         if self.low is None or self.high is None:
             return 0
         return (self.low > value) - (self.high < value)
@@ -65,9 +65,10 @@ class Estimate:
 def estimate(
     values: Sequence[float | None], bounds: tuple[float, float] = (float("-inf"), float("inf"))
 ) -> Estimate | None:
-    """Mean of the defined values and Student's t interval at 95%, cut at ``bounds``; None if no value is defined.
+    """Mean of the values that are defined and finite, with Student's 95% t interval, clipped to ``bounds``.
 
-    If all values are equal, the interval is that value; below :data:`FEWEST` values there is none.
+    If all values are equal, the interval is that single value. With fewer than :data:`FEWEST` values there is no
+    interval. With none, the result is None.
     """
     from scipy.stats import t
 
@@ -83,15 +84,15 @@ def estimate(
 
 
 def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Estimate | None:
-    """Estimate of value minus other, seed by seed, where both are defined."""
+    """Estimate the mean of value minus other over the seeds where both are defined."""
     pairs = zip(values, others, strict=True)
     return estimate([a - b if a is not None and b is not None else None for a, b in pairs])
 
 
 def random_recall(planted: Sequence[int], initial_rank: int, budget: int) -> float:
-    """Expected recall if ``budget`` of the ``initial_rank`` values per matrix are kept by lot.
+    """Expected recall if ``budget`` singular values are kept at random, out of ``initial_rank`` per matrix.
 
-    The number kept in one matrix is hypergeometric.
+    The number kept in one matrix has a hypergeometric distribution.
     """
     from scipy.stats import hypergeom
 

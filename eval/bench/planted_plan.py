@@ -1,4 +1,4 @@
-"""What is planted, which students look for it, and how they are trained. No torch."""
+"""Which ranks are planted, which students look for them, and how they are trained. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ NORMALISATIONS = ("printed", "released", "robust")
 
 @dataclass(frozen=True)
 class ProblemSize:
-    """What is planted where. Two matrices (up, down) per block, so that ``planted`` has an even length."""
+    """Size of the problem. Each block has two matrices (up, down), so ``planted`` needs an even length."""
 
     planted: tuple[int, ...] = (0, 1, 1, 2, 4, 4, 8, 12)
-    """Ranks of the teacher's updates; every seed deals them to the matrices in another order."""
+    """Ranks of the teacher's updates. Every seed assigns them to the matrices in another order."""
     width: int = 64
     hidden: int = 96
     update_scale: float = 1.0
-    """Root mean square of all planted singular values; those of the frozen matrices reach about 2."""
+    """Root mean square of all planted singular values. Those of the frozen matrices go up to about 2."""
     noise: float = 0.1
-    """Deviation of the training targets' noise, relative to the teacher's difference from the frozen network."""
+    """Standard deviation of the target noise, relative to the teacher's RMS difference from the frozen network."""
     train_examples: int = 16384
     test_examples: int = 4096
 
@@ -48,44 +48,47 @@ class ProblemSize:
 
     @property
     def uniform_rank(self) -> int:
-        """Rank of every matrix if the budget is spread evenly."""
+        """Rank of every matrix if the budget is distributed evenly."""
         return self.total // len(self.planted)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What all students have in common."""
+    """Training settings that all students share."""
 
     steps: int = 1200
     batch: int = 128
     initial_rank: int = 16
-    """Rank per matrix that pruning methods start with, and the most that a matrix may grow to."""
+    """Rank per matrix with which pruning methods start, and maximum rank of a matrix for methods that grow."""
     initial_warmup: float = 0.1
     final_warmup: float = 0.4
-    """Shares of all steps before and after allocation."""
+    """Fractions of all steps before and after the allocation phase."""
     window_initial: int = 10
     window_final: int = 100
-    """SalientLoRA's windows; its paper ends at 200, in an allocation phase of at least 1000 steps."""
+    """SalientLoRA's first and last window (steps).
+
+    The paper ends at 200, in an allocation phase of at least 1000 steps.
+    """
     interval: int = 10
-    """Steps between two allocations of AdaLoRA and LoRA^2."""
+    """Steps between two events of AdaLoRA and LoRA^2."""
     orthogonality: float = 0.1
-    """Coefficient of the penalty in the released form, for all methods that have one."""
+    """Coefficient of the orthogonality penalty in its released form, for all methods that have one."""
     clip: float = 1.0
     lr_warmup: float = 0.05
-    """Share of all steps; the learning rate then falls linearly to 0."""
+    """Fraction of all steps. After it the learning rate falls linearly to 0."""
 
     @property
     def rates(self) -> RatePlan:
-        """The learning rate as numbers."""
+        """The learning-rate schedule and AdamW's settings."""
         return RatePlan("linear", round(self.lr_warmup * self.steps), self.steps, betas=(0.9, 0.999), weight_decay=0.0)
 
     @property
     def phase(self) -> tuple[int, int]:
-        """Last step before and of the allocation phase."""
+        """(last step before the allocation phase, last step of it)."""
         return round(self.initial_warmup * self.steps), self.steps - round(self.final_warmup * self.steps)
 
     def growth_interval(self, rows: int, top_h: int) -> int:
-        """Steps between growth events such that ``rows`` rows, ``top_h`` at a time, fill the allocation phase."""
+        """Steps between growth events so that adding ``rows`` rows, ``top_h`` per event, fills the allocation phase."""
         first, last = self.phase
         return max(1, (last - first) // -(-rows // top_h))
 
@@ -97,7 +100,7 @@ class Arm:
     name: str
     method: str
     start: Literal["planted", "uniform", "prune", "grow"]
-    """Ranks at the start: the planted ones (oracle), the budget spread evenly, or what the method begins with."""
+    """Initial ranks: the planted ones (oracle), the budget distributed evenly, or what the method starts with."""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -106,7 +109,7 @@ class Arm:
 
 
 ORACLE, UNIFORM = "true-ranks", "lora"
-"""Arms that the others are compared with: the planted ranks given in SVD form, and the budget spread evenly."""
+"""Arms with which the others are compared: the planted ranks in SVD form, and the budget distributed evenly."""
 ORACLES = (ORACLE, "true-ranks-plain")
 
 ARMS: tuple[Arm, ...] = (
@@ -133,10 +136,10 @@ ARMS: tuple[Arm, ...] = (
 
 
 def method_config(arm: Arm, size: ProblemSize, training: Training) -> MethodConfig:
-    """The arm's configuration; its budget is the planted total.
+    """Build the arm's method configuration. Its budget is the planted total.
 
     Raises:
-        ValueError: this version has no such method, or the options contradict each other.
+        ValueError: this version of salient_ds has no such method, or the options contradict each other.
     """
     known = methods().get(arm.method)
     if known is None:

@@ -1,4 +1,4 @@
-"""A frozen network, and a teacher that differs from it by updates of known, unequal ranks.
+"""A frozen network, and a teacher that differs from it by weight updates of known, unequal ranks.
 
 Shape legend: I/O = in/out features of one matrix, r = planted rank, D = width of the residual stream, n = examples.
 """
@@ -20,7 +20,7 @@ TEST_CHUNK = 2048
 
 
 class Block(nn.Module):
-    """h + down(gelu(up(h / rms(h)))); matrices without bias."""
+    """h + down(gelu(up(h / rms(h)))), without biases."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Blocks one after the other on a residual stream; random weights of variance 1 / in."""
+    """A sequence of residual blocks. Weights are random with variance 1 / (in features)."""
 
     def __init__(self, size: ProblemSize, seed: int) -> None:
         super().__init__()
@@ -54,29 +54,31 @@ class ResidualMLP(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """One teacher with its data. Everything depends on size, regime and seed alone."""
+    """One teacher with its data. Everything is determined by size, regime and seed."""
 
     base: ResidualMLP
     updates: dict[str, Tensor]
-    """The teacher's weight minus the frozen one, (O, I) by matrix, in the order of the network."""
+    """Teacher's weight minus frozen weight, (O, I), by name of the matrix, in the order of the network."""
     ranks: dict[str, int]
     inputs_nD: Tensor
     targets_nD: Tensor
-    """Noisy outputs of the teacher."""
+    """Outputs of the teacher plus noise."""
     test_inputs_nD: Tensor
     test_targets_nD: Tensor
     """Outputs of the teacher, without noise."""
     base_error: float
-    """Mean squared error of the frozen network on the test set: the unit of all losses."""
+    """Mean squared error of the frozen network on the test set. All losses are in this unit."""
 
 
 def make_problem(size: ProblemSize, regime: Regime, seed: int) -> Problem:
-    """Plant ``size.planted`` in random order into a random network.
+    """Build a random network and plant updates of ranks ``size.planted`` into it, in random order.
 
-    Both regimes have the same total energy (sum of squared singular values). ``equal_energy``: every update that is
-    not zero has the same Frobenius norm, so that norms do not show ranks (and a direction of a high-rank update is
-    worth less). ``equal_singular_value``: all planted directions are worth the same, and norms grow with the root
-    of the rank.
+    Both regimes have the same total energy (sum of squared singular values).
+
+    * ``equal_energy``: every non-zero update has the same Frobenius norm, so that norms do not reveal ranks. A single
+      direction of a high-rank update matters less.
+    * ``equal_singular_value``: all planted singular values are equal. Frobenius norms grow with the square root of the
+      rank.
     """
     base = ResidualMLP(size, seed)
     order = torch.randperm(len(size.planted), generator=module_generator(seed, "order of the ranks")).tolist()
@@ -108,7 +110,7 @@ def make_problem(size: ProblemSize, regime: Regime, seed: int) -> Problem:
 
 
 def singular_value(size: ProblemSize, regime: Regime, rank: int) -> float:
-    """Value of all singular values of an update of this rank."""
+    """The value that all singular values of an update of this rank have."""
     if regime == "equal_singular_value" or rank == 0:
         return size.update_scale
     occupied = sum(r > 0 for r in size.planted)
@@ -116,7 +118,7 @@ def singular_value(size: ProblemSize, regime: Regime, rank: int) -> float:
 
 
 def low_rank_update(shape: torch.Size, rank: int, value: float, generator: torch.Generator) -> Tensor:
-    """A random (O, I) matrix with ``rank`` singular values, all equal to ``value``."""
+    """Make a random (O, I) matrix with ``rank`` non-zero singular values, all equal to ``value``."""
     tall, wide = shape
     left_Or = torch.linalg.qr(torch.randn(tall, rank, generator=generator)).Q
     right_Ir = torch.linalg.qr(torch.randn(wide, rank, generator=generator)).Q
@@ -129,11 +131,11 @@ def outputs(model: nn.Module, inputs_nD: Tensor) -> Tensor:
 
 
 def held_out_loss(model: nn.Module, problem: Problem) -> float:
-    """Mean squared error against the noiseless teacher, in units of the frozen network's: 1 = nothing was learned."""
+    """Mean squared error against the noiseless teacher, relative to that of the frozen network (1: nothing learned)."""
     return float(F.mse_loss(outputs(model, problem.test_inputs_nD), problem.test_targets_nD)) / problem.base_error
 
 
 def update_error(updates: dict[str, Tensor], problem: Problem) -> float:
-    """Squared distance of a student's updates (O, I) to the planted ones, relative to the planted energy."""
+    """Squared distance of a student's updates (O, I) from the planted ones, divided by the planted energy."""
     distance = sum(float((updates[name] - planted).square().sum()) for name, planted in problem.updates.items())
     return distance / sum(float(planted.square().sum()) for planted in problem.updates.values())

@@ -1,10 +1,10 @@
-"""Do the methods find ranks? Students of every method on data of a teacher with known, unequal ranks per matrix.
+"""Do the methods find ranks? Students of every method learn from a teacher with known, unequal ranks per matrix.
 
     python eval/bench/planted_rank.py --quick            # tiny, under a minute
     python eval/bench/planted_rank.py --workers 16       # every method, both regimes, five seeds
 
-Every student's learning rate is tuned on a seed of its own; all end at the same sum of ranks. Plain torch on the CPU,
-one thread per student, no DeepSpeed.
+Every student's learning rate is tuned on a separate seed. All students end at the same total rank. Training is plain
+torch on the CPU, with one thread per student and no DeepSpeed.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ Task = tuple[Arm, ProblemSize, Training, Regime, int, float]
 def main(
     arms: Annotated[str, typer.Option(help="Students by name, separated by commas; default: all.")] = "",
     regimes: Annotated[str, typer.Option(help="equal_energy, equal_singular_value, or both.")] = ",".join(REGIMES),
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of the results.")] = 5,
-    tuning_seed: Annotated[int, typer.Option(min=0, help="Seed of the learning rates, none of the others.")] = 1000,
-    lrs: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "3e-3,1e-2,3e-2",
-    steps: Annotated[int, typer.Option(min=0, help="Training steps; 0: the default.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: the results use 0, 1, ...")] = 5,
+    tuning_seed: Annotated[int, typer.Option(min=0, help="Seed for tuning learning rates; not a result seed.")] = 1000,
+    lrs: Annotated[str, typer.Option(help="Learning rates to try.")] = "3e-3,1e-2,3e-2",
+    steps: Annotated[int, typer.Option(min=0, help="Training steps (0: the default).")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes (0: one per core).")] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tiny problem, two seeds, one learning rate, fewer students.")
+        bool, typer.Option("--quick", help="A tiny problem, at most two seeds, one learning rate, fewer students.")
     ] = False,
-    deadline: Annotated[float, typer.Option(help="Start no run later than this many seconds; 0: never.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the record's folder is made.")] = record.REPOSITORY
+    deadline: Annotated[float, typer.Option(help="Start no run after this many seconds (0: no limit).")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder in which the record's folder is created.")] = record.REPOSITORY
     / "eval"
     / "records",
-    commit: Annotated[str, typer.Option(help="Commit to name in the record, where there is no git.")] = "",
+    commit: Annotated[str, typer.Option(help="Commit named in the record, if there is no git.")] = "",
 ) -> None:
     """Train all students, compare their ranks with the planted ones, and write a record."""
     began = time.monotonic()
@@ -107,10 +107,10 @@ def main(
 
 
 def pick(text: str, known: dict[str, Any], option: str) -> list[Any]:
-    """The named ones of ``known`` in its order, all if no name is given.
+    """Return the named values of ``known`` in its order, or all if ``text`` names none.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: a name is unknown.
     """
     names = [name.strip() for name in text.split(",") if name.strip()] or list(known)
     wrong = [name for name in names if name not in known]
@@ -120,10 +120,10 @@ def pick(text: str, known: dict[str, Any], option: str) -> list[Any]:
 
 
 def learning_rates(text: str) -> list[float]:
-    """The grid, rising.
+    """Parse the grid of learning rates, in ascending order.
 
     Raises:
-        ValueError: not positive numbers separated by commas.
+        ValueError: the text is not positive numbers separated by commas.
     """
     try:
         rates = sorted({float(item) for item in text.split(",") if item.strip()})
@@ -135,7 +135,7 @@ def learning_rates(text: str) -> list[float]:
 
 
 def usable(arms: Sequence[Arm], size: ProblemSize, training: Training) -> tuple[list[Arm], list[dict[str, str]]]:
-    """Arms whose method this version has, and the others with the reason."""
+    """Return (arms that this version can run, other arms with the reason)."""
     found, left_out = [], []
     for arm in arms:
         try:
@@ -148,7 +148,10 @@ def usable(arms: Sequence[Arm], size: ProblemSize, training: Training) -> tuple[
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
-    """Processes with one thread each. Forked: a new interpreter would not find this package when run by path."""
+    """Make worker processes with one thread each.
+
+    They are forked, because a new interpreter would not find this package when the script is run by path.
+    """
     return ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), one_thread)
 
 
@@ -157,14 +160,14 @@ def one_thread() -> None:
 
 
 def run_one(task: Task, limit: float) -> dict[str, Any] | None:
-    """Train one student; None if it is too late to begin."""
+    """Train one student. Return None if the time limit has passed."""
     return None if time.monotonic() > limit else train(*task)
 
 
 def run_all(
     executor: ProcessPoolExecutor, tasks: Sequence[Task], limit: float, left_out: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
-    """Results in the order of the tasks; what did not start before ``limit`` goes to ``left_out``."""
+    """Return results in the order of the tasks. Tasks that did not start before ``limit`` are added to ``left_out``."""
     futures = [executor.submit(run_one, task, limit) for task in tasks]
     for number, future in enumerate(as_completed(futures), 1):
         result = future.result()
@@ -184,7 +187,7 @@ def run_all(
 
 
 def finish(page: dict[str, Any], out: Path) -> None:
-    """Write the record, print its tables and findings."""
+    """Write the record and print its tables and findings."""
     import json
 
     rows = summarise(page["runs"], page["lrs"])
@@ -219,7 +222,7 @@ def show_tables(page: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def recorded_command(arguments: Sequence[str]) -> str:
-    """The command line without the options that say where files of this machine are."""
+    """The command line to record, without the options that are specific to this machine (--out, --commit)."""
     kept, skip = [], False
     for argument in arguments:
         name, _, value = argument.partition("=")

@@ -1,4 +1,4 @@
-"""The record of a run over planted ranks: README.md with tables and findings, and pictures. No torch."""
+"""The record of a planted-rank run: README.md with tables and findings, and pictures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REGIME_TEXT = {
 
 
 def table_row(row: Row) -> list[str]:
-    """One line of the table, see :data:`COLUMNS`."""
+    """One row of the table, with the cells of :data:`COLUMNS`."""
     kept = sorted(set(row.kept))
     shown = "-" if not kept else str(kept[0]) if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
     measures = ("precision", "recall", "spearman", "mean_difference", "loss", "above_oracle", "above_uniform",
@@ -34,7 +34,7 @@ def table_row(row: Row) -> list[str]:
 
 
 def readme(page: Mapping[str, Any], rows: Sequence[Row], pictures: Sequence[str]) -> str:
-    """The record as a page."""
+    """The record as a Markdown page."""
     size, training, hardware = page["size"], page["training"], page["hardware"]
     budget, matrices = sum(size["planted"]), len(size["planted"])
     chance = random_recall(size["planted"], training["initial_rank"], budget)
@@ -73,7 +73,7 @@ def readme(page: Mapping[str, Any], rows: Sequence[Row], pictures: Sequence[str]
 
 
 def students_text(page: Mapping[str, Any]) -> str:
-    """What the names of the students mean, and when they decide."""
+    """Text that explains the names of the students, and when they decide on ranks."""
     training = Training(**page["training"])
     first, last = training.phase
     return (
@@ -90,7 +90,7 @@ def students_text(page: Mapping[str, Any]) -> str:
 
 
 def rates_text(page: Mapping[str, Any]) -> str:
-    """How the learning rates were chosen."""
+    """Text that says how the learning rates were chosen."""
     lrs = ", ".join(f"{lr:g}" for lr in page["lrs"])
     if len(page["lrs"]) == 1:
         return f"Learning rate {lrs} for all, not tuned."
@@ -101,7 +101,7 @@ def rates_text(page: Mapping[str, Any]) -> str:
 
 
 def tuning_table(page: Mapping[str, Any]) -> str:
-    """Held-out loss of every student at every learning rate, on the seed that nothing else uses."""
+    """Table of the held-out loss of every student at every learning rate, on the tuning seed."""
     lrs = page["lrs"]
     found = {(run["regime"], run["arm"], run["lr"]): run["loss"] for run in page["tuning"]}
     pairs = list(dict.fromkeys((regime, arm) for regime, arm, _ in found))
@@ -114,7 +114,7 @@ def tuning_table(page: Mapping[str, Any]) -> str:
 
 
 def draw(page: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[str]:
-    """Write the pictures; their names."""
+    """Write the pictures and return their file names."""
     names = []
     for regime in page["regimes"]:
         runs = [run for run in page["runs"] if run["regime"] == regime and run["loss"] is not None]
@@ -130,7 +130,7 @@ def draw(page: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[str
 
 
 def draw_ranks(runs: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """One panel per student: recovered over planted rank, one point per matrix and seed."""
+    """Draw one panel per student: recovered against planted rank, one point per matrix and seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -154,14 +154,14 @@ def _panel(axes: Axes, runs: Sequence[Mapping[str, Any]], title: str) -> None:
     top = max(max(*run["planted"], *run["recovered"]) for run in runs)
     axes.plot([0, top], [0, top], color="#7f7f7f", linewidth=0.8)
     for index, run in enumerate(runs):
-        shift = 0.5 * (index / max(len(runs) - 1, 1) - 0.5)  # seeds side by side: equal points stay visible
+        shift = 0.5 * (index / max(len(runs) - 1, 1) - 0.5)  # shift seeds sideways, so that equal points stay visible
         axes.plot([rank + shift for rank in run["planted"]], run["recovered"], "o", markersize=3.5, alpha=0.7,
                   color=_COLOURS[0])  # fmt: skip
     axes.set_title(title, fontsize=9)
 
 
 def draw_spearman(rows: Sequence[Row], path: Path) -> None:
-    """Spearman of recovered and planted ranks per student and regime, with intervals."""
+    """Draw Spearman's correlation of recovered and planted ranks per student and regime, with intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Students of a planted teacher: every method of the package, all ending at the same sum of ranks."""
+"""Students of a planted teacher, one for every arm. All end at the same total rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .planted_problem import Problem
 
 @dataclass(frozen=True)
 class Student:
-    """A model in training, and the method that decides its ranks."""
+    """A model to train, and the method that decides its ranks."""
 
     model: nn.Module
     adapted: AdaptedModel
@@ -29,9 +29,9 @@ class Student:
 
 
 def build_student(arm: Arm, problem: Problem, size: ProblemSize, training: Training, seed: int) -> Student:
-    """A copy of the frozen network with adapters whose update has the multiplier 1 at any rank (alpha = rank).
+    """Copy the frozen network and add adapters whose update has the multiplier 1 at any rank (alpha = rank).
 
-    Where ranks grow the multiplier is alpha / current rank: there it is 1 at the mean of the budget.
+    For methods that grow, the multiplier is alpha / current rank. It is 1 at the mean rank of the budget.
     """
     model = copy.deepcopy(problem.base)
     config = method_config(arm, size, training)
@@ -49,7 +49,7 @@ def build_student(arm: Arm, problem: Problem, size: ProblemSize, training: Train
 
 
 def with_ranks(model: nn.Module, ranks: dict[str, int], config: LoRAConfig, seed: int) -> AdaptedModel:
-    """Fixed adapters of the given ranks; matrices of rank 0 get none."""
+    """Add adapters of the given, fixed ranks. Matrices of rank 0 get none."""
     adapters: dict[str, RankedLinear] = {}
     plain = config.form == "plain"
     build: Callable[..., RankedLinear] = PlainLinear if plain else SVDLinear

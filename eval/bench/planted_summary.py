@@ -1,4 +1,4 @@
-"""From single runs to one row per arm and regime, and to sentences that say what the intervals allow. No torch."""
+"""Summarise runs as one row per arm and regime, and as sentences that the intervals support. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ BOUNDS = {
     "spearman": (-1.0, 1.0),
     "mean_difference": (0.0, float("inf")),
 }
-"""What the scores of ranks can be: intervals end there."""
+"""Possible range of each measure. Intervals are clipped to it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in one regime, over all seeds."""
+    """Results of one arm in one regime, over all seeds."""
 
     regime: str
     arm: str
     lr: float
     at_edge: bool
-    """The best learning rate is the smallest or largest of the grid: a better one may lie outside."""
+    """The best learning rate is the smallest or largest of the grid, so a better one may lie outside."""
     seeds: int
     failed: int
     kept: tuple[int, ...]
     """Total rank of each run."""
     estimates: dict[str, Estimate | None]
-    """Mean and interval by name of the measure; None where no run defines it."""
+    """Mean and interval by name of the measure; None if it is undefined for all runs."""
 
     def side(self, measure: str, value: float) -> int:
         found = self.estimates[measure]
@@ -44,7 +44,10 @@ class Row:
 
 
 def best_rates(tuning: Sequence[Run]) -> dict[tuple[str, str], float]:
-    """Learning rate of lowest held-out loss by (regime, arm); of equal ones the lowest. None if all diverged."""
+    """Learning rate with the lowest held-out loss, by (regime, arm).
+
+    The lower rate wins a tie. Where all runs diverged, there is no entry.
+    """
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for run in tuning:
         if run["loss"] is not None:
@@ -54,9 +57,9 @@ def best_rates(tuning: Sequence[Run]) -> dict[tuple[str, str], float]:
 
 
 def summarise(runs: Sequence[Run], grid: Sequence[float]) -> list[Row]:
-    """A row for every arm and regime that has runs, in the order of their first one.
+    """Return a row for every arm and regime that has runs, in the order of their first run.
 
-    Distances to the oracle and to uniform ranks are taken seed by seed: same network, teacher and data.
+    Differences from the oracle and from uniform ranks are taken seed by seed, with the same network, teacher and data.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -85,13 +88,13 @@ def _row(group: Sequence[Run], oracle: Sequence[Run], uniform: Sequence[Run], gr
 
 
 def _losses(others: Sequence[Run], runs: Sequence[Run]) -> list[float | None]:
-    """Loss of the other arm at the seed of every run."""
+    """Losses of another arm at the seeds of ``runs``; None for missing or diverged ones."""
     by_seed = {other["seed"]: other["loss"] for other in others}
     return [by_seed.get(run["seed"]) for run in runs]
 
 
 def findings(rows: Sequence[Row], budget: int) -> list[str]:
-    """What the intervals of one regime say and what they leave open; nothing is claimed where an interval does not."""
+    """Sentences about one regime: what the intervals show, and what they leave open."""
     if max(row.seeds for row in rows) < FEWEST:
         return [f"Fewer than {FEWEST} seeds: no intervals, and nothing to claim."]
     by_name = {row.arm: row for row in rows}
@@ -128,12 +131,12 @@ def findings(rows: Sequence[Row], budget: int) -> list[str]:
 
 
 def _varies(row: Row) -> bool:
-    """Whether the arm decides ranks at all (those of fixed methods are not a finding)."""
+    """Whether the arm decides ranks at all (the ranks of fixed methods are not a finding)."""
     return row.estimates["spearman"] is not None and row.arm not in ORACLES
 
 
 def _reference_line(oracle: Row | None) -> Iterator[str]:
-    """Whether knowing the true ranks is worth anything here: if not, losses cannot tell allocators apart."""
+    """Say whether the true ranks give a lower loss than uniform ones. If not, losses say nothing about ranks."""
     if oracle is None or (gain := oracle.estimates["above_uniform"]) is None:
         return
     verdict = {
@@ -145,7 +148,7 @@ def _reference_line(oracle: Row | None) -> Iterator[str]:
 
 
 def _sides(rows: Sequence[Row], side: Callable[[Row], int], good: str, bad: str) -> str:
-    """The arms by the side on which their interval lies."""
+    """List the arms by the side on which their interval lies."""
     found: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for row in rows:
         found[side(row)].append(row.arm)
@@ -155,7 +158,7 @@ def _sides(rows: Sequence[Row], side: Callable[[Row], int], good: str, bad: str)
 
 
 def show(value: Estimate | None) -> str:
-    """``mean [low, high]``; the mean alone where there is no spread, ``-`` where nothing is defined."""
+    """Format as ``mean [low, high]``, as the mean alone without interval or spread, or as ``-`` if undefined."""
     if value is None:
         return "-"
     if value.low is None or value.high is None or value.low == value.high:

@@ -1,7 +1,7 @@
-"""Training of one student in plain torch: one process, fp32, no DeepSpeed.
+"""Train one student in plain torch: one process, fp32, no DeepSpeed.
 
-Decisions take effect in the order of :class:`salient_ds.engine.engine.AllocatingEngine`: optimizer step, dropped values
-back to zero, observation, decisions that waited for this step, then the event of the step.
+The order within a step is that of :class:`salient_ds.engine.engine.AllocatingEngine`: optimizer step, pruned singular
+values set back to zero, observation, decisions that waited for this step, then the event of the step.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from .planted_problem import Problem, held_out_loss, make_problem, update_error
 from .planted_students import Student, build_student
 
 KEPT_EVENTS = 20
-"""Events of a run that its record shows, evenly spread."""
+"""At most this many events of a run are recorded, evenly spaced."""
 
 
 class Diverged(RuntimeError):
-    """The loss is no number any more."""
+    """The loss is no longer finite."""
 
 
 def train(arm: Arm, size: ProblemSize, training: Training, regime: Regime, seed: int, lr: float) -> dict[str, Any]:
-    """Train one student; a pure function of its arguments (on one machine, with one thread).
+    """Train one student. The result is a pure function of the arguments (on one machine, with one thread).
 
     Returns:
-        name, regime, seed, lr, planted and recovered ranks per matrix, loss (held out, relative to the frozen
-        network's), update_error, events, seconds; for a run that diverged ``error`` instead of a loss.
+        arm, regime, seed, lr, planted and recovered ranks per matrix, loss (held out, relative to the frozen
+        network's), update_error, num_events, events and seconds. A run that diverged has ``error`` and the loss None
+        instead.
     """
     began = time.perf_counter()
     problem = make_problem(size, regime, seed)
@@ -45,7 +46,7 @@ def train(arm: Arm, size: ProblemSize, training: Training, regime: Regime, seed:
     result: dict[str, Any] = {"arm": arm.name, "regime": regime, "seed": seed, "lr": lr}
     try:
         steps(run, student, problem, training, seed)
-    except (Diverged, ValueError) as error:  # methods refuse statistics that are not finite
+    except (Diverged, ValueError) as error:  # methods raise ValueError if their statistics are not finite
         return result | {"error": str(error), "loss": None, "seconds": round(time.perf_counter() - began, 2)}
     run.finish()
     student.model.eval()
@@ -64,7 +65,7 @@ def train(arm: Arm, size: ProblemSize, training: Training, regime: Regime, seed:
 
 
 def steps(run: PlainTraining, student: Student, problem: Problem, training: Training, seed: int) -> None:
-    """All steps of a run.
+    """Run all training steps.
 
     Raises:
         Diverged: the loss is not finite.
@@ -94,7 +95,7 @@ def steps(run: PlainTraining, student: Student, problem: Problem, training: Trai
 
 @torch.no_grad()
 def student_updates(student: Student, problem: Problem) -> dict[str, Tensor]:
-    """Dense update of every matrix (O, I), read off the adapters' outputs for unit inputs; zero without adapter."""
+    """Dense update (O, I) of every matrix, from the adapter's outputs for unit inputs. Zero without an adapter."""
     found = {name: torch.zeros_like(update_OI) for name, update_OI in problem.updates.items()}
     for name, adapter in student.adapted.adapters.items():
         eye_II = torch.eye(adapter.in_features)

@@ -1,4 +1,4 @@
-"""Records: a folder DATE_model_method_hardware with result.json and a README.md that shows it as a table. No torch."""
+"""Records: folders DATE_model_method_hardware with result.json and a README.md that shows it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 COLUMNS = ("arm", "loop", "rank", "GPUs", "ckpt", "s/step", "tokens/s", "peak GiB", "x PEFT LoRA", "x floor",
            "events s")  # fmt: skip
 MARKS = {"compiled": "(compiled)", "fused_loss": "(fused loss)", "compacted": "(compacted)"}
-"""What is added to an arm's name in the tables."""
+"""Suffixes of an arm's name in the tables, by the key that turns them on."""
 Row = Mapping[str, Any]
 
 
 def with_ratios(arms: Sequence[Row], floors: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The arms plus ``ratio_to_floor`` and ``ratio_to_peft_lora`` (above 1 = slower; None without that arm).
+    """Return the arms with ``ratio_to_floor`` and ``ratio_to_peft_lora`` added.
+
+    A ratio above 1 means slower. ``ratio_to_peft_lora`` is None if there is no matching peft_lora arm.
 
     Args:
-        floors: seconds of the floor by the arms' form ("r=64").
+        floors: floor in seconds, by the form of the arms ("r=64").
     """
     same = ("loop", "zero", "rank", "gpus", "checkpointing")
     peft = {tuple(arm[key] for key in same): arm["seconds"] for arm in arms if arm["arm"] == "peft_lora"}
@@ -40,7 +42,7 @@ def with_ratios(arms: Sequence[Row], floors: Mapping[str, float]) -> list[dict[s
 
 
 def row(arm: Row) -> list[str]:
-    """One line of the table, see :data:`COLUMNS`."""
+    """One row of the table, with the cells of :data:`COLUMNS`."""
     events = arm.get("event_seconds") or []
     ratio = arm.get("ratio_to_peft_lora")
     marks = [name for key, name in MARKS.items() if arm.get(key)]
@@ -60,7 +62,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def hardware_name(hardware: Row, gpus: int) -> str:
-    """Short name for a folder: ``1xh100``, ``2xh200``, ``2-cpu-cores``."""
+    """Short hardware name for a folder, for example ``1xh100``, ``2xh200`` or ``2-cpu-cores``."""
     if hardware["device"] == "cpu":
         return f"{hardware['cpu_cores']}-cpu-cores"
     short = re.search(r"\b[A-Z]{1,3}\d{1,4}[A-Z]?\b", hardware["gpu"])
@@ -69,7 +71,11 @@ def hardware_name(hardware: Row, gpus: int) -> str:
 
 
 def new_folder(out: Path, model: str, arms: Sequence[str], hardware: str, today: datetime.date) -> Path:
-    """Create DATE_model_method_hardware in ``out``; a number is added where that exists already."""
+    """Create the folder DATE_model_method_hardware in ``out``. If it exists, a number is appended.
+
+    Raises:
+        ValueError: there are already 999 such folders.
+    """
     own = [name for name in dict.fromkeys(arms) if name not in PEFT_ARMS] or list(dict.fromkeys(arms))
     name = "_".join((today.isoformat(), model, "-".join(own), hardware))
     for number in range(1, 1000):
@@ -83,7 +89,7 @@ def new_folder(out: Path, model: str, arms: Sequence[str], hardware: str, today:
 
 
 def commit() -> str:
-    """The repository's commit, "-dirty" if files differ from it; "unknown" outside a repository."""
+    """The repository's commit, followed by "-dirty" if files differ from it. "unknown" outside a repository."""
     git = ["git", "-C", str(REPOSITORY)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
@@ -93,14 +99,14 @@ def commit() -> str:
 
 
 def without_places(text: str) -> str:
-    """``text`` without the folders of this machine, so that a record can be published."""
+    """Replace the repository's path by ``.`` and the home directory by ``~``, so that a record can be published."""
     for place, sign in ((str(REPOSITORY), "."), (str(Path.home()), "~")):
         text = text.replace(place, sign) if len(place) > 1 else text
     return text
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write result.json and README.md of a record, whole or not at all (an interrupted run keeps its last state)."""
+    """Write result.json and README.md of a record, each atomically, so that an interrupted run keeps its last state."""
     for name, text in (("result.json", json.dumps(record, indent=1) + "\n"), ("README.md", readme(record))):
         partial = folder / f"{name}.partial"
         partial.write_text(without_places(text))
@@ -108,7 +114,7 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def readme(record: Mapping[str, Any]) -> str:
-    """The record as a page: command, machine, table, events, and what is missing from it."""
+    """The record as a Markdown page: command, machine, tables, events, and arms that are missing."""
     hardware, settings, rate = record["hardware"], record["settings"], record["matrix_rate"]
     machine = hardware.get("gpu") or hardware["cpu"]
     floors = ", ".join(f"{form}: {floor:.4f} s" for form, floor in record["floor_seconds"].items())
@@ -136,7 +142,7 @@ def readme(record: Mapping[str, Any]) -> str:
 
 
 def parts_table(arms: Sequence[Row]) -> str:
-    """Seconds of the parts of a step, each with the device idle at both ends."""
+    """Table of the seconds per part of a step. The device is idle at both ends of every part."""
     names = list(dict.fromkeys(name for arm in arms for name in arm["parts"]))
     rows = [
         [*row(arm)[:5], *(f"{arm['parts'][name]:.4f}" if name in arm["parts"] else "-" for name in names)]
@@ -146,7 +152,7 @@ def parts_table(arms: Sequence[Row]) -> str:
 
 
 def schedule_lines(arms: Sequence[Row]) -> list[str]:
-    """One sentence per arm that went through a shortened allocation schedule."""
+    """One paragraph per arm that ran a shortened allocation schedule."""
     lines = []
     for arm in arms:
         if not arm.get("events"):
@@ -165,7 +171,7 @@ def schedule_lines(arms: Sequence[Row]) -> list[str]:
 
 
 def missing_lines(record: Mapping[str, Any]) -> list[str]:
-    """What was asked for and is not in the table."""
+    """List of the requested arms that are not in the table, with the reasons."""
     lines = [f"- failed: {item['title']}: {item['error']}" for item in record["failed"]]
     lines += [f"- left out: {item['title']}: {item['reason']}" for item in record["left_out"]]
     return ["Not in the table:", "\n".join(lines)] if lines else []

@@ -1,4 +1,4 @@
-"""Model shapes that are timed with random weights, and what is usual for each. No torch."""
+"""Model shapes that are timed with random weights, with the usual settings for each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's config.json and the defaults of the command line that go with it."""
+    """A model's config.json, and the command-line defaults for it."""
 
     name: str
     config: dict[str, Any]
@@ -43,10 +43,12 @@ SHAPES = {
 
 
 def find_shape(name: str) -> Shape:
-    """One of :data:`SHAPES`, or the directory of a checkpoint whose config.json is used (never its weights).
+    """Find a shape by name in :data:`SHAPES`, or read it from a checkpoint directory.
+
+    Only config.json of the directory is read, never its weights.
 
     Raises:
-        ValueError: neither.
+        ValueError: ``name`` is neither.
     """
     if name in SHAPES:
         return SHAPES[name]

@@ -1,7 +1,8 @@
-"""Makes ``python eval/bench/NAME.py`` work in a checkout that is not installed: imported by the scripts here only then.
+"""Makes ``python eval/bench/NAME.py`` work in a checkout that is not installed.
 
-Puts the repository in front of the module search path (in place of this folder, whose names would shadow others) and
-maps its ``eval`` folder to the package ``salient_eval``, as pyproject.toml does on installation.
+The scripts in this folder import this module only when they are run by path. It puts the repository first on the module
+search path, in place of this folder, whose module names would shadow others. And it maps the folder ``eval`` to the
+package ``salient_eval``, as pyproject.toml does for an installation.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Training steps side by side: PEFT's LoRA and AdaLoRA and the methods of this package, in the same loop and engine.
+"""Time training steps of PEFT's LoRA and AdaLoRA and of the methods of this package, in the same loop and engine.
 
     python eval/bench/step.py --shape tiny --gpus 1,2                            # CPU
     python eval/bench/step.py --shape llama-7b --arms peft_lora,peft_adalora@480,salientlora --zero plain,2,3
 
-Every arm runs in processes of its own; a record is written after each, so that an interrupted run keeps what it has.
+Every arm runs in separate processes. The record is written after each, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -41,39 +41,37 @@ def main(
     arms: Annotated[
         str,
         typer.Option(
-            help="peft_lora, peft_adalora and methods of this package; NAME@RANK+RANK has ranks of its own, "
-            "NAME+compile compiled layers, NAME+liger the fused loss of liger-kernel."
+            help="peft_lora, peft_adalora and methods of this package. NAME@64+480 sets the ranks of one arm, "
+            "NAME+compile compiles its layers, NAME+liger uses the fused loss of liger-kernel."
         ),
     ] = "peft_lora,peft_adalora,salientlora",
     zero: Annotated[str, typer.Option(help="Any of plain (no DeepSpeed), 0, 1, 2, 3.")] = "plain,2,3",
-    ranks: Annotated[str, typer.Option(help="LoRA ranks; default: the shape's.")] = "",
-    gpus: Annotated[str, typer.Option(help="Numbers of processes, for example 1,2.")] = "1",
-    checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: any of none, selective, all.")] = "none",
-    batch: Annotated[int, typer.Option(help="Sequences per process and step; 0: the shape's default.")] = 0,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence; 0: the shape's default.")] = 0,
+    ranks: Annotated[str, typer.Option(help="Ranks (default: the shape's).")] = "",
+    gpus: Annotated[str, typer.Option(help="Process counts, for example 1,2.")] = "1",
+    checkpointing: Annotated[str, typer.Option(help="Activation checkpointing: none, selective, all.")] = "none",
+    batch: Annotated[int, typer.Option(help="Sequences per process and step (0: the shape's).")] = 0,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence (0: the shape's default).")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 24,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 4,
-    part_steps: Annotated[int, typer.Option(min=0, help="Steps after them that time forward, backward, step.")] = 3,
-    target_rank: Annotated[int, typer.Option(help="Mean rank at the end of the schedule; 0: the shape's default.")] = 0,
-    schedule_steps: Annotated[int, typer.Option(help="Length of the shortened schedule; 0: none.")] = 30,
-    windows: Annotated[str, typer.Option(help="First and last window of that schedule.")] = "3,8",
-    delta_t: Annotated[int, typer.Option(min=1, help="Steps between AdaLoRA's masks (1 is PEFT's default).")] = 1,
-    clip: Annotated[float, typer.Option(min=0, help="Bound of the gradient norm, 0 = none.")] = 1.0,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32; default: bf16 on a GPU.")] = "",
+    warmup: Annotated[int, typer.Option(min=1, help="Untimed steps before the timed ones.")] = 4,
+    part_steps: Annotated[int, typer.Option(min=0, help="Extra steps that time forward, backward, step.")] = 3,
+    target_rank: Annotated[int, typer.Option(help="Mean rank at the end of the schedule (0: the shape's).")] = 0,
+    schedule_steps: Annotated[int, typer.Option(help="Length of the shortened schedule (0: none).")] = 30,
+    windows: Annotated[str, typer.Option(help="First and last window of that schedule (steps).")] = "3,8",
+    delta_t: Annotated[int, typer.Option(min=1, help="Steps between AdaLoRA's mask updates (PEFT: 1).")] = 1,
+    clip: Annotated[float, typer.Option(min=0, help="Bound of the gradient norm (0: none).")] = 1.0,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32 (default: bf16 on a GPU, else fp32).")] = "",
     attention: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")] = "sdpa",
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    ds_configs: Annotated[Path, typer.Option(help="Folder with zero0.json .. zero3.json.")] = record.REPOSITORY
+    ds_configs: Annotated[Path, typer.Option(help="Folder with zero0.json to zero3.json.")] = record.REPOSITORY
     / "ds_configs",
-    out: Annotated[Path, typer.Option(help="Where the record's folder is made.")] = record.REPOSITORY
+    out: Annotated[Path, typer.Option(help="Folder in which the record's folder is created.")] = record.REPOSITORY
     / "eval"
     / "records",
-    timeout: Annotated[float, typer.Option(help="Seconds for one arm.")] = 300,
-    deadline: Annotated[
-        float, typer.Option(help="Start no arm later than this many seconds after the start; 0: never.")
-    ] = 0,
-    launcher: Annotated[bool, typer.Option("--launcher", help="DeepSpeed's launcher for one process too.")] = False,
-    log: Annotated[Path | None, typer.Option(help="File for the output of all arms; default: a temporary one.")] = None,
-    commit: Annotated[str, typer.Option(help="Commit to name in the record, where there is no git.")] = "",
+    timeout: Annotated[float, typer.Option(help="Time limit for one arm (seconds).")] = 300,
+    deadline: Annotated[float, typer.Option(help="Start no arm after this many seconds (0: no limit).")] = 0,
+    launcher: Annotated[bool, typer.Option("--launcher", help="Use DeepSpeed's launcher for one process too.")] = False,
+    log: Annotated[Path | None, typer.Option(help="File for the output of all arms (default: temporary).")] = None,
+    commit: Annotated[str, typer.Option(help="Commit named in the record, if there is no git.")] = "",
     seed: int = 0,
 ) -> None:
     """Time training steps of several arms in one run and write a record."""
@@ -126,7 +124,7 @@ def integers(text: str, option: str) -> list[int]:
 
 
 def probe(device: str, precision: str, timeout: float, log: Path) -> dict[str, Any]:
-    """Machine, versions and matrix rate, from a process of its own: this one never holds GPU memory."""
+    """Find machine, versions and matrix rate in a separate process, so that this one never holds GPU memory."""
     try:
         request = {"probe": {"device": device, "precision": precision}}
         found = run_worker(request, 1, False, device == "cpu", timeout, log)
@@ -139,7 +137,7 @@ def probe(device: str, precision: str, timeout: float, log: Path) -> dict[str, A
 def first_page(
     model: Shape, settings: Settings, facts: dict[str, Any], specs: list[ArmSpec], commit: str
 ) -> dict[str, Any]:
-    """The record before any arm has run."""
+    """The record's content before any arm has run."""
     rate = facts["matrix_rate"]["flops_per_second"]
     compacted = [replace(spec, rank=settings.target_rank) for spec in specs if spec.arm not in PEFT_ARMS]
     flops = {
@@ -164,7 +162,7 @@ def first_page(
 
 
 def recorded_command(arguments: list[str]) -> str:
-    """The command line without the options that say where files of this machine are."""
+    """The command line to record, without the options that are specific to this machine (--out, --log, --commit)."""
     kept, skip = [], False
     for argument in arguments:
         name, _, value = argument.partition("=")
@@ -179,7 +177,12 @@ def run_arms(
     specs: list[ArmSpec], page: dict[str, Any], *, folder: Path, launcher: bool, cpu: bool, timeout: float,
     limit: float, log: Path,
 ) -> None:  # fmt: skip
-    """Run every arm and write the record after each."""
+    """Run every arm, and write the record after each.
+
+    Args:
+        limit: value of ``time.monotonic()`` after which no further arm is started.
+        log: file for the output of all arms.
+    """
     for number, spec in enumerate(specs, 1):
         began = time.monotonic()
         if began > limit:
@@ -208,7 +211,7 @@ def run_arms(
 
 
 def show(page: dict[str, Any]) -> None:
-    """Print the table."""
+    """Print the table, the schedules and the missing arms."""
     from rich.console import Console
     from rich.table import Table
 

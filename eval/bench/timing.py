@@ -1,4 +1,4 @@
-"""Wall-clock times and peak memory of steps on a device that works asynchronously."""
+"""Measure wall-clock time and peak memory of steps on a device that works asynchronously."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ GIB = 2**30
 
 
 def wait(device: torch.device) -> None:
-    """Return once the device has done everything it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start counting peak memory anew (GPU only: a CPU process' peak is over its whole life)."""
+    """Reset the peak-memory counter. Only for GPUs: on a CPU the peak is over the life of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory in use: tensors on the GPU since :func:`reset_peak`, or the process' resident set on CPU."""
+    """Peak memory in GiB: GPU tensors since :func:`reset_peak`, or the resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 class Stopwatch:
-    """Seconds of named parts of a step. Off by default: waiting for the device at every part would slow the step."""
+    """Times named parts of a step. Off by default, because waiting for the device at every part slows the step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.enabled = False
         self.mark_steps = False
-        """Wait for the device after every optimizer step and remember when that was."""
+        """Whether the engine waits for the device after every optimizer step and sets ``stepped_at``."""
         self.stepped_at = 0.0
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what runs inside as ``name`` if the watch is on."""
+        """Time the block as part ``name``, if the watch is enabled."""
         if not self.enabled:
             yield
             return
@@ -63,23 +63,23 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Steps of one arm on one process."""
+    """Timed steps of one arm on one process."""
 
     seconds: list[float]
-    """Seconds per step of every timed block."""
+    """Seconds per step, one value for every timed block."""
     parts: dict[str, float]
-    """Median seconds of the parts, from steps of their own."""
+    """Median seconds of every part, from separate steps."""
     peak_gib: float
 
 
 def blocks(steps: int) -> list[int]:
-    """``steps`` in blocks of about eight: inside one nobody waits for the device between steps, as in training."""
+    """Divide ``steps`` into blocks of about eight. Within a block nothing waits for the device, as in training."""
     count = max(1, steps // 8)
     return [steps // count + (index < steps % count) for index in range(count)]
 
 
 def measure(step: Callable[[], object], watch: Stopwatch, warmup: int, steps: int, part_steps: int) -> Measurement:
-    """Time ``steps`` calls, in blocks, after ``warmup`` untimed ones; then the parts of ``part_steps`` more."""
+    """Run ``warmup`` untimed steps, time ``steps`` steps in blocks, and time the parts of ``part_steps`` more steps."""
     device = watch.device
     reset_peak(device)
     for _ in range(warmup):
@@ -93,7 +93,7 @@ def measure(step: Callable[[], object], watch: Stopwatch, warmup: int, steps: in
         wait(device)
         seconds.append((time.perf_counter() - began) / block)
     peak = peak_gib(device)
-    watch.seconds.clear()  # of an earlier measurement, before a compaction
+    watch.seconds.clear()  # from an earlier measurement, before a compaction
     watch.enabled = True
     for _ in range(part_steps):
         step()

@@ -1,6 +1,6 @@
-"""One arm (or the probe of the machine) in processes of its own: started by step.py, never by hand.
+"""Run one arm, or the probe of the machine, in separate processes. step.py starts this; do not start it by hand.
 
-``worker.py SPEC.json RESULT.json``: an :class:`ArmSpec`, or ``{"probe": ...}``; the main process writes the result.
+``worker.py SPEC.json RESULT.json``: SPEC is an :class:`ArmSpec` or ``{"probe": ...}``. The main process writes RESULT.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     try:
         result = probe(request["probe"]) if "probe" in request else run_arm(ArmSpec.from_dict(request))
     except Exception as error:
-        if not args.result.exists():  # the first process to fail knows why
+        if not args.result.exists():  # the process that fails first knows the cause
             args.result.write_text(json.dumps({"error": explain(error)}))
         raise
     if is_main:
@@ -52,13 +52,13 @@ def main() -> None:
 
 
 def explain(error: Exception) -> str:
-    """Type and first line of an error's message."""
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def run_arm(spec: ArmSpec) -> dict[str, Any]:
-    """Build, time and, where there is a schedule, allocate."""
+    """Build the arm, time its steps, run its schedule if there is one, and time steps again after a compaction."""
     import torch
 
     from .timing import measure
@@ -88,7 +88,7 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
 
 
 def times(spec: ArmSpec, measured: Measurement) -> dict[str, Any]:
-    """Median of the slowest process, largest peak, and what follows."""
+    """Timing results: the slowest process' median step, the largest peak, and the rates that follow from them."""
     settings = spec.settings
     everyone = gather({"seconds": median(measured.seconds), "peak_gib": measured.peak_gib})
     seconds = max(one["seconds"] for one in everyone)
@@ -102,7 +102,7 @@ def times(spec: ArmSpec, measured: Measurement) -> dict[str, Any]:
 
 
 def run_schedule(arm: Any, tokens_BS: Any) -> dict[str, Any]:
-    """The arm's schedule; if it fails, the steps that were timed before are still worth having."""
+    """Run the arm's schedule. A failure becomes ``schedule_error``, so that the steps timed before are kept."""
     try:
         found: dict[str, Any] = arm.run_schedule(tokens_BS)
     except Exception as error:
@@ -112,7 +112,7 @@ def run_schedule(arm: Any, tokens_BS: Any) -> dict[str, Any]:
 
 
 def join(spec: ArmSpec) -> Any:
-    """The process' device; under DeepSpeed also its process group."""
+    """Return the device of this process. Under DeepSpeed, also join the process group."""
     import torch
 
     if spec.loop != PLAIN:
@@ -135,7 +135,7 @@ def build(spec: ArmSpec, device: Any) -> Any:
 
 
 def gather(mine: dict[str, float]) -> list[dict[str, float]]:
-    """``mine`` of every process."""
+    """Gather ``mine`` from every process."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -146,7 +146,7 @@ def gather(mine: dict[str, float]) -> list[dict[str, float]]:
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
-    """What the machine is, which versions run on it, and its matrix rate."""
+    """Find out hardware, package versions and the matrix rate of this machine."""
     import torch
 
     from .floor import matrix_rate

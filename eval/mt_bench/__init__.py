@@ -1,4 +1,4 @@
-"""Judge answers to MT-Bench style questions with any OpenAI-compatible judge, and report what came out.
+"""Judge answers to MT-Bench style questions with any OpenAI-compatible judge, and report the results.
 
-Import what you need from the modules; this file imports nothing on purpose.
+Import what you need from the modules. This file imports nothing on purpose.
 """

@@ -1,9 +1,9 @@
-"""How far two judges agree: raw agreement with and without ties, and Cohen's kappa.
+"""Agreement of two judges: raw agreement with and without ties, and Cohen's kappa.
 
-Votes are comparisons of two answers to one turn of a question. Pair judgments, single judgments (the higher score
-wins) and human votes in FastChat's form are all read into the same table.
+A vote compares two answers to one turn of a question. Pair judgments, single judgments (the higher score wins) and
+human votes in FastChat's format are all read into the same table.
 Source: agreement as in Zheng et al. 2023, section 4.2; kappa: Cohen 1960.
-Differs from the reference: any two judges, kappa, and single against pair.
+Differs from the reference: works for any two judges, adds kappa, and can compare single with pair judgments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUTCOMES = ("first", "tie", "second")
 
 @dataclass(frozen=True)
 class Agreement:
-    """Counts over pairs of votes on the same comparison; kappa over the three outcomes."""
+    """Counts of agreeing votes over pairs of votes on the same comparison. Kappa is over the three outcomes."""
 
     turn: int | None
     agree_with_ties: int
@@ -48,10 +48,15 @@ class Agreement:
 
 
 def load_votes(path: Path, judge: str | None = None, tie_margin: float = 0.0) -> Votes:
-    """Votes from a judgment file (single or pair) or a human vote file (JSON list or one object a line).
+    """Read votes from a judgment file (single or pair) or a human vote file (JSON list, or one object per line).
 
-    ``judge`` keeps only votes whose judge name starts with it. ``tie_margin`` is the score difference up to which
-    two single scores count as a tie.
+    Args:
+        path: the file.
+        judge: keep only votes whose judge name starts with this text.
+        tie_margin: two single scores that differ by at most this much count as a tie.
+
+    Raises:
+        ValueError: the file holds no votes (of this judge).
     """
     rows = _read_any(path)
     if judge is not None:
@@ -67,7 +72,12 @@ def load_votes(path: Path, judge: str | None = None, tie_margin: float = 0.0) ->
 
 
 def agreement(first: Votes, second: Votes | None = None, turn: int | None = None, draws: int = 1000) -> Agreement:
-    """Agreement of two judges, or within one group (``second`` None: all pairs of votes on one comparison)."""
+    """Compute the agreement of two judges. With ``second`` None, compare all pairs of votes within ``first``.
+
+    Args:
+        turn: use only this turn; None: both.
+        draws: bootstrap draws for the interval of kappa, which resamples questions.
+    """
     by_question: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for key, mine in first.items():
         if turn is not None and key[1] != turn:
@@ -98,7 +108,10 @@ def agreement(first: Votes, second: Votes | None = None, turn: int | None = None
 
 
 def cohen_kappa(counts_33: Any) -> float | None:
-    """(observed - chance) / (1 - chance) of a square table of counts; None when chance agreement is certain."""
+    """Compute (observed - chance) / (1 - chance) from a square table of counts.
+
+    None if the table is empty, or if agreement by chance is certain.
+    """
     total = counts_33.sum()
     if total == 0:
         return None
@@ -108,7 +121,7 @@ def cohen_kappa(counts_33: Any) -> float | None:
 
 
 def _confusion(pairs: Sequence[tuple[str, str]], symmetric: bool) -> Any:
-    """Votes of two raters, 3 x 3. Within a group nobody is the first rater, so both orders count."""
+    """Count the votes of two raters in a 3 x 3 table. Within a group no rater is the first, so both orders count."""
     counts_33 = np.zeros((3, 3))
     for a, b in pairs:
         counts_33[OUTCOMES.index(a), OUTCOMES.index(b)] += 1
@@ -128,7 +141,7 @@ def _judge_of(row: Row) -> str:
 
 
 def _votes_from_comparisons(rows: Iterable[Row]) -> Iterator[tuple[Key, str]]:
-    """FastChat's judgment rows (two games) and vote rows (winner model_a, model_b or tie...)."""
+    """Read votes from FastChat's judgment rows (two games) and vote rows (winner model_a, model_b or tie...)."""
     for row in rows:
         one = row.get("model_1") or row.get("model_a")
         two = row.get("model_2") or row.get("model_b")
@@ -143,7 +156,7 @@ def _votes_from_comparisons(rows: Iterable[Row]) -> Iterator[tuple[Key, str]]:
 
 
 def _votes_from_scores(rows: Sequence[Row], margin: float) -> Votes:
-    """Scores of all models on one turn, compared two by two; rows without a score give no vote."""
+    """Compare the scores of all pairs of models on each turn. Rows without a score give no vote."""
     scores: dict[tuple[int, int, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["score"] != -1:
@@ -158,7 +171,7 @@ def _votes_from_scores(rows: Sequence[Row], margin: float) -> Votes:
 
 
 def _sorted(question: int, turn: int, one: str, two: str, outcome: str) -> tuple[Key, str]:
-    """The same comparison is stored under one key, whichever model was named first."""
+    """Put the two models into sorted order, so that a comparison has one key, whichever model was named first."""
     if one < two:
         return (question, turn, one, two), outcome
     return (question, turn, two, one), {"first": "second", "second": "first", "tie": "tie"}[outcome]

@@ -1,7 +1,7 @@
-"""Answers on their way to the answer file: one fsynced line each, found again by the next run, merged at the end.
+"""Collect answers: one fsynced line per answer, found again by the next run, merged into the answer file at the end.
 
-Each process appends to a file of its own, ``.<model>.<global rank>.part`` beside the answer file; the answer file
-appears when every question is answered, sorted by question, so that nobody judges half of it.
+Each process appends to its own file, ``.<model>.<global rank>.part`` beside the answer file. The answer file, sorted by
+question, appears only when every question is answered, so that no half-finished file is judged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .store import ANSWER_STATUSES, Row, answer_status, write_answers
 
 @dataclass(frozen=True)
 class TurnResult:
-    """What one turn came to; ``reason`` says why a status is not ok."""
+    """Result of one turn. ``reason`` says why ``status`` is not ok."""
 
     text: str
     status: str = "ok"
@@ -36,19 +36,19 @@ class TurnResult:
 
 
 def no_first_answer(first: TurnResult) -> TurnResult | None:
-    """The second turn of a question whose first has no answer to go on from, or None."""
+    """Return a failed second turn if the first turn gave no answer to continue from, else None."""
     if first.status in ("ok", "truncated"):
         return None
     return TurnResult("", "failed", f"turn 1 is {first.status}")
 
 
 def prompt_too_long(size: int, window: int | None) -> TurnResult:
-    """A prompt of ``size`` tokens that leaves no room for an answer."""
+    """Return a failed result: a prompt of ``size`` tokens leaves no room for an answer in the context window."""
     return TurnResult("", "failed", f"the prompt has {size} tokens, the model's window {window}", size, 0)
 
 
 def with_text_status(result: TurnResult) -> TurnResult:
-    """The same, marked empty or failed where the text itself shows that it is no answer."""
+    """Return the result, marked empty or failed if its text shows that it is no answer."""
     status = answer_status(result.text, result.status)
     if status == result.status:
         return result
@@ -57,7 +57,7 @@ def with_text_status(result: TurnResult) -> TurnResult:
 
 
 def answer_row(model: str, question_id: int, turns: Sequence[TurnResult], settings: Row) -> Row:
-    """One line of the answer file: FastChat's keys, then ours. Apart from ``tstamp`` the same for the same answer."""
+    """Make one row of the answer file: FastChat's keys, then ours. Only ``tstamp`` differs between equal answers."""
     identity = json.dumps([model, question_id, settings], sort_keys=True)
     return {
         "question_id": question_id,
@@ -74,10 +74,12 @@ def answer_row(model: str, question_id: int, turns: Sequence[TurnResult], settin
 
 
 class AnswerJournal:
-    """The answers of one model that exist, and the way to add more. Use as a context manager.
+    """Existing answers of one model, and a way to add more. Use it as a context manager.
+
+    ``done`` holds the ids of the questions that are answered.
 
     Raises:
-        ValueError: answers made with other settings are there, or another process writes the same file.
+        ValueError: existing answers were made with other settings, or another process is writing the same file.
     """
 
     def __init__(self, path: Path, settings: Row, global_rank: int = 0) -> None:
@@ -95,17 +97,17 @@ class AnswerJournal:
         self._part.close()
 
     def add(self, row: Row) -> None:
-        """Append an answer and return when it is on the disk."""
+        """Append an answer. Returns when it is on disk."""
         self._part.write(json.dumps(row).encode() + b"\n")
         self._part.flush()
         os.fsync(self._part.fileno())
         self.done.add(row["question_id"])
 
     def merge(self, question_ids: Iterable[int]) -> list[Row] | None:
-        """Write the answer file if all questions are answered, by whichever process, and drop the parts.
+        """If all questions are answered, by whichever process, write the answer file and delete the parts.
 
         Returns:
-            its rows by question, or None if answers are missing (the parts then stay).
+            The rows of the answer file sorted by question, or None if answers are missing. Then the parts stay.
         """
         rows = {row["question_id"]: row for row in self._rows()}
         if not set(question_ids) <= set(rows):
@@ -116,7 +118,7 @@ class AnswerJournal:
         return [rows[number] for number in sorted(rows)]
 
     def _rows(self) -> list[Row]:
-        """All answers found, the answer file's first. Torn and damaged lines count as not there."""
+        """Read all answers, those of the answer file first. Incomplete and damaged lines are skipped."""
         found = []
         for file in (self.path, *_parts(self.path)):
             for line in file.read_bytes().split(b"\n") if file.is_file() else ():
@@ -141,7 +143,7 @@ class AnswerJournal:
         )
 
     def _open_part(self, global_rank: int) -> Any:
-        """This process's part, locked, its torn last line cut off."""
+        """Open and lock this process's part, and cut off an incomplete last line."""
         part = open(self.path.with_name(f".{self.path.stem}.{global_rank}.part"), "a+b")  # noqa: SIM115 - see __exit__
         try:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,7 +164,7 @@ def remove_answers(path: Path) -> None:
 
 
 def _parts(path: Path) -> list[Path]:
-    """The processes' own files, sorted."""
+    """The part files of all processes, sorted."""
     if not path.parent.is_dir():
         return []
     pattern = re.compile(rf"\.{re.escape(path.stem)}\.[0-9]+\.part")

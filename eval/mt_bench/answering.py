@@ -1,4 +1,4 @@
-"""The two turns of every question: temperatures, prompts, and the batches they are asked in."""
+"""How the two turns of every question are asked: temperatures, prompts and batches."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0, "stem": 0.1,
     "humanities": 0.1,
 }  # fmt: skip
-"""Of MT-Bench, by category (FastChat, llm_judge/common.py: temperature_config)."""
+"""MT-Bench's temperatures by category (FastChat, llm_judge/common.py: temperature_config)."""
 
 
 def parse_temperatures(text: str) -> dict[str, float]:
-    """Temperatures by category from "mt_bench", one number for all, or "writing=0.7,math=0" for some of them.
+    """Parse temperatures by category: "mt_bench", one number for all, or "writing=0.7,math=0" to change some of them.
 
     Raises:
-        ValueError: not a number, negative, or an unknown category.
+        ValueError: not a number from 0 to 10, or an unknown category.
     """
     if text == "mt_bench":
         return dict(TEMPERATURES)
@@ -52,7 +52,7 @@ def _degree(text: str) -> float:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, as tokens, with what its answer is drawn by."""
+    """Token ids to continue, with the temperature and the seed for sampling the answer."""
 
     ids: tuple[int, ...]
     temperature: float
@@ -63,24 +63,24 @@ class Answerer(Protocol):
     """A model that continues prompts."""
 
     def answer(self, prompts: Sequence[Prompt]) -> list[TurnResult]:
-        """One answer per prompt, in order."""
+        """Return one answer per prompt, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class Prompter:
-    """Renders conversations with one template and tokenizer; ``stops`` are texts that end an answer."""
+    """Renders conversations with one template and tokenizer. ``stops`` are texts that end an answer."""
 
     template: Template
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[str, ...]
 
     def text(self, question: Question, answers: Sequence[str]) -> str:
-        """The prompt of turn ``len(answers) + 1``."""
+        """Render the prompt of turn ``len(answers) + 1``."""
         return self.template.prompt(conversation(question, answers), self.tokenizer)
 
     def tokens(self, question: Question, answers: Sequence[str]) -> tuple[int, ...]:
-        """The prompt as training would have tokenised it: one beginning token if the tokenizer puts one."""
+        """Tokenise the prompt as in training, with one BOS token if template and tokenizer add one."""
         text = self.text(question, answers)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.template.adds_bos and self.puts_bos and not text.startswith(str(self.tokenizer.bos_token)):
@@ -89,13 +89,13 @@ class Prompter:
 
     @property
     def puts_bos(self) -> bool:
-        """Whether the tokenizer puts its beginning token before a plain text."""
+        """Whether the tokenizer adds a BOS token before a plain text."""
         begin = self.tokenizer.bos_token_id
         return begin is not None and self.tokenizer("a")["input_ids"][:1] == [begin]
 
 
 def conversation(question: Question, answers: Sequence[str]) -> Conversation:
-    """The question's turns up to the one to be answered, with the answers so far."""
+    """Return the question's turns up to the next one to answer, with the answers so far."""
     turns: list[Turn] = []
     for said, answer in zip(question.turns, answers, strict=False):
         turns += [Turn(USER, said), Turn(ASSISTANT, answer)]
@@ -103,16 +103,17 @@ def conversation(question: Question, answers: Sequence[str]) -> Conversation:
 
 
 def end_text(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What closes an answer in the training text."""
+    """Return the text that ends an answer in the training data."""
     sample = Conversation(None, (Turn(USER, "Name a river."), Turn(ASSISTANT, "The Elbe.")))
     return template.segments(sample, tokenizer)[-1].text.partition("The Elbe.")[2].strip()
 
 
 def fixed_batches(questions: Sequence[Question], lengths: Mapping[int, int], size: int) -> list[list[Question]]:
-    """All questions in batches of similar prompt length.
+    """Divide all questions into batches of similar prompt length.
 
-    Cut from the whole list whatever is answered already, and dealt out to processes whole: what is computed together
-    is then the same in a first run, a resumed one, and on any number of processes, and so is every bit of it.
+    The batches are made from the whole list, even if some questions are answered already, and each process gets whole
+    batches. So the same questions are computed together in a first run, in a resumed one and on any number of
+    processes, and the answers are the same to the last bit.
     """
     if size < 1:
         raise ValueError(f"--batch-size {size} must be at least 1")
@@ -121,7 +122,7 @@ def fixed_batches(questions: Sequence[Question], lengths: Mapping[int, int], siz
 
 
 def turn_seed(seed: int, question_id: int, turn: int, choice: int = 0) -> int:
-    """63 bits for one turn of one answer."""
+    """Return the 63-bit random seed of one turn of one answer."""
     digest = hashlib.sha256(f"{seed}/{question_id}/{choice}/{turn}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -130,7 +131,11 @@ def answer_batch(
     batch: Sequence[Question], prompter: Prompter, model: Answerer, temperatures: Mapping[str, float],
     seed_of: Callable[[int, int], int],
 ) -> dict[int, list[TurnResult]]:  # fmt: skip
-    """Results of every turn by question; turn 2 goes on from the model's own answer to turn 1."""
+    """Answer all turns of a batch. Turn 2 continues the model's own answer to turn 1.
+
+    Returns:
+        The results of all turns, by question.
+    """
     results: dict[int, list[TurnResult]] = {question.question_id: [] for question in batch}
     for turn in range(1, max(len(question.turns) for question in batch) + 1):
         asked = list(_still_asked(batch, results, turn))
@@ -148,7 +153,7 @@ def answer_batch(
 
 
 def _still_asked(batch: Sequence[Question], results: Mapping[int, list[TurnResult]], turn: int) -> Iterator[Question]:
-    """Questions that have this turn and something to go on from; the others get their failure."""
+    """Yield the questions to ask in this turn. A question whose turn 1 failed gets a failed result instead."""
     for question in batch:
         if turn > len(question.turns):
             continue

@@ -1,7 +1,7 @@
-"""Judge replies on disk: one fsynced JSON line for each, found again by the content of the request.
+"""Cache of judge replies on disk: one fsynced JSON line per reply, found again by a hash of the request.
 
-A second run asks nothing that is already answered, whatever killed the first. The reply is kept, not the verdict,
-so that a better parser needs no new calls.
+A second run never repeats an answered call, no matter how the first one was killed. The cache keeps the reply, not the
+verdict, so that a better parser needs no new calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .verdicts import Reply
 
 
 def request_key(endpoint: Endpoint, messages: Messages, repeat: int = 0) -> str:
-    """sha256 of everything that can change the answer: where, which model, what is said, how, which repeat."""
+    """Hash everything that can change the reply: endpoint, model, messages, parameters and number of the repeat."""
     content = {
         "base_url": endpoint.base_url,
         "model": endpoint.model,
@@ -35,10 +35,13 @@ def request_key(endpoint: Endpoint, messages: Messages, repeat: int = 0) -> str:
 
 
 class ReplyCache:
-    """An append-only file with one writer. Only keys and places are held in memory, not the texts.
+    """An append-only file with one writer. Only keys and file positions are held in memory, not the texts.
 
-    A last line without its end (a kill in the middle of a write) is cut off when the file is opened; damaged
-    lines elsewhere are skipped and counted. Raises ValueError when another process has the file open.
+    An incomplete last line, left by a kill during a write, is cut off when the file is opened. Damaged lines elsewhere
+    are skipped and counted.
+
+    Raises:
+        ValueError: another process has the file open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,7 +79,7 @@ class ReplyCache:
         self._file.close()
 
     def get(self, key: str) -> tuple[Reply, float] | None:
-        """The reply and the time (s since 1970) at which it was stored, or None."""
+        """Return the reply and the time at which it was stored (seconds since 1970), or None."""
         with self._lock:
             place = self._places.get(key)
             if place is None:
@@ -86,9 +89,9 @@ class ReplyCache:
         return Reply.from_dict(row["reply"]), float(row["tstamp"])
 
     def put(self, key: str, reply: Reply, about: dict[str, Any] | None = None) -> None:
-        """Append one reply and return when it is on the disk. A later line for the same key replaces the earlier.
+        """Append one reply. Returns when it is on disk. A later line for the same key replaces an earlier one.
 
-        ``about`` is for human readers of the file.
+        ``about`` is stored for human readers of the file.
         """
         row = {"key": key, "tstamp": time.time(), "about": about or {}, "reply": reply.to_dict()}
         line = json.dumps(row, ensure_ascii=True).encode() + b"\n"

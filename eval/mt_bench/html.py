@@ -1,6 +1,6 @@
-"""The report as one HTML page that needs nothing else: tables, both pictures, and every verdict to read.
+"""The report as one self-contained HTML page: tables, both pictures, and every verdict.
 
-All texts of models and judges are escaped: an answer is shown, never run.
+All texts of models and judges are escaped, so that an answer is shown and never executed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .store import Layout, load_answers, read_rows
 
 
 def to_html(report: Report, cases: list[dict[str, Any]]) -> str:
-    """The whole page. ``cases`` come from ``collect_cases``."""
+    """Render the page. ``cases`` come from :func:`collect_cases`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -36,7 +36,7 @@ def to_html(report: Report, cases: list[dict[str, Any]]) -> str:
 
 
 def _inline(svg: str) -> Markup:
-    """The <svg> element alone; its text was escaped by matplotlib."""
+    """Return the <svg> element alone. matplotlib has escaped its texts."""
     return Markup(svg[svg.index("<svg") :])
 
 
@@ -45,7 +45,7 @@ def _signed(value: float) -> str:
 
 
 def shade(mean: float | None) -> str:
-    """A background for a score cell, pale at 1 and deeper at 10; the number stays readable on it."""
+    """Return the background style of a score cell, from pale at 1 to deeper at 10. The number stays readable."""
     if mean is None:
         return "background:#f3f3f3;color:#777"
     share = min(max((mean - 1.0) / 9.0, 0.0), 1.0)
@@ -53,7 +53,7 @@ def shade(mean: float | None) -> str:
 
 
 def collect_cases(layout: Layout, report: Report, references: str, questions: dict[int, Any]) -> list[dict[str, Any]]:
-    """For each question its turns and, for each model, the answers and single verdicts, by category."""
+    """Collect for each judged question its turns, and for each model the answers and single verdicts."""
     if "single" not in report:
         return []
     models = [entry["model"] for entry in report["single"]["models"]]

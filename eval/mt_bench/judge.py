@@ -1,8 +1,9 @@
-"""Judge answers: one at a time, each against a baseline, or all pairs, with every verdict kept.
+"""Judge answers: one at a time, each against a baseline, or all pairs. Every verdict is recorded.
 
-The protocol is Zheng et al. 2023 as in FastChat 0.2.36 (same prompts, same matches in the same order, pairs in both
-orders). Differs from the reference: answers that are empty, failed or cut are not sent; what cannot be read or got
-no reply is recorded as such; a run can stop and go on at any call.
+Source: the protocol of Zheng et al. 2023 as in FastChat 0.2.36 (same prompts, same matches in the same order, pairs in
+both orders).
+Differs from the reference: answers that are empty, failed or truncated are not sent; replies that cannot be read and
+calls without a reply are recorded as such; a run can be stopped and continued at any call.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .verdicts import Failed, Reply, Verdict
 
 @dataclass
 class Summary:
-    """What a run did. ``stopped`` says why it ended early, if it did."""
+    """Statistics of a run. ``stopped`` is the reason if it ended early, else empty."""
 
     asked: int = 0
     from_cache: int = 0
@@ -39,7 +40,7 @@ class Summary:
 
 
 class Judging:
-    """One run over a list of matches: answers in, rows out, replies in the cache between them."""
+    """One run over a list of matches. It turns answers into judgment rows and keeps all replies in the cache."""
 
     def __init__(
         self, questions: QuestionSet, answers: Answers, endpoint: Endpoint, cache: ReplyCache, options: Options
@@ -57,7 +58,7 @@ class Judging:
                 raise ValueError(f"{model} has no answer to questions {missing}; generate them first")
 
     def problem_of(self, match: Match) -> str:
-        """Why a match must not be sent to the judge, or ""."""
+        """Return why a match must not be sent to the judge, or ""."""
         judged = ("ok", "truncated") if self.options.truncated else ("ok",)
         for model in match.models:
             statuses = self.answers[model][match.question.question_id].statuses
@@ -71,13 +72,13 @@ class Judging:
         return ""
 
     def messages(self, match: Match, order: tuple[str, ...]) -> Messages:
-        """What is sent for one game."""
+        """Return the messages for one game (one call), with the models in the given order."""
         texts = [self.answers[model][match.question.question_id].turns for model in order]
         values = values_for(match.turn, match.question.turns, texts, match.reference)
         return match.template.render(values, self.endpoint.merge_system)
 
     def _context(self) -> RowContext:
-        """What every row says about where its numbers come from."""
+        """Return the settings that every row records."""
         return RowContext(
             answers=self.answers,
             questions=self.questions,
@@ -89,7 +90,7 @@ class Judging:
         )
 
     def games(self) -> Iterator[tuple[Match, tuple[str, ...], Messages, str]]:
-        """Every call that the matches want, with its cache key; built one at a time."""
+        """Yield (match, order, messages, cache key) for every call that the matches need."""
         for match in self.matches:
             if not self.problem_of(match):
                 for order in match.orders():
@@ -97,7 +98,10 @@ class Judging:
                     yield match, order, messages, request_key(self.endpoint, messages, match.repeat)
 
     def estimate(self, price: Price | None = None) -> dict[str, float]:
-        """For --dry-run: calls and tokens that are still to be asked, and their price with its ceiling."""
+        """Estimate for --dry-run the calls and tokens that are still needed, and their price.
+
+        Ceilings are upper bounds. The estimated price assumes 200 completion tokens per call.
+        """
         calls = cached = prompt = ceiling = 0
         seen: set[str] = set()
         for _, _, messages, key in self.games():
@@ -124,9 +128,9 @@ class Judging:
     def run(
         self, client: JudgeClient, budget: Budget | None = None, progress: Callable[[int], None] | None = None
     ) -> Summary:
-        """Ask for everything that the cache does not answer, at most ``concurrency`` calls at a time.
+        """Make all calls that the cache cannot answer, at most ``concurrency`` at a time.
 
-        Texts are not kept in memory: a reply goes to the cache and is read again when its row is written.
+        Texts are not kept in memory: a reply is written to the cache and read again when its row is written.
         """
         budget = budget or Budget(None, None, self.endpoint.max_tokens)
         summary = Summary()
@@ -165,7 +169,7 @@ class Judging:
         self.cache.put(key, client.chat(messages), about)
 
     def _known(self, key: str, match: Match, order: tuple[str, ...]) -> bool:
-        """Whether the cache answers this call; with ``ask_again`` only a readable reply counts."""
+        """Whether the cache can answer this call. With ``ask_again``, only a reply with a readable verdict counts."""
         if key not in self.cache:
             return False
         return not self.options.ask_again or self.verdict(match, order)[0].status == "graded"
@@ -178,7 +182,7 @@ class Judging:
         summary: Summary,
         progress: Callable[[int], None] | None,
     ) -> None:
-        """Wait for at least one call and book what came of it."""
+        """Wait until at least one call is done, and record its outcome."""
         for future in wait(on_the_way, return_when=FIRST_COMPLETED).done:
             key, messages = on_the_way.pop(future)
             summary.asked += 1
@@ -197,7 +201,7 @@ class Judging:
                 progress(1)
 
     def verdict(self, match: Match, order: tuple[str, ...]) -> tuple[Verdict, Reply | None, float, str]:
-        """The verdict of one game as the judge gave it, its reply, when it came, and its cache key."""
+        """Return for one game: the verdict, the reply, the time at which it was stored, and the cache key."""
         problem = self.problem_of(match)
         if problem:
             return Failed(problem), None, 0.0, ""
@@ -210,7 +214,7 @@ class Judging:
         return read(stored[0], texts, self.options.parser), stored[0], stored[1], key
 
     def rows(self, summary: Summary) -> Iterator[Row]:
-        """The rows of the judgment file, every match once, and their count by status in ``summary``."""
+        """Yield one row of the judgment file per match, and count statuses and reasons in ``summary``."""
         for match in self.matches:
             games = [(order, *self.verdict(match, order)) for order in match.orders()]
             row = (single_row if len(games) == 1 else pair_row)(self._context(), match, games)

@@ -18,18 +18,18 @@ Game = tuple[tuple[str, ...], Verdict, Reply | None, float, str]
 
 @dataclass(frozen=True)
 class RowContext:
-    """What all rows of one run have in common."""
+    """Data that all rows of one run share."""
 
     answers: Answers
     questions: QuestionSet
     endpoint: Endpoint
     parser: str
     user_prompt: Callable[[Match, tuple[str, ...]], str]
-    """The last message sent for one game; empty if the match is not judged."""
+    """Returns the last message sent for one game; empty if the match is not judged."""
 
 
 def single_row(context: RowContext, match: Match, games: list[Game]) -> Row:
-    """One graded answer. ``score`` is -1 when there is none, as FastChat writes it; ``status`` says why."""
+    """Make the row of one graded answer. Without a score, ``score`` is -1, as in FastChat, and ``status`` says why."""
     ((order, verdict, reply, tstamp, key),) = games
     strict = None
     if reply is not None and reply.text is not None:
@@ -55,7 +55,7 @@ def single_row(context: RowContext, match: Match, games: list[Game]) -> Row:
 
 
 def pair_row(context: RowContext, match: Match, games: list[Game]) -> Row:
-    """One comparison in both orders. A game without a verdict is "error", as FastChat writes it."""
+    """Make the row of one comparison in both orders. A game without a verdict is "error", as in FastChat."""
     first, second = games
     statuses = [game[1].status for game in games]
     worst = max(statuses, key=("graded", "unparsed", "failed").index)
@@ -85,7 +85,7 @@ def pair_row(context: RowContext, match: Match, games: list[Game]) -> Row:
 
 
 def winner_name(value: Any, swapped: bool) -> str:
-    """A, B or tie in the order shown, as FastChat names it; None becomes "error"."""
+    """Translate A, B or tie (in the order shown) to FastChat's model_1, model_2 or tie. None becomes "error"."""
     if value is None:
         return "error"
     if value == "tie":
@@ -114,7 +114,7 @@ def _meta(reply: Reply | None) -> Row:
 
 
 def _shared(context: RowContext, match: Match) -> Row:
-    """Where a number comes from, in every row: a file may be cut up and must still say it."""
+    """Return the origin of the numbers. Every row repeats it, so that parts of a file still say it."""
     questions = context.questions
     return {
         "category": match.question.category,

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def local_device() -> torch.device:
-    """This process's GPU, or the CPU."""
+    """Return this process's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -38,14 +38,17 @@ def local_device() -> torch.device:
 
 
 def load_answering(source: ModelSource, dtype: torch.dtype, device: torch.device, split: bool = False) -> Any:
-    """The model in ``dtype`` on ``device``, its adapter in fp32 beside the frozen weights.
+    """Load the model in ``dtype`` on ``device``, with its adapter in fp32 beside the frozen weights.
 
-    An adapter directory is loaded by PEFT; without PEFT, and for run directories, our own folded factors are used.
-    With ``split`` the model is shared out among the processes of the group (see tensor_parallel.py); the adapter is
-    then added to the weights, in their dtype.
+    PEFT loads an adapter directory. Without PEFT, and for run directories, our own folded factors are used.
+
+    Args:
+        split: divide the model over the processes of the group (see tensor_parallel.py). The adapter is then merged
+            into the weights, in their dtype.
 
     Raises:
-        ValueError: weights missing, an adapter that does not fit the base, or one that only PEFT can load.
+        ValueError: weights are missing, the adapter does not fit the base, or only PEFT can load the adapter and it is
+            not installed.
     """
     import transformers
 
@@ -101,10 +104,10 @@ def _pairs_of_run(checkpoint: Path) -> list[LoraPair]:
 
 
 def read_exported(folder: Path) -> list[LoraPair]:
-    """The factors of an adapter that ``salient-ds export`` wrote (their scale is 1), without PEFT.
+    """Read the factors of an adapter that ``salient-ds export`` wrote, without PEFT. Their scale is 1.
 
     Raises:
-        ValueError: if somebody else wrote it.
+        ValueError: the adapter has another origin, or holds whole modules.
     """
     from safetensors.torch import load_file
 
@@ -126,7 +129,7 @@ def read_exported(folder: Path) -> list[LoraPair]:
 
 
 def attach(model: nn.Module, pairs: Sequence[LoraPair]) -> None:
-    """Add B A x to the output of every adapted linear layer; the base weights stay as they are."""
+    """Add B A x to the output of every adapted linear layer. The base weights are not changed."""
     for pair in pairs:
         layer, weight = _adapted_layer(model, pair)
         layer.register_forward_hook(_Update(pair.A_rI.to(weight.device), pair.B_Or.to(weight.device)))
@@ -134,14 +137,14 @@ def attach(model: nn.Module, pairs: Sequence[LoraPair]) -> None:
 
 @torch.no_grad()
 def merge_into(model: nn.Module, pairs: Sequence[LoraPair]) -> None:
-    """Add B A to the weight of every adapted linear layer, in fp32, rounded once to the weight's dtype."""
+    """Add B A to the weight of every adapted linear layer, in fp32. The sum is rounded once to the weight's dtype."""
     for pair in pairs:
         weight = _adapted_layer(model, pair)[1]
         weight.copy_(weight.float() + delta_weight(pair).to(weight.device))
 
 
 def _adapted_layer(model: nn.Module, pair: LoraPair) -> tuple[nn.Module, Tensor]:
-    """The layer that a pair belongs to, and its weight (O, I)."""
+    """Return the layer that a pair belongs to, and its weight (O, I)."""
     try:
         layer = model.get_submodule(pair.name)
     except AttributeError:
@@ -155,7 +158,7 @@ def _adapted_layer(model: nn.Module, pair: LoraPair) -> tuple[nn.Module, Tensor]
 
 
 class _Update:
-    """Forward hook. The sum is taken in fp32 and rounded once, as PEFT does."""
+    """Forward hook that adds the update. The sum is fp32 and is rounded once, as in PEFT."""
 
     def __init__(self, A_rI: Tensor, B_Or: Tensor) -> None:
         self.A_Ir, self.B_rO = A_rI.T.contiguous(), B_Or.T.contiguous()
@@ -165,7 +168,7 @@ class _Update:
 
 
 class LocalAnswerer:
-    """Continues prompts with a loaded model. Its generation_config is set aside: nothing in it changes an answer."""
+    """Continues prompts with a loaded model. The model's generation_config is replaced and affects no answer."""
 
     def __init__(self, model: Any, tokenizer: Any, stops: Sequence[str], max_new: int, together: bool = False) -> None:
         self.model, self.tokenizer, self.max_new, self.together = model, tokenizer, max_new, together
@@ -176,7 +179,7 @@ class LocalAnswerer:
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt]) -> list[TurnResult]:
-        """One answer per prompt, in order. A prompt that fills the model's window fails without being run."""
+        """Return one answer per prompt, in order. A prompt that fills the context window fails without being run."""
         limits = [self._room(prompt) for prompt in prompts]
         runnable = [row for row, limit in enumerate(limits) if limit > 0]
         full = [row for row, limit in enumerate(limits) if limit <= 0]
@@ -226,7 +229,13 @@ class LocalAnswerer:
 
 
 def _ends(model: Any, tokenizer: Any, stops: Sequence[str]) -> tuple[list[int], list[str]]:
-    """End tokens (the tokenizer's, the model's own, stop texts that are special tokens), and the other stop texts."""
+    """Return (end tokens, stop texts).
+
+    End tokens are those of the tokenizer, those of the model, and stop texts that are special tokens.
+
+    Raises:
+        ValueError: there is no end token.
+    """
     special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     own = model.generation_config.eos_token_id
     numbers = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *(special.get(s) for s in stops)]
@@ -237,7 +246,7 @@ def _ends(model: Any, tokenizer: Any, stops: Sequence[str]) -> tuple[list[int], 
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (B, P) int64; the last column is every prompt's last token."""
+    """Return (ids, mask), each (B, P) int64. The last column holds the last token of every prompt."""
     longest = max(len(prompt) for prompt in prompts)
     ids_BP = torch.full((len(prompts), longest), pad)
     mask_BP = torch.zeros_like(ids_BP)

@@ -1,4 +1,4 @@
-"""Answer all questions with a model in this process, or this process's share of them under a launcher."""
+"""Answer the questions with a model in this process. Under a launcher, each process answers its share."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .questions import Question
 from .store import Row
 
 WAIT_MINUTES = 2880.0
-"""For the slowest process: one may have got all the long answers."""
+"""How long processes wait for the slowest one, which may have got all the long answers."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked, how, and where the answers go; ``settings`` is what must not change when a run goes on."""
+    """What to ask, how, and where to store the answers. ``settings`` must be the same when a run is continued."""
 
     model_id: str
     path: Path
     questions: tuple[Question, ...]
     temperatures: dict[str, float] | None
-    """By category; None: the server's own."""
+    """By category; None: the server's default."""
     seed: int
     settings: Row
     overwrite: bool = False
 
     def seed_of(self, question_id: int, turn: int) -> int:
-        """Where the random numbers of one turn begin."""
+        """Return the random seed of one turn."""
         return turn_seed(self.seed, question_id, turn)
 
     @property
@@ -44,13 +44,13 @@ class Job:
 
 
 def global_rank_and_size() -> tuple[int, int]:
-    """(0, 1) without a launcher."""
+    """Return this process's number and the number of processes; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
 def joined_processes(together: bool) -> Iterator[Callable[[], None]]:
-    """Yields a barrier over the launcher's processes. Over gloo on GPUs too, unless one model is split over them."""
+    """Join the launcher's processes and yield a barrier. It uses gloo, also on GPUs, unless one model is split."""
     if global_rank_and_size()[1] == 1:
         yield lambda: None
         return
@@ -71,17 +71,18 @@ def joined_processes(together: bool) -> Iterator[Callable[[], None]]:
 def answer_locally(
     job: Job, prompter: Prompter, load: Callable[[], Any], batch_size: int, together: bool = False
 ) -> list[Row] | None:
-    """Answer what is not answered yet; the answer file is there when the last process is done.
+    """Answer all questions that are not answered yet. The answer file is written when the last process is done.
 
     Args:
-        load: makes the LocalAnswerer; not called when nothing is left to answer.
-        together: all processes run all batches (one model split over them) instead of each its share of them.
+        load: makes the LocalAnswerer. It is not called if nothing is left to answer.
+        together: all processes run all batches, because one model is split over them. Otherwise each runs its share.
 
     Returns:
-        the rows of the answer file, on the main process; None on the others.
+        The rows of the answer file on the main process, None on the others.
 
     Raises:
-        ValueError: as AnswerJournal; the GPU's memory is too small for the batch; a folder that the nodes do not share.
+        ValueError: AnswerJournal raised it, the GPU's memory is too small for the batch, or the nodes do not share the
+            answer folder.
     """
     global_rank, size = global_rank_and_size()
     lengths = {question.question_id: len(prompter.tokens(question, ())) for question in job.questions}
@@ -109,7 +110,7 @@ def _answer(
     job: Job, batches: list[list[Question]], prompter: Prompter, load: Callable[[], Any], journal: AnswerJournal,
     writes: bool,
 ) -> None:  # fmt: skip
-    """Whole batches, also where some of their questions are answered already (see fixed_batches)."""
+    """Run whole batches, even if some of their questions are answered already (see :func:`fixed_batches`)."""
     if not batches:
         return
     assert job.temperatures is not None, "only a server has temperatures of its own"

@@ -20,7 +20,7 @@ HEADINGS = (
 
 
 def to_markdown(report: Report) -> str:
-    """All tables of a report, one string."""
+    """Return all tables of a report as one string."""
     limit = report["options"]["max_failure_rate"]
     parts = [
         f"# {report['title']}: judged by {report['judge']}",

@@ -1,4 +1,4 @@
-"""Which answers are compared or graded, with which prompt, how often."""
+"""Which answers are graded or compared, with which prompt, and how often."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answers = Mapping[str, Mapping[int, Answer]]
 
 @dataclass(frozen=True)
 class Options:
-    """How to judge. ``truncated`` lets answers cut at the token limit be judged, as FastChat does."""
+    """How to judge. With ``truncated``, truncated answers are judged too, as in FastChat."""
 
     mode: Mode = "single"
     baseline: str | None = None
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Match:
-    """One row of the judgment file: a question, a turn, one model or two, and the prompt used."""
+    """One row of the judgment file: a question, a turn, one or two models, and the prompt used."""
 
     question: Question
     turn: int
@@ -55,12 +55,18 @@ class Match:
     repeat: int
 
     def orders(self) -> list[tuple[str, ...]]:
-        """The games of the match: the models in the order shown to the judge."""
+        """Return the games of the match: for each call, the models in the order shown to the judge."""
         return [self.models] if len(self.models) == 1 else [self.models, self.models[::-1]]
 
 
 def matches(questions: QuestionSet, models: list[str], options: Options) -> list[Match]:
-    """All matches in FastChat's order: turn 1 plain, turn 1 with reference, then turn 2; the repeats one by one."""
+    """Return all matches, one repeat after the other.
+
+    Within a repeat the order is FastChat's: turn 1 plain, turn 1 with reference, then the same for turn 2.
+
+    Raises:
+        ValueError: there is nothing to compare.
+    """
     if options.mode == "single":
         sides: list[tuple[str, ...]] = [(model,) for model in models]
     elif options.mode == "pair-baseline":

@@ -1,4 +1,4 @@
-"""Numbers from comparisons: wins, losses, ties, how consistent the judge is, Bradley-Terry ratings.
+"""Statistics of comparisons: wins, losses, ties, consistency of the judge, Bradley-Terry ratings.
 
 Shapes: wins_MM[i, j] is how often model i beat model j (M models; a tie is half a win for each).
 """
@@ -19,7 +19,7 @@ from .store import Row
 
 @dataclass
 class PairCounts:
-    """One model's games against others: a match counts as won only when both orders say so."""
+    """Wins, losses and ties of one model. A match counts as won only if the model wins in both orders."""
 
     win: int = 0
     loss: int = 0
@@ -40,7 +40,7 @@ class PairCounts:
 
 @dataclass(frozen=True)
 class Battle:
-    """One comparison that both orders answered: result is 1 (first wins), 0 (second wins) or 0.5."""
+    """One comparison with a verdict in both orders. ``result`` is 1 (first wins), 0 (second wins) or 0.5 (tie)."""
 
     question_id: int
     first: str
@@ -59,17 +59,17 @@ class PairSummary:
 
     @property
     def flip_rate(self) -> float | None:
-        """Share of comparisons whose two orders disagree."""
+        """Fraction of comparisons whose two orders disagree."""
         return self.flips / len(self.battles) if self.battles else None
 
     @property
     def first_shown_rate(self) -> float | None:
-        """Share of games with a winner that the answer shown first has won; 0.5 without position bias."""
+        """Fraction of decided games won by the answer shown first. It is 0.5 without position bias."""
         return self.first_shown_wins / self.decided_games if self.decided_games else None
 
 
 def summarise_pairs(rows: Iterable[Row]) -> PairSummary:
-    """Battles and the judge's consistency from the rows of a ``_pair.jsonl`` file."""
+    """Compute battles and the judge's consistency from the rows of a ``_pair.jsonl`` file."""
     battles, errors, flips, first_shown, decided, total = [], 0, 0, 0, 0, 0
     for row in rows:
         total += 1
@@ -86,7 +86,7 @@ def summarise_pairs(rows: Iterable[Row]) -> PairSummary:
 
 
 def pair_counts(battles: Iterable[Battle], baseline: str | None = None) -> dict[str, PairCounts]:
-    """Wins, losses and ties by model; with ``baseline`` only games against it, its own row left out."""
+    """Count wins, losses and ties by model. With ``baseline``, only count matches against it, and leave out its row."""
     counts: dict[str, PairCounts] = defaultdict(PairCounts)
     for battle in battles:
         if baseline is not None and baseline not in (battle.first, battle.second):
@@ -99,7 +99,7 @@ def pair_counts(battles: Iterable[Battle], baseline: str | None = None) -> dict[
 
 
 def head_to_head(battles: Iterable[Battle]) -> dict[tuple[str, str], PairCounts]:
-    """Counts of each pair of models, seen from the one whose name sorts first."""
+    """Count wins, losses and ties for each pair of models, from the view of the one whose name sorts first."""
     groups: dict[tuple[str, str], list[Battle]] = defaultdict(list)
     for battle in battles:
         one, two = sorted((battle.first, battle.second))
@@ -110,7 +110,7 @@ def head_to_head(battles: Iterable[Battle]) -> dict[tuple[str, str], PairCounts]
 def win_rate_intervals(
     battles: Sequence[Battle], baseline: str | None = None, draws: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of the adjusted win rate, questions drawn again with all their battles."""
+    """95 % bootstrap intervals of the adjusted win rate. Questions are resampled together with all their battles."""
     used = [b for b in battles if baseline is None or baseline in (b.first, b.second)]
     ids = sorted({b.question_id for b in used})
     models = sorted({m for b in used for m in (b.first, b.second)} - {baseline})
@@ -132,10 +132,17 @@ def win_rate_intervals(
 
 
 def bradley_terry(battles: Sequence[Battle], anchor: str | None = None, scale: float = 400.0) -> dict[str, float]:
-    """Bradley-Terry ratings (base 10), ties as half a win, ``anchor`` (default: the first model) at 0.
+    """Compute Bradley-Terry ratings (base 10). A tie counts as half a win.
 
-    Maximum likelihood without a penalty. Only differences mean anything. Raises ValueError when the maximum does
-    not exist: some group of models never lost, or never won, against the rest.
+    They are the maximum-likelihood estimate without regularisation. Only differences of ratings are meaningful.
+
+    Args:
+        anchor: the model whose rating is set to 0 (default: the first by name).
+        scale: rating difference that corresponds to odds of 10 to 1.
+
+    Raises:
+        ValueError: there are fewer than two models, or no finite maximum: some group of models never lost, or never
+            won, against the rest.
     """
     models = sorted({m for b in battles for m in (b.first, b.second)})
     if len(models) < 2:
@@ -167,9 +174,10 @@ def bradley_terry(battles: Sequence[Battle], anchor: str | None = None, scale: f
 def bradley_terry_intervals(
     battles: Sequence[Battle], anchor: str | None = None, draws: int = 200, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals by question of the ratings; draws without a finite maximum are left out.
+    """95 % bootstrap intervals of the ratings, resampled by question. Draws without a finite maximum are left out.
 
-    Empty when more than a tenth of the draws have none: an interval from the others would be too narrow.
+    Empty if more than a tenth of the draws have no finite maximum, because intervals from the others would be too
+    narrow.
     """
     by_question: dict[int, list[Battle]] = defaultdict(list)
     for battle in battles:

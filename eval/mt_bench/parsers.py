@@ -1,9 +1,9 @@
-"""Read a verdict from a judge's reply: a strict reading, and FastChat's reading for comparison.
+"""Parse a verdict from a judge's reply, with a strict parser and with FastChat's parser for comparison.
 
 Source: the output formats ``[[rating]]`` and ``[[A]]`` of Zheng et al. 2023 (MT-Bench), appendix A.
-Differs from the reference: FastChat takes the first ``[[n]]`` (then any ``[n]``), checks no range and prefers
-A over B over C wherever they stand, so that a quoted instruction, an index ``arr[0]`` or a rating planted in the
-judged answer becomes the score. The strict reading takes the judge's last own verdict, or none.
+Differs from the reference: FastChat takes the first ``[[n]]`` (else the first ``[n]``), checks no range, and prefers A
+over B over C regardless of their positions. So a quoted instruction, an index ``arr[0]`` or a rating planted in the
+judged answer can become the score. The strict parser takes the last verdict that the judge gives itself, or none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOWEST, HIGHEST = 1.0, 10.0
 
 _FIRST_DOUBLE = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _FIRST_SINGLE = re.compile(r"\[(\d+\.?\d*)\]")
-# A number in double brackets; "/10" is a common and unambiguous way to write the same scale. ASCII digits only.
+# A number in double brackets, with ASCII digits only. "/10" is a common and unambiguous way to write the same scale.
 _RATING = re.compile(r"\[\[\s*(-?[0-9]+(?:\.[0-9]*)?)\s*(/\s*10)?\s*\]\]")
 _WINNER = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 _LABEL = re.compile(r"(?:rating|score|verdict|decision)\b[^\n\[\]]{0,40}$", re.IGNORECASE)
@@ -36,16 +36,17 @@ class _Candidate:
 
 
 def fastchat_rating(text: str) -> float | int:
-    """FastChat's reading of a rating; -1 when it finds none.
+    """Read a rating as FastChat does. Returns -1 if there is none.
 
-    Raises SyntaxError for ``[[08]]`` and for digits that are not ASCII, as FastChat does.
+    Raises:
+        SyntaxError: for ``[[08]]`` and for non-ASCII digits, as in FastChat.
     """
     match = _FIRST_DOUBLE.search(text) or _FIRST_SINGLE.search(text)
     return ast.literal_eval(match.groups()[0]) if match else -1
 
 
 def fastchat_winner(text: str) -> Winner | None:
-    """FastChat's reading of a comparison: A anywhere wins over B over C; None is its "error"."""
+    """Read a comparison as FastChat does: A anywhere takes precedence over B, B over C. None is FastChat's "error"."""
     for letter, winner in _WINNER_NAMES.items():
         if f"[[{letter}]]" in text:
             return winner
@@ -53,10 +54,10 @@ def fastchat_winner(text: str) -> Winner | None:
 
 
 def strict_rating(text: str, answers: Iterable[str] = ()) -> float | str:
-    """The judge's last own rating (a float in 1..10), or a string that says why there is none.
+    """Return the judge's last own rating (a float in 1..10), or a string that says why there is none.
 
-    ``answers`` are the judged texts: a rating that also stands in one of them is not believed when the reply
-    holds other ratings too, because it may be an echo of a planted verdict.
+    ``answers`` are the judged texts. If the reply holds several different ratings, one that also occurs in a judged
+    text is not accepted, because it may be an echo of a planted verdict.
     """
     chosen = _choose(_candidates(text, _RATING), {m.group(1) for a in answers for m in _RATING.finditer(a)})
     if chosen.startswith("!"):
@@ -68,7 +69,7 @@ def strict_rating(text: str, answers: Iterable[str] = ()) -> float | str:
 
 
 def strict_winner(text: str, answers: Iterable[str] = ()) -> tuple[Winner | None, str]:
-    """The judge's last own choice (A, B or tie) and "", or None and the reason why there is none."""
+    """Return the judge's last own choice (A, B or tie) and "", or None and the reason why there is none."""
     chosen = _choose(_candidates(text, _WINNER), {m.group(1) for a in answers for m in _WINNER.finditer(a)})
     if chosen.startswith("!"):
         return None, chosen[1:]
@@ -76,7 +77,7 @@ def strict_winner(text: str, answers: Iterable[str] = ()) -> tuple[Winner | None
 
 
 def _candidates(text: str, pattern: re.Pattern[str]) -> list[_Candidate]:
-    """All bracketed verdicts in order. Fenced and quoted ones are marked: there the judge repeats somebody."""
+    """Find all bracketed verdicts in order. Fenced and quoted ones are marked: there the judge repeats another text."""
     found, fenced = [], False
     for line in text.splitlines():
         if _FENCE.match(line):
@@ -91,14 +92,14 @@ def _candidates(text: str, pattern: re.Pattern[str]) -> list[_Candidate]:
 
 
 def _inside_quotes(before: str, after: str) -> bool:
-    """True when a quotation that holds little more than the verdict surrounds it, as in ``"Rating: [[5]]"``."""
+    """Whether the verdict is in quotation marks with little other text, as in ``"Rating: [[5]]"``."""
     opened = re.search(rf"[{_QUOTES}][^{_QUOTES}\n]{{0,30}}$", before)
     closed = re.match(rf"[^{_QUOTES}\n]{{0,10}}[{_QUOTES}]", after)
     return bool(opened and closed)
 
 
 def _choose(candidates: list[_Candidate], planted: set[str]) -> str:
-    """The text of the chosen verdict, or "!" and a reason."""
+    """Return the text of the chosen verdict, or "!" followed by the reason why there is none."""
     own = [c for c in candidates if not c.quoted]
     if not own:
         if len({c.value for c in candidates}) != 1:
@@ -107,21 +108,21 @@ def _choose(candidates: list[_Candidate], planted: set[str]) -> str:
     chosen = own[-1]
     labelled = [c for c in own if c.labelled]
     if labelled and not chosen.labelled and chosen.value in planted:
-        chosen = labelled[-1]  # a bare number at the end that the judged answer holds is a remark about it
+        chosen = labelled[-1]  # an unlabelled last number that also occurs in the judged answer refers to that answer
     if chosen.value in planted and len({c.value for c in own}) > 1:
         return f"!ambiguous: [[{chosen.value}]] also stands in the judged answer"
     return chosen.value
 
 
 def read_rating(reply: Reply, answers: Iterable[str] = (), primary: str = "strict") -> Verdict:
-    """Both readings of one rating. ``primary`` ("strict" or "fastchat") decides which one is the verdict."""
+    """Parse one rating with both parsers. ``primary`` ("strict" or "fastchat") says which result is the verdict."""
     if reply.text is None:
         return Failed(f"no content (finish_reason {reply.finish_reason or 'not given'})")
     try:
         number = fastchat_rating(reply.text)
         fastchat: Value | None = None if number == -1 else float(number)
     except SyntaxError:
-        fastchat = None  # FastChat's whole run would end here; one reply that cannot be read is enough
+        fastchat = None  # FastChat's whole run would fail here; ours only counts this reply as unread
     if primary == "fastchat":
         return Graded(fastchat, fastchat) if fastchat is not None else Unparsed("no verdict found", None)
     strict = strict_rating(reply.text, answers)
@@ -131,7 +132,7 @@ def read_rating(reply: Reply, answers: Iterable[str] = (), primary: str = "stric
 
 
 def read_winner(reply: Reply, answers: Iterable[str] = (), primary: str = "strict") -> Verdict:
-    """Both readings of one comparison, in the judge's own letters (A was shown first)."""
+    """Parse one comparison with both parsers. The values are the judge's letters (A was shown first)."""
     if reply.text is None:
         return Failed(f"no content (finish_reason {reply.finish_reason or 'not given'})")
     fastchat = fastchat_winner(reply.text)
@@ -144,5 +145,5 @@ def read_winner(reply: Reply, answers: Iterable[str] = (), primary: str = "stric
 
 
 def _with_finish(reason: str, reply: Reply) -> str:
-    """A reply cut at the token limit usually has no verdict yet: say so, the remedy is another limit."""
+    """Add to the reason that the reply was cut at the token limit, if it was: a higher limit helps then."""
     return f"{reason} (reply cut at the token limit)" if reply.finish_reason == "length" else reason

@@ -1,4 +1,4 @@
-"""The two pictures of a report: a radar of the categories and bars of the averages with their intervals."""
+"""The two pictures of a report: a radar chart of the categories, and bars of the averages with intervals."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 
 from .report import Report
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; further models repeat them with other lines.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Further models reuse them with other line styles.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 STYLES = ("-", "--", ":", "-.")
 HIGHEST = 10.0
 
 
 def radar(report: Report) -> Figure:
-    """Category means, 0 to 10; a category without an average leaves a gap."""
+    """Draw the category means, from 0 to 10. A category without an average leaves a gap."""
     models = report["single"]["models"]
     names = list(dict.fromkeys(name for entry in models for name in entry["categories"]))
     angles = np.linspace(0.0, 2 * np.pi, len(names), endpoint=False)
@@ -50,7 +50,7 @@ def radar(report: Report) -> Figure:
 
 
 def bars(report: Report) -> Figure:
-    """Turn 1, turn 2 and the pooled average of each model, the last with its interval."""
+    """Draw turn 1, turn 2 and the pooled average of each model. The average has its interval."""
     models = report["single"]["models"]
     figure = Figure(figsize=(6.4, 1.8 + 0.95 * len(models)), layout="constrained")
     axes = figure.add_subplot()
@@ -86,7 +86,7 @@ def bars(report: Report) -> Figure:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as SVG text without a date or random ids: the same report gives the same bytes."""
+    """Return the figure as SVG text without a date or random ids, so that equal reports give equal bytes."""
     target = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "salient", "svg.fonttype": "none"}):
         figure.savefig(target, format="svg", metadata={"Date": None})
@@ -94,7 +94,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def write_plots(report: Report, folder: Path) -> list[Path]:
-    """radar.png, radar.svg, bars.png and bars.svg; nothing for a report without single grading."""
+    """Write radar.png, radar.svg, bars.png and bars.svg, and return their paths. Nothing without single grading."""
     if "single" not in report:
         return []
     written = []

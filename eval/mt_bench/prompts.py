@@ -1,4 +1,4 @@
-"""Judge prompts: the file's eight templates by their place in the protocol, and the messages made from them.
+"""Judge prompts: eight templates by kind, turn and use of a reference answer, and the messages made from them.
 
 Source: ``judge_prompts.jsonl`` of FastChat's llm_judge (its eight MT-Bench prompts), or our own file in the same
 format and with the same placeholders.
@@ -16,7 +16,7 @@ from typing import Literal
 Kind = Literal["single", "pair"]
 Messages = list[dict[str, str]]
 
-# What stands at each place (kind, turn, with a reference answer) in FastChat's protocol.
+# FastChat's template for each (kind, turn, with a reference answer).
 MT_BENCH_NAMES: dict[tuple[Kind, int, bool], str] = {
     ("single", 1, False): "single-v1",
     ("single", 1, True): "single-math-v1",
@@ -38,22 +38,26 @@ _PLACEHOLDER = re.compile(r"\{([a-z_0-9]+)\}")
 
 @dataclass(frozen=True)
 class Template:
-    """One judge prompt; ``user`` holds placeholders such as {question} or {answer_a_2}."""
+    """One judge prompt. ``user`` contains placeholders such as {question} or {answer_a_2}."""
 
     name: str
     system: str
     user: str
 
     def fields(self) -> list[str]:
-        """Names of the placeholders, sorted, each once."""
+        """Return the names of the placeholders, sorted and without duplicates."""
         return sorted(set(_PLACEHOLDER.findall(self.user)))
 
     def render(self, values: Mapping[str, str], merge_system: bool = False) -> Messages:
-        """Chat messages with the placeholders filled in one pass.
+        """Return chat messages with all placeholders filled in one pass.
 
-        Answers are data: braces in them stay as they are and are never filled in themselves. With
-        ``merge_system`` the system text leads the user message (for judges without a system role).
-        Raises ValueError when a placeholder has no value.
+        Answers are data: braces in them are kept and never treated as placeholders.
+
+        Args:
+            merge_system: put the system text at the start of the user message, for judges without a system role.
+
+        Raises:
+            ValueError: a placeholder has no value.
         """
         missing = [name for name in self.fields() if name not in values]
         if missing:
@@ -65,7 +69,7 @@ class Template:
 
 
 class PromptSet:
-    """The templates of one file, reached by their place in the protocol."""
+    """The templates of one file, by kind, turn and use of a reference answer."""
 
     def __init__(self, templates: Mapping[str, Template], names: Mapping[tuple[Kind, int, bool], str]) -> None:
         lacking = sorted(set(names.values()) - set(templates))
@@ -78,12 +82,12 @@ class PromptSet:
         return self._templates[self._names[kind, turn, with_reference]]
 
     def all(self) -> list[Template]:
-        """The eight templates in use, in protocol order."""
+        """Return the eight templates, in the order of the protocol."""
         return [self._templates[name] for name in self._names.values()]
 
 
 def load_prompts(path: Path) -> PromptSet:
-    """Read a judge prompt file; the names in it say whether it is FastChat's or our own."""
+    """Read a judge prompt file. The names in it show whether it is FastChat's or our own."""
     templates = {}
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line.strip():
@@ -99,10 +103,13 @@ def values_for(
     answers: Sequence[Sequence[str]],
     reference: Sequence[str] | None,
 ) -> dict[str, str]:
-    """Placeholder values for one game.
+    """Return the placeholder values for one game.
 
-    ``questions`` are the user's turns, ``answers`` holds the turns of one model (single) or of the two models in
-    the order shown (pair), ``reference`` the reference turns when the template wants them.
+    Args:
+        turn: 1 or 2.
+        questions: the user's turns.
+        answers: the turns of one model (single), or of two models in the order shown (pair).
+        reference: the reference turns, if the template needs them.
     """
     assert turn in (1, 2) and len(answers) in (1, 2)
     values: dict[str, str] = {}

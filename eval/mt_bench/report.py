@@ -1,7 +1,7 @@
-"""From judgment files to one report: numbers with their counts, intervals and origin, as a plain dict.
+"""Build a report from judgment files: numbers with their counts, intervals and origin, as a plain dict.
 
-Every average stands beside how many verdicts were graded, unparsed and failed, and is left out (None) when the
-share of those that are not graded is above the stated limit.
+Every average comes with the number of verdicts that were graded, unparsed and failed. It is left out (None) if the
+fraction of verdicts that are not graded exceeds a limit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """``max_failure_rate``: above it no average is given. ``draws``: of each bootstrap. ``models``: all if empty."""
+    """Options of a report.
+
+    Args:
+        max_failure_rate: largest fraction of verdicts without a grade for which an average is given.
+        draws: draws of each bootstrap.
+        baseline: only count comparisons against this model; it is also the zero of the ratings.
+        models: models to report; empty: all.
+        categories: category by question id, for rows that do not name it.
+    """
 
     max_failure_rate: float = 0.05
     draws: int = 2000
@@ -39,7 +47,11 @@ class ReportOptions:
 
 
 def build_report(layout: Layout, judge: str, references: str, options: ReportOptions) -> Report:
-    """The report of one judge. Reads the single and the pair file, whichever exist. Raises ValueError if none does."""
+    """Build the report of one judge from its single and its pair file, whichever exist.
+
+    Raises:
+        ValueError: there are no judgments, or they were made in different ways.
+    """
     files = {kind: layout.judgments(judge, kind, references) for kind in ("single", "pair")}
     rows = {kind: list(_slim(read_rows(file), options.models)) for kind, file in files.items() if file.is_file()}
     if not any(rows.values()):
@@ -68,7 +80,7 @@ def build_report(layout: Layout, judge: str, references: str, options: ReportOpt
 
 
 def _slim(rows: Iterable[Row], models: Sequence[str]) -> Iterable[Row]:
-    """Rows without their long texts, of the wanted models."""
+    """Yield the rows of the wanted models, without their long texts."""
     texts = ("user_prompt", "judgment", "g1_user_prompt", "g1_judgment", "g2_user_prompt", "g2_judgment")
     for row in rows:
         if not models or {row[n] for n in ("model", "model_1", "model_2") if n in row} <= set(models):
@@ -76,7 +88,7 @@ def _slim(rows: Iterable[Row], models: Sequence[str]) -> Iterable[Row]:
 
 
 def _refuse_mixed(rows: Sequence[Row]) -> None:
-    """Numbers made in different ways must not stand in one table."""
+    """Raise ValueError if rows differ in parser, references, file hashes or endpoint: one table must not mix them."""
     for name in ("parser", "references", "sha256", "endpoint"):
         kinds = {json.dumps(row[name], sort_keys=True) for row in rows if name in row}
         if len(kinds) > 1:
@@ -95,7 +107,7 @@ def _score_name(bench: str, references: str) -> str:
 
 
 def provenance(rows: Sequence[Row]) -> dict[str, Any]:
-    """Which judge answered with which settings and files, and the tokens used."""
+    """Return which judge answered, with which settings and files, and how many tokens it used."""
     metas = [m for r in rows for m in (r["meta"] if isinstance(r.get("meta"), list) else [r.get("meta")]) if m]
     first = next((row for row in rows if "endpoint" in row), {})
     return {
@@ -114,7 +126,7 @@ def provenance(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def single_part(rows: Sequence[Row], answers: Mapping[str, Mapping[int, Answer]], options: ReportOptions) -> Report:
-    """Single grading: one entry a model, best first, and the differences between them."""
+    """Report single grading: one entry per model, best first, and the differences between models."""
     tables = statistics.score_tables(rows, options.categories)
     models = [_model_entry(table, rows, answers.get(name), options) for name, table in tables.items()]
     models.sort(key=lambda entry: -(entry["average_pooled"]["mean"] or -1.0))
@@ -124,7 +136,7 @@ def single_part(rows: Sequence[Row], answers: Mapping[str, Mapping[int, Answer]]
 
 
 def _parsers_differ(rows: Sequence[Row]) -> int | None:
-    """How many verdicts the two parsers read differently; None for files that hold one reading."""
+    """Count the verdicts on which the two parsers differ. None for files that hold one reading only."""
     both = [(row["score_strict"], row["score_fastchat"]) for row in rows if "score_strict" in row]
     return sum(a != b for a, b in both) if both else None
 
@@ -163,7 +175,12 @@ def _model_entry(
 def cell(
     table: ScoreTable, rows: Sequence[Row], options: ReportOptions, category: str | None = None, turn: int | None = None
 ) -> Report:
-    """One number of one model's ``rows`` with its counts; the mean is None above the failure limit."""
+    """Compute one mean score of a model with its counts of verdicts. Above the failure limit the mean is None.
+
+    Args:
+        rows: the model's judgment rows.
+        category, turn: restrict the rows; None: all.
+    """
     names = dict(zip(table.question_ids, table.categories, strict=True))
     counts: Counter[str] = Counter()
     for row in rows:
@@ -171,14 +188,14 @@ def cell(
             counts[row.get("status") or ("graded" if row["score"] != -1 else "unparsed")] += 1
     total = sum(counts.values())
     scores = table.select(category, turn)
-    # The margin is for rounding: 1 of 20 is not more than 5 %.
+    # The small margin absorbs rounding errors, so that 1 of 20 does not count as more than 5 %.
     missing_allowed = options.max_failure_rate * total + 1e-9
     mean = statistics.mean_or_none(scores) if total - counts["graded"] <= missing_allowed else None
     return {"mean": mean, **{name: counts[name] for name in ("graded", "unparsed", "failed")}}
 
 
 def _lengths(table: ScoreTable, answers: Mapping[int, Answer] | None) -> Report:
-    """Characters of the graded answers, and how the score goes with them."""
+    """Return the lengths of the graded answers in characters, and their correlation with the score."""
     if answers is None:
         return {}
     lengths, scores = [], []
@@ -191,13 +208,13 @@ def _lengths(table: ScoreTable, answers: Mapping[int, Answer] | None) -> Report:
 
 
 def _template(answers: Mapping[int, Answer] | None) -> str | None:
-    """The chat template named in the answer file, if it names one."""
+    """Return the chat template named in the answer file, or None."""
     names = {str(a.extra["template"]) for a in (answers or {}).values() if a.extra.get("template")}
     return ", ".join(sorted(names)) or None
 
 
 def pair_part(rows: Sequence[Row], options: ReportOptions) -> Report:
-    """Comparisons: counts, adjusted win rates with intervals, the judge's consistency, Bradley-Terry ratings."""
+    """Report comparisons: counts, adjusted win rates with intervals, the judge's consistency, Bradley-Terry ratings."""
     summary = pairs.summarise_pairs(rows)
     counts = pairs.pair_counts(summary.battles, options.baseline)
     error_rate = summary.errors / summary.matches

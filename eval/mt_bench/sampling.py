@@ -1,7 +1,7 @@
-"""Draw each row's tokens from a random stream of its own, inside transformers' ``generate``.
+"""Sample each row's tokens from its own random stream, inside transformers' ``generate``.
 
-What a question is answered does not depend on which questions share its batch, in which order, or on which process:
-its numbers come from (seed, question, choice, turn) alone.
+The random numbers of a row are determined by (seed, question, choice, turn). So they do not depend on the other
+questions in the batch, on the order, or on the process.
 Shapes: B = rows of a batch, V = vocabulary, L = tokens so far, P = tokens of the longest prompt, T = most new tokens.
 """
 
@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 GREEDY_BELOW = 1e-4
-"""Temperatures below this are greedy, as in FastChat."""
+"""Below this temperature decoding is greedy, as in FastChat."""
 
 
 class SeededSampler(LogitsProcessor):
-    """Leaves one token possible in each row: the likeliest, or one drawn at the row's temperature.
+    """Leaves one token possible in each row: the likeliest, or one sampled at the row's temperature.
 
-    Draws are by inversion: the first token at which the cumulated probability (fp64) exceeds the row's uniform number
-    of this step. A row whose logits are not finite ends there; ``broken_at_B`` is its step, or -1. With ``together``
-    the main process chooses for all of them, lest a rounding difference make them part ways.
+    Sampling uses inversion: it takes the first token at which the cumulative probability (fp64) exceeds the row's
+    uniform random number for this step. A row whose logits are not finite ends there. ``broken_at_B`` is the step at
+    which that happened, or -1. With ``together``, process 0 chooses the tokens for all processes, because rounding
+    differences could make their choices diverge.
     """
 
     def __init__(
@@ -55,16 +56,16 @@ class SeededSampler(LogitsProcessor):
         scaled_BV = scores.double() / self.temperature_B1.clamp(min=GREEDY_BELOW)
         cumulated_BV = torch.where(broken_B.unsqueeze(1), 0.0, scaled_BV).softmax(1).cumsum(1)
         total_B1 = cumulated_BV[:, -1:]
-        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding must not pass the last token
+        below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # rounding must not lead past the last token
         target_B1 = torch.minimum(self.uniform_BT[:, step : step + 1] * total_B1, below_B1)
         drawn_B = torch.searchsorted(cumulated_BV, target_B1, right=True)[:, 0]
         return torch.where(broken_B, -1, torch.where(self.greedy_B, scores.argmax(1), drawn_B))
 
 
 class RowStops(StoppingCriteria):
-    """Ends a row at an end token, after a stop text, or at its own limit of new tokens.
+    """Ends a row at an end token, after a stop text, or at the row's own limit of new tokens.
 
-    Only saves time: what belongs to an answer is cut afterwards, from its tokens alone (:func:`cut_answer`).
+    This only saves time. Which tokens belong to the answer is decided afterwards by :func:`cut_answer`.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class RowStops(StoppingCriteria):
 def cut_answer(
     tokens: Sequence[int], tokenizer: Any, ends: Collection[int], stops: Sequence[str], limit: int
 ) -> tuple[str, int, bool]:
-    """(text, tokens used, whether the model ended it itself) from a row's new tokens, whatever follows the end."""
+    """Return (text, tokens used, whether the model ended the answer) from a row's new tokens. The rest is ignored."""
     used = next((place for place, token in enumerate(tokens[:limit]) if token in ends), None)
     ended = used is not None
     kept = list(tokens[: limit if used is None else used])

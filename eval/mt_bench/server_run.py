@@ -25,19 +25,20 @@ from .questions import Question
 from .store import Row
 
 MOST_IN_A_ROW = 3
-"""So many questions without any reply, none between them with one, and the server counts as gone."""
+"""After this many consecutive questions without a reply, the server counts as unreachable."""
 
 BROKEN_OFF = frozenset({"content_filter", "abort", "cancelled", "error"})
-"""Finish reasons of replies that hold no whole answer, and not because it was long."""
+"""Finish reasons of replies whose answer is incomplete for a reason other than its length."""
 
 
 @dataclass(frozen=True)
 class ServerAnswerer:
-    """Asks one question at a time; may be used from several threads.
+    """Asks one question at a time. Several threads may use it.
 
-    With a prompter, our own rendered prompt goes to ``/completions``, where no server puts a template of its own around
-    it. Without one, messages go to ``/chat/completions`` and the server's template decides. ``window`` is the model's,
-    if it is known: fewer tokens are asked for where it would be passed, which some servers refuse.
+    With a prompter, our own rendered prompt is sent to ``/completions``, where the server adds no template. Without
+    one, messages are sent to ``/chat/completions``, and the server applies its template. ``window`` is the model's
+    context window, if known. Fewer tokens are requested where prompt and answer would exceed it, because some servers
+    refuse such requests.
     """
 
     client: JudgeClient
@@ -46,7 +47,12 @@ class ServerAnswerer:
     window: int | None = None
 
     def answer(self, question: Question) -> list[TurnResult]:
-        """Results of all turns. Raises GaveUp (ask again later) or HopelessError (do not)."""
+        """Return the results of all turns.
+
+        Raises:
+            GaveUp: no reply; ask again later.
+            HopelessError: no later call would succeed either.
+        """
         results: list[TurnResult] = []
         for turn in range(1, len(question.turns) + 1):
             result = no_first_answer(results[-1]) if results else None
@@ -74,7 +80,7 @@ class ServerAnswerer:
         return TurnResult(reply.text.strip(), "ok", "", *used)
 
     def _room(self, question: Question, answers: list[str]) -> tuple[int, int]:
-        """Tokens of the prompt (0: not known), and most tokens of the answer."""
+        """Return (tokens of the prompt, or 0 if unknown; maximum tokens of the answer)."""
         most = self.client.endpoint.max_tokens
         if self.prompter is None or self.window is None:
             return 0, most
@@ -91,18 +97,18 @@ class ServerAnswerer:
         if self.prompter is None:
             return body | {"messages": conversation(question, answers).messages()}
         text = self.prompter.text(question, answers)
-        if self.prompter.puts_bos:  # the server's tokenizer puts it too
+        if self.prompter.puts_bos:  # the server's tokenizer adds it too
             text = text.removeprefix(str(self.prompter.tokenizer.bos_token))
         body["prompt"] = text
         return body | ({"stop": list(self.prompter.stops)} if self.prompter.stops else {})
 
 
 def answer_from_server(job: Job, server: ServerAnswerer, concurrency: int) -> tuple[list[Row] | None, str]:
-    """Ask what is not answered yet.
+    """Ask all questions that are not answered yet.
 
     Returns:
-        the rows of the answer file, or None with the reason if some questions got no reply (they are asked again next
-        time).
+        The rows of the answer file and "". If some questions got no reply, None and the reason; they are asked again
+        next time.
     """
     if job.overwrite:
         remove_answers(job.path)
@@ -114,7 +120,7 @@ def answer_from_server(job: Job, server: ServerAnswerer, concurrency: int) -> tu
 
 
 def _ask(job: Job, questions: list[Question], server: ServerAnswerer, concurrency: int, journal: AnswerJournal) -> str:
-    """Why questions were left without an answer, or "". An error or Ctrl-C leaves after the calls on their way."""
+    """Return why questions got no answer, or "". After an error or Ctrl-C it still waits for the calls in flight."""
     with (
         tqdm(total=len(questions), unit="question", desc=job.model_id) as bar,
         ThreadPoolExecutor(concurrency) as pool,
@@ -132,9 +138,12 @@ def _collect(
     job: Job, questions: deque[Question], *, server: ServerAnswerer, pool: ThreadPoolExecutor, concurrency: int,
     journal: AnswerJournal, bar: tqdm[Any],
 ) -> str:  # fmt: skip
-    """Ask, and write down what comes in, until all is in or the server counts as gone; the reason for what is missing.
+    """Ask questions and store the answers, until all are answered or the server counts as unreachable.
 
-    No question is begun before the outcomes that are there have been looked at.
+    Finished calls are handled before new questions are started.
+
+    Returns:
+        Why answers are missing, or "".
     """
     problem, in_a_row, stopped = "", 0, False
     waiting: dict[Future[list[TurnResult]], Question] = {}

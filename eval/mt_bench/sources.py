@@ -1,7 +1,8 @@
-"""What answers come from: a base model, a merged model, an adapter directory, or a run directory.
+"""Models that can answer: a base model, a merged model, an adapter directory, or a run directory.
 
-Kinds are told apart by the files: ``adapter_config.json`` (or ``shortcut_adapter.json``, which is ours) is an adapter,
-``run.yaml`` or a checkpoint's ``manifest.json`` a run, ``config.json`` a model; what is no directory is a hub name.
+The kind is recognised by the files. A directory with ``adapter_config.json`` (or our own ``shortcut_adapter.json``) is
+an adapter. One with ``run.yaml``, or with a checkpoint's ``manifest.json``, is a run. One with ``config.json`` is a
+model. A name that is not a directory is a hub name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``base`` is what is loaded, ``update`` the adapter directory or run checkpoint put on top of it, if any."""
+    """A model and its origin. ``base`` is the model to load, ``update`` the adapter directory or checkpoint on top."""
 
     kind: Kind
     base: str
@@ -39,7 +40,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def identity(self) -> dict[str, str]:
-        """What the weights are, wherever they lie: the same for the same files."""
+        """Return fingerprints of the weights. They are the same for the same files, wherever these are stored."""
         found = {"kind": self.kind, "base": _fingerprint(self.base, self.revision)}
         if self.update is not None:
             own = ("adapter_config.json", "adapter_model.*", "shortcut_adapter.*")
@@ -50,15 +51,15 @@ class ModelSource:
 
 
 def find_source(model: str, base: str | None = None, tokenizer: str | None = None) -> ModelSource:
-    """Tell what ``model`` is and find everything that belongs to it.
+    """Find out what ``model`` is, and locate its base, adapter, tokenizer and template record.
 
     Args:
         model: directory or hub name.
-        base: base model of an adapter or run, if it is not where training found it.
-        tokenizer: directory or hub name, if neither the adapter nor the base is to be asked.
+        base: base model of an adapter or run, if it has moved since training.
+        tokenizer: directory or hub name, if the tokenizer of the adapter or base is not to be used.
 
     Raises:
-        ValueError: not a model, adapter or run; or an adapter whose base is unknown.
+        ValueError: it is not a model, adapter or run; or the base of an adapter is unknown.
     """
     folder = Path(model)
     if (folder / "adapter_config.json").is_file() or (folder / SHORTCUT_FILE).is_file():
@@ -78,7 +79,7 @@ def find_source(model: str, base: str | None = None, tokenizer: str | None = Non
 
 
 def _on_hub(name: str, tokenizer: str | None) -> ModelSource:
-    """A model on the hub, with the record that a merged one of ours has. What cannot be reached counts as not there."""
+    """Return a model on the hub. Our merged models have a template record there. Unreachable files count as missing."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -134,7 +135,7 @@ def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
 
 
 def context_window(source: ModelSource) -> int | None:
-    """Most tokens of prompt and answer together, as the model's configuration says; None where it is not to be had."""
+    """Return the maximum tokens of prompt plus answer in the model's configuration, or None without one."""
     from transformers import AutoConfig
 
     try:
@@ -148,7 +149,7 @@ def context_window(source: ModelSource) -> int | None:
 
 
 def default_name(model: str) -> str:
-    """Name of the answer file for a model given by its path: the last part that says which one it is."""
+    """Return the name of a model's answers: the last part of its path that identifies it ("adapter" does not)."""
     parts = [part for part in Path(model).resolve().parts if part != "/"] if Path(model).exists() else model.split("/")
     telling = [part for part in parts if part not in _GENERIC and not part.startswith("step-")]
     return telling[-1] if telling else parts[-1]
@@ -157,11 +158,13 @@ def default_name(model: str) -> str:
 def choose_template(
     record: TemplateRecord | None, wanted: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Template, TemplateRecord]:
-    """The template to ask with, and its record: the one trained with, or for a model without a record the wanted one.
+    """Return the prompt template and its record.
+
+    It is the template of training. For a model without a record it is the one named by ``wanted``.
 
     Raises:
-        ValueError: no record and nothing wanted; another template than in training; or the same one that renders
-            differently (another tokenizer or version).
+        ValueError: there is neither a record nor a wanted template; ``wanted`` is not the template of training; or the
+            template renders differently than in training (another tokenizer or version).
     """
     name = wanted or (record.name if record else None)
     if name is None:
@@ -185,7 +188,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(name: str, revision: str | None) -> str:
-    """Of a model: its config and samples of its weight files; of a hub name: the name."""
+    """Return a hash of a model's config and samples of its weight files, or the name and revision of a hub model."""
     folder = Path(name)
     if not folder.is_dir():
         return name + (f"@{revision}" if revision else "")
@@ -193,7 +196,7 @@ def _fingerprint(name: str, revision: str | None) -> str:
 
 
 def _sampled_hash(paths: Iterable[Path]) -> str:
-    """Hash of names, sizes and 16 pieces of 64 KiB of each file: a 13 GB model would take half a minute in full."""
+    """Hash names, sizes and 16 pieces of 64 KiB of each file. A 13 GB model in full would take half a minute."""
     digest = hashlib.sha256()
     for path in sorted(set(paths)):
         size = path.stat().st_size

@@ -1,8 +1,8 @@
-"""Numbers from single grading: means with the failures beside them, intervals, paired differences.
+"""Statistics of single grading: means, missing scores, intervals, paired differences.
 
 Shapes: scores_QT holds one score for each question (Q) and turn (T = 2), NaN where there is none.
-The unit of resampling is the question: its two turns are one conversation and are not independent
-(Zheng et al. 2023 judge 80 of them; Miller 2024, arXiv 2411.00640, on clustered errors in such evaluations).
+Questions are the unit of resampling, because the two turns of a question are one conversation and not independent
+(Zheng et al. 2023 judge 80 questions; Miller 2024, arXiv 2411.00640, treats clustered errors in such evaluations).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOWEST_SCORE = 1.0
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """All scores of one model under one judge. Repeats of a call are averaged where they were graded."""
+    """All scores of one model by one judge. Graded repeats of a call are averaged."""
 
     model: str
     question_ids: tuple[int, ...]
@@ -38,16 +38,16 @@ class ScoreTable:
         return 1.0 - self.counts.get("graded", 0) / total if total else 1.0
 
     def select(self, category: str | None = None, turn: int | None = None) -> Array:
-        """Graded scores of a category and turn, flat; None means all."""
+        """Return the graded scores of a category and turn as a flat array. None means all."""
         rows = np.array([category in (None, name) for name in self.categories], dtype=bool)
         part: Array = self.scores_QT[rows] if turn is None else self.scores_QT[rows][:, [turn - 1]]
         return np.asarray(part[~np.isnan(part)])
 
 
 def score_tables(rows: Iterable[Row], categories: Mapping[int, str] | None = None) -> dict[str, ScoreTable]:
-    """One table a model from the rows of a ``_single.jsonl`` file; FastChat's own files work too.
+    """Build one table per model from the rows of a ``_single.jsonl`` file. FastChat's own files work, too.
 
-    ``categories`` gives the category by question id for rows that do not say it.
+    ``categories`` gives the category by question id. For other questions the category is read from the rows.
     """
     scores: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -79,27 +79,27 @@ def mean_or_none(values: Array) -> float | None:
 
 
 def pooled_mean(scores_QT: Array) -> float | None:
-    """The mean over all graded answers of both turns: FastChat's "Average"."""
+    """Mean over all graded answers of both turns. This is FastChat's "Average"."""
     return mean_or_none(scores_QT[~np.isnan(scores_QT)])
 
 
 def mean_of_turns(scores_QT: Array) -> float | None:
-    """The mean of the two turns' means. Equals the pooled mean when nothing is missing."""
+    """Mean of the means of the two turns. It equals the pooled mean if no score is missing."""
     turns = [mean_or_none(column[~np.isnan(column)]) for column in scores_QT.T]
     return None if None in turns else float(np.mean([t for t in turns if t is not None]))
 
 
 def pooled_with_failures_as_lowest(scores_QT: Array) -> float:
-    """The pooled mean if each missing score were the lowest, 1: what leaving them out can have gained at most."""
+    """Pooled mean with every missing score set to the lowest, 1. This bounds the gain from leaving them out."""
     return float(np.mean(np.nan_to_num(scores_QT, nan=LOWEST_SCORE)))
 
 
 def bootstrap_interval(
     scores_QT: Array, categories: Sequence[str], draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Percentile interval of the pooled mean: whole questions are drawn again, within their category.
+    """Percentile bootstrap interval of the pooled mean. Whole questions are resampled within their category.
 
-    None when fewer than two questions have a score.
+    None if fewer than two questions have a score.
     """
     sums_Q = np.nansum(scores_QT, axis=1)
     counts_Q = np.sum(~np.isnan(scores_QT), axis=1)
@@ -113,7 +113,7 @@ def bootstrap_interval(
 
 
 def resample(strata: Sequence[str], draws: int, seed: int) -> npt.NDArray[np.int64]:
-    """Indices (draws, Q) drawn with replacement within each stratum."""
+    """Draw indices (draws, Q) with replacement within each stratum."""
     generator = np.random.default_rng(seed)
     names = np.array(strata)
     draws_BQ = np.empty((draws, len(names)), dtype=np.int64)
@@ -124,7 +124,7 @@ def resample(strata: Sequence[str], draws: int, seed: int) -> npt.NDArray[np.int
 
 
 def clustered_standard_error(scores_QT: Array) -> float | None:
-    """Standard error of the pooled mean with questions as clusters (the CR1 sandwich formula for a mean)."""
+    """Standard error of the pooled mean, clustered by question (the CR1 sandwich formula for a mean)."""
     present = ~np.isnan(scores_QT)
     clusters, total = int(np.count_nonzero(present.any(axis=1))), int(present.sum())
     if clusters < 2:
@@ -137,7 +137,7 @@ def clustered_standard_error(scores_QT: Array) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of the paired differences first - second over questions, with interval and two-sided p."""
+    """Mean over questions of the paired differences first - second, with interval and two-sided p-value."""
 
     first: str
     second: str
@@ -150,10 +150,10 @@ class Difference:
 
 
 def paired_differences(tables: Mapping[str, ScoreTable], draws: int = 2000, seed: int = 0) -> list[Difference]:
-    """All pairs of models on the questions that both have scores for, with Holm's correction over the pairs.
+    """Compare all pairs of models on the questions for which both have scores, with Holm's correction over the pairs.
 
-    A question's difference is the mean over the turns graded for both. The p-value is of a sign-flip permutation
-    test (exact for few questions).
+    A question's difference is the mean over the turns that are graded for both models. The p-value is that of a
+    sign-flip permutation test (exact for few questions).
     """
     models = list(tables)
     found = []
@@ -186,7 +186,7 @@ def _difference(first: ScoreTable, second: ScoreTable, draws: int, seed: int) ->
 
 
 def sign_flip_p(differences_Q: Array, resamples: int = 9999, seed: int = 0) -> float:
-    """Two-sided p of mean 0 under random signs; 1 when all differences are 0."""
+    """Two-sided p-value for a mean of 0, by flipping signs at random. It is 1 if all differences are 0."""
     if not np.any(differences_Q):
         return 1.0
     test = stats.permutation_test(
@@ -202,7 +202,7 @@ def sign_flip_p(differences_Q: Array, resamples: int = 9999, seed: int = 0) -> f
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm 1979, adjusted p-values in the given order."""
+    """Return Holm's adjusted p-values (Holm 1979), in the given order."""
     order = np.argsort(p_values)
     adjusted, running = [1.0] * len(p_values), 0.0
     for place, index in enumerate(order):
@@ -212,7 +212,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def length_statistics(lengths: Sequence[int], scores: Sequence[float]) -> dict[str, float | None]:
-    """Mean and median answer length in characters, and Spearman's correlation of score and length."""
+    """Return mean and median answer length in characters, and Spearman's correlation of score and length."""
     if not lengths:
         return {"mean_characters": None, "median_characters": None, "spearman_score_length": None}
     constant = len(set(lengths)) < 2 or len(set(scores)) < 2 or len(lengths) < 3

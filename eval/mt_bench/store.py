@@ -1,10 +1,10 @@
-"""Answer and judgment files: FastChat's formats with our keys after theirs, so that its tools still read them.
+"""Answer and judgment files. They have FastChat's format followed by our keys, so that FastChat's tools can read them.
 
 Layout below one data folder (FastChat's ``data/``):
     <bench>/model_answer/<model>.jsonl
     <bench>/model_judgment/<judge>_single.jsonl, <judge>_pair.jsonl
-Keys that FastChat does not know: in answers ``statuses`` (one of ok, empty, truncated, failed for each turn); in
-judgments ``status``, ``reason``, both parsers' readings, ``repeat``, ``key`` and ``meta``.
+Keys that FastChat does not have: in answers ``statuses`` (ok, empty, truncated or failed for each turn); in judgments
+``status``, ``reason``, the results of both parsers, ``repeat``, ``key`` and ``meta``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """The turns of one answer and what became of each; ``extra`` holds the record's other keys."""
+    """The turns of one answer with their statuses. ``extra`` holds the other keys of the row."""
 
     question_id: int
     turns: tuple[str, ...]
@@ -35,7 +35,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of one benchmark are."""
+    """Paths of the files of one benchmark."""
 
     data: Path
     bench: str
@@ -44,7 +44,7 @@ class Layout:
         return self.data / self.bench / "model_answer" / f"{model}.jsonl"
 
     def judgments(self, judge: str, kind: str, references: str = "gpt-4") -> Path:
-        """Scores made with corrected references are in a file, and so under a judge name, of their own."""
+        """Return the judgment file. Corrected references have a file, and so a judge name, of their own."""
         suffix = ".corrected" if references == "corrected" else ""
         return self.data / self.bench / "model_judgment" / f"{file_name(judge)}{suffix}_{kind}.jsonl"
 
@@ -52,17 +52,17 @@ class Layout:
         return self.data / self.bench / "model_judgment" / f".replies_{file_name(judge)}.jsonl"
 
     def models(self) -> list[str]:
-        """Models that have an answer file, sorted as FastChat sorts them."""
+        """Return the models that have an answer file, sorted as in FastChat."""
         return sorted(file.stem for file in (self.data / self.bench / "model_answer").glob("*.jsonl"))
 
 
 def file_name(judge: str) -> str:
-    """A judge's name as part of a file name (hub ids hold a slash)."""
+    """Make a judge's name usable in a file name (hub ids contain a slash)."""
     return re.sub(r"[^A-Za-z0-9._+-]", "--", judge)
 
 
 def check_model_name(model: str) -> None:
-    """Raises ValueError for names that FastChat's pandas reader would turn into numbers or that leave the folder."""
+    """Raise ValueError for names that pandas in FastChat would read as numbers, or that would leave the folder."""
     if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?", model, re.IGNORECASE) or not model:
         raise ValueError(f"model name {model!r} looks like a number and would be read as one; use 'run-{model}'")
     if "/" in model or model.startswith("."):
@@ -70,7 +70,11 @@ def check_model_name(model: str) -> None:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The JSON objects of a file, one a line. Raises ValueError with the line number of a damaged one."""
+    """Yield the JSON objects of a file, one per line.
+
+    Raises:
+        ValueError: a line is damaged (the message gives its number).
+    """
     with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -82,7 +86,11 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def load_answers(path: Path) -> dict[int, Answer]:
-    """Answers by question id; of duplicates the last one counts, as in FastChat's reorganised file."""
+    """Read answers by question id. Of duplicates the last one counts, as in FastChat's reorganised file.
+
+    Raises:
+        ValueError: there is no such file, or statuses and turns do not match.
+    """
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.jsonl"))
         raise ValueError(f"no answers at {path}; that folder has answers of {there}")
@@ -103,7 +111,7 @@ def load_answers(path: Path) -> dict[int, Answer]:
 
 
 def answer_status(text: str, said: str = "ok") -> str:
-    """The status of one turn: what the generator said, unless the text itself shows that it is no answer."""
+    """Return the status of one turn: the generator's, unless the text itself shows that it is no answer."""
     if said == "ok" and text.strip() in _FAILED_TEXTS:
         return "failed"
     if said in ("ok", "truncated") and not text.strip():
@@ -112,22 +120,24 @@ def answer_status(text: str, said: str = "ok") -> str:
 
 
 def write_answers(path: Path, rows: Iterable[Row]) -> None:
-    """Write an answer file sorted by question id with the last of duplicates kept (FastChat's final form)."""
+    """Write an answer file sorted by question id (FastChat's final form). Of duplicates the last one is kept."""
     latest = {row["question_id"]: row for row in rows}
     _replace(path, (latest[number] for number in sorted(latest)))
 
 
 def row_key(row: Row) -> tuple[Any, ...]:
-    """What makes two judgment rows the same measurement. A pair is in both orders, whichever model is named first."""
+    """Return a key that is equal for rows of the same measurement. For pairs the order of the models is irrelevant."""
     models = (row["model"],) if "model" in row else tuple(sorted((row["model_1"], row["model_2"])))
     return (row["question_id"], row["turn"], *models, *row["judge"], row.get("repeat", 0))
 
 
 def merge_judgments(path: Path, new: Iterable[Row]) -> int:
-    """Write judgment rows to ``path``; rows of other measurements in it stay, the same ones are replaced.
+    """Merge judgment rows into the file ``path``. They replace rows of the same measurements; other rows are kept.
 
-    ``new`` is consumed one row at a time. The file is replaced at once and is never seen half written.
-    Returns the number of new rows.
+    ``new`` is consumed one row at a time. The file is replaced atomically, so nobody sees it half written.
+
+    Returns:
+        The number of new measurements.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:

@@ -1,4 +1,4 @@
-"""One model over the GPUs of a launcher run, by DeepSpeed's automatic tensor parallelism."""
+"""Split one model over the GPUs of a launcher run, with DeepSpeed's automatic tensor parallelism."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 
 
 def join_group(timeout_minutes: float) -> None:
-    """Join the launcher's process group as DeepSpeed wants it."""
+    """Join the launcher's process group through DeepSpeed."""
     from salient_ds.zero.environment import start
 
     start(timeout_minutes)
 
 
 def split_model(model: nn.Module, dtype: torch.dtype) -> Any:
-    """The model with its linear layers shared out among all processes of the group, on their devices.
+    """Split the model's linear layers over all processes of the group, on their devices.
 
-    Every process must then run the same batches.
+    Afterwards every process has to run the same batches.
 
     Raises:
-        ValueError: DeepSpeed cannot split this architecture over so many processes.
+        ValueError: DeepSpeed cannot split this architecture over this number of processes.
     """
     import deepspeed
     import torch.distributed as dist

@@ -1,7 +1,7 @@
-"""The values that one judging call can end in, and what the judge's server said about the call.
+"""The possible outcomes of one judging call, and the server's reply to it.
 
-A reply that cannot be read and a call that never got an answer are values of their own. They are never the
-score -1 inside this package; -1 and "error" appear only in the files, for FastChat's readers.
+A reply that cannot be read and a call without a reply are separate outcomes. Inside this package they are never the
+score -1. The values -1 and "error" only appear in the files, for FastChat's tools.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Status = Literal["graded", "unparsed", "failed"]
 
 @dataclass(frozen=True)
 class Reply:
-    """What one successful HTTP exchange returned. ``text`` is None when the server sent no content."""
+    """The result of one successful HTTP request. ``text`` is None if the server sent no content."""
 
     text: str | None
     model: str = ""
@@ -32,13 +32,13 @@ class Reply:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Reply:
-        """Read a dict written by ``to_dict``; fields of a later version are ignored."""
+        """Read a dict that :meth:`to_dict` made. Fields of later versions are ignored."""
         return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
 
 @dataclass(frozen=True)
 class Graded:
-    """The judge gave a verdict: a rating 1..10, or A, B or tie. ``fastchat`` is the other parser's reading."""
+    """The judge gave a verdict: a rating in 1..10, or A, B or tie. ``fastchat`` is the result of FastChat's parser."""
 
     value: Value
     fastchat: Value | None
@@ -48,7 +48,7 @@ class Graded:
 
 @dataclass(frozen=True)
 class Unparsed:
-    """The judge answered, but no verdict can be read from it without guessing."""
+    """The judge replied, but its verdict cannot be read without guessing."""
 
     reason: str
     fastchat: Value | None = None

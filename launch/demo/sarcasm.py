@@ -1,4 +1,4 @@
-"""Labelled headlines -> Alpaca rows, balanced, split into training and held-out rows that share no headline."""
+"""Turn labelled headlines into balanced Alpaca rows, split into training and held-out rows without common headlines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ ANSWERS = {"1": "yes", "0": "no"}
 
 
 def read_headlines(path: Path) -> dict[str, str]:
-    """{headline: "yes" | "no"} in file order; repeated headlines count once, contradicting ones not at all.
+    """Read {headline: "yes" | "no"} in file order. Repeated headlines count once; those with both labels are dropped.
 
     Raises:
-        ValueError: a line that is not a labelled headline, with its number.
+        ValueError: a line is not a labelled headline (the message gives the line number).
     """
     found: dict[str, str] = {}
     contradicting = set()
@@ -31,21 +31,21 @@ def read_headlines(path: Path) -> dict[str, str]:
 
 
 def alpaca_row(headline: str, answer: str) -> dict[str, str]:
-    """One instruction in Alpaca's format, with a system message in place of the template's own."""
+    """One row in Alpaca's format. Its system message replaces the template's."""
     return {"system": SYSTEM, "instruction": INSTRUCTION, "input": headline, "output": answer}
 
 
 def split(
     headlines: dict[str, str], train: int, held_out: int, max_characters: int, seed: int = 0
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(training rows, held-out rows), each half yes and half no, the same for the same arguments.
+    """Return (training rows, held-out rows), each half yes and half no. The same arguments give the same rows.
 
     Args:
         train, held_out: number of rows, even.
-        max_characters: longer headlines are left out (short sequences keep the demo short).
+        max_characters: longer headlines are left out, so that sequences are short and the demo is fast.
 
     Raises:
-        ValueError: odd numbers, or more rows than there are headlines.
+        ValueError: a number is odd, or there are too few headlines.
     """
     if train % 2 or held_out % 2:
         raise ValueError(f"train={train} and held_out={held_out} must be even: half of the rows is yes, half no")
@@ -68,7 +68,7 @@ def split(
 
 
 def write_rows(rows: list[dict[str, str]], path: Path) -> Path:
-    """JSONL, one row a line."""
+    """Write the rows as JSONL and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -1,7 +1,8 @@
-"""Held-out accuracy on questions with one-token answers, with and without an adapter loaded by PEFT.
+"""Held-out accuracy on questions with a few possible answers, with or without an adapter loaded by PEFT.
 
-An answer counts as right if its first token is likelier than those of all other answers, at the position where the
-template lets the model begin to answer.  Shapes: N = questions, T = tokens of the longest one in a batch.
+At the position where the template lets the model start its answer, the first tokens of all possible answers are
+compared. The answer whose first token is likeliest counts as chosen.  Shapes: N = questions, T = tokens of the longest
+one in a batch.
 
     python launch/demo/score.py MODEL HELD_OUT.jsonl --template NAME [--adapter DIR]
 """
@@ -28,11 +29,11 @@ from salient_ds.export.meta import RECORD_FILE
 
 @dataclass(frozen=True)
 class Questions:
-    """Tokenised prompts with their right answers, ready for :func:`margins`."""
+    """Tokenised prompts with their right answers, ready for :func:`answer_questions`."""
 
     texts: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
-    """Token ids up to where the answer begins, template included."""
+    """Token ids of each prompt up to the start of the answer, template included."""
     answers: tuple[str, ...]
     """The possible answers."""
     answer_tokens: tuple[int, ...]
@@ -43,7 +44,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Score:
-    """What one model answered."""
+    """The answers of one model, and how many are right."""
 
     chosen: tuple[int, ...]
     """Index into ``Questions.answers``, per question."""
@@ -55,10 +56,10 @@ class Score:
 
 
 def load_questions(path: Path, template: Template, tokenizer: Any) -> Questions:
-    """Read held-out rows; the answers that occur in them are the possible ones.
+    """Read held-out rows. The possible answers are those that occur in the rows.
 
     Raises:
-        ValueError: if two answers begin with the same token under this template, or there is only one.
+        ValueError: two answers begin with the same token under this template, or there is only one answer.
     """
     rows = read_rows(path)
     answers = tuple(sorted({row.answers[-1] for row in rows}))
@@ -86,7 +87,7 @@ def _with_answer(row: Conversation, answer: str) -> Conversation:
 
 
 def _split(row: Conversation, template: Template, tokenizer: Any) -> tuple[tuple[int, ...], int]:
-    """(prompt tokens, first answer token), cut where training puts its first label."""
+    """Return (prompt tokens, first answer token). The cut is where training has its first label."""
     example = tokenize_conversation(row, template, tokenizer)
     start = int((example["labels"] != IGNORED).argmax())
     ids = [int(token) for token in example["input_ids"]]
@@ -95,7 +96,7 @@ def _split(row: Conversation, template: Template, tokenizer: Any) -> tuple[tuple
 
 @torch.no_grad()
 def answer_questions(model: Any, questions: Questions, batch_size: int = 16) -> Score:
-    """Let ``model`` choose among the possible answers; CPU, batches of similar length, padded on the left."""
+    """Let ``model`` choose among the possible answers. Runs on the CPU, in left-padded batches of similar length."""
     model.eval()
     order = sorted(range(len(questions.prompts)), key=lambda i: len(questions.prompts[i]))
     chosen = [0] * len(order)
@@ -114,7 +115,7 @@ def answer_questions(model: Any, questions: Questions, batch_size: int = 16) -> 
 
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (N, T) int64; the last column is every prompt's last token."""
+    """Return (ids, mask), each (N, T) int64. The last column holds the last token of every prompt."""
     longest = max(len(prompt) for prompt in prompts)
     ids_NT = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask_NT = torch.zeros_like(ids_NT)
@@ -125,7 +126,7 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def load_model(path: Path, adapter: Path | None = None) -> Any:
-    """The base model in fp32, wrapped by PEFT if there is an adapter."""
+    """Load the base model in fp32, and the adapter with PEFT if one is given."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -137,10 +138,10 @@ def load_model(path: Path, adapter: Path | None = None) -> Any:
 
 
 def measure(model: Path, held_out: Path, template_name: str, adapter: Path | None = None) -> tuple[Questions, Score]:
-    """Accuracy of a model directory on held-out rows.
+    """Measure the accuracy of a model directory on held-out rows.
 
     Raises:
-        ValueError: if the adapter was trained with another template than the one asked for.
+        ValueError: the adapter was trained with another template than ``template_name``.
     """
     from transformers import AutoTokenizer
 

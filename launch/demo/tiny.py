@@ -1,6 +1,6 @@
-"""A LLaMA of 0.1 million random parameters, a sentencepiece tokenizer and a task to learn, made on the spot.
+"""Create a LLaMA with 0.46 million random parameters, a sentencepiece tokenizer and a task to learn.
 
-The task: is there an animal in a list of four words?  A random frozen model can learn it with an adapter alone.
+The task: is there an animal in a list of four words?  An adapter alone is enough to learn it on a random frozen model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ OTHERS = ["stone", "river", "bread", "table", "chair", "window", "paper", "garde
           "sugar", "light", "cloud", "green", "blue", "yellow", "bridge", "castle", "pencil"]  # fmt: skip
 WORDS_PER_LIST = 4
 VOCABULARY = 512
-"""Pieces of the tokenizer (256 of them are single bytes, as in LLaMA's) and rows of the embedding."""
+"""Number of tokenizer pieces (256 of them are single bytes, as in LLaMA's) and of embedding rows."""
 
 
 def rows(number: int, seed: int) -> list[dict[str, str]]:
-    """Alpaca rows, yes and no in turn, all different; the same for the same arguments."""
+    """Make ``number`` different Alpaca rows, alternating yes and no. The same arguments give the same rows."""
     draw = random.Random(seed)
     found: dict[tuple[str, ...], str] = {}
     while len(found) < number:
@@ -33,10 +33,10 @@ def rows(number: int, seed: int) -> list[dict[str, str]]:
 
 
 def make_model(target: Path, prompt: str, seed: int = 0) -> Path:
-    """Write a 2-layer LLaMA with random weights and its tokenizer to ``target``; one that is there is kept.
+    """Write a 2-layer LLaMA with random weights and its tokenizer to ``target``. An existing model is kept.
 
     Args:
-        prompt: text of a whole example, so that the tokenizer knows the template's words.
+        prompt: text of a whole example; the tokenizer is trained on it so that it knows the template's words.
     """
     if (target / "model.safetensors").is_file():
         return target
@@ -59,7 +59,7 @@ def make_model(target: Path, prompt: str, seed: int = 0) -> Path:
 
 
 def _make_tokenizer(folder: Path, prompt: str) -> None:
-    """A sentencepiece model, and the tokenizer_config.json without which transformers does not add its BOS token."""
+    """Train a sentencepiece model and write tokenizer_config.json; without it transformers adds no BOS token."""
     import sentencepiece
 
     corpus = folder / "corpus.txt"
