@@ -1,9 +1,8 @@
-"""Fixtures: the package by path when it is not installed, the golden folder, and a scripted judge."""
+"""Fixtures: the package by path when it is not installed, golden numbers, and a scripted judge."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import types
 from collections.abc import Iterator
@@ -18,28 +17,30 @@ if importlib.util.find_spec("salient_eval") is None:
     sys.modules["salient_eval"] = package
 sys.path.insert(0, str(Path(__file__).parent))
 
+from mt_bench_goldens import Golden, own_golden, shared_folder, shared_golden, write_stand_in  # noqa: E402
+from salient_eval.mt_bench import questions  # noqa: E402
 from scripted_judge import ScriptedJudge  # noqa: E402
 
+OWN_AND_SHARED = ["own", pytest.param("shared", marks=pytest.mark.outside)]
+"""Our own files everywhere; MT-Bench's with ``-m outside``, from the folder that SALIENT_SHARED names."""
 
-def shared_folder(name: str) -> Path:
-    """A folder beside the repository that is never part of it; skips when it is not there."""
-    root = Path(os.environ.get("SALIENT_SHARED") or REPO.parent / "shared")
-    folder = root / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} is not here; set SALIENT_SHARED to the folder that holds it")
+
+@pytest.fixture(scope="session", params=OWN_AND_SHARED)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """FastChat's recorded numbers."""
+    return own_golden() if request.param == "own" else shared_golden()
+
+
+@pytest.fixture(params=OWN_AND_SHARED)
+def mt_bench_data(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """MT-Bench's files, or a set of ours with their names and shape, whose hashes stand in for the pinned ones."""
+    if request.param == "shared":
+        return shared_folder("mt_bench")
+    folder = tmp_path_factory.mktemp("stand_in")
+    monkeypatch.setattr(questions, "MT_BENCH_SHA256", write_stand_in(folder))
     return folder
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """FastChat's recorded numbers (the README in that folder says which function gave which file)."""
-    return shared_folder("golden/mtbench")
-
-
-@pytest.fixture(scope="session")
-def mt_bench_data() -> Path:
-    """The real MT-Bench files."""
-    return shared_folder("mt_bench")
 
 
 @pytest.fixture

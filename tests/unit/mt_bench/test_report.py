@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mt_bench_goldens import Golden
 from mt_bench_helpers import write_answer_file
 from salient_eval.mt_bench import doctor, html, markdown, plots
 from salient_eval.mt_bench import report as reports
@@ -165,30 +166,36 @@ def test_a_wrong_key_stops_with_one_sentence_and_no_secret(
     assert b"secret" not in files and "secret" not in printed
 
 
-def test_report_of_fastchats_own_file(golden: Path, mt_bench_data: Path, tmp_path: Path) -> None:
+def test_report_of_fastchats_own_file(golden: Golden, tmp_path: Path) -> None:
     layout = Layout(tmp_path, "mt_bench")
     target = layout.judgments("gpt-4", "single")
     target.parent.mkdir(parents=True)
-    target.write_bytes((golden / "judgments_single.jsonl").read_bytes())
-    layout.judgments("gpt-4", "pair").write_bytes((golden / "judgments_pair.jsonl").read_bytes())
-    categories = {q.question_id: q.category for q in load_question_set("mt_bench", mt_bench_data).questions}
-    options = reports.ReportOptions(draws=100, categories=categories, max_failure_rate=0.1)
+    target.write_bytes((golden.folder / "judgments_single.jsonl").read_bytes())
+    layout.judgments("gpt-4", "pair").write_bytes((golden.folder / "judgments_pair.jsonl").read_bytes())
+    categories = {q.question_id: q.category for q in golden.questions.questions}
+    options = reports.ReportOptions(draws=100, categories=categories, max_failure_rate=0.15)
     result = reports.build_report(layout, "gpt-4", "gpt-4", options)
-    assert [m["model"] for m in result["single"]["models"]] == ["model-c", "model-b", "model-a"]
+    theirs = golden.read("show_result_single.json")["judgments_single"]["tables"]
+    best_first = [row["model"] for row in sorted(theirs["average"], key=lambda row: -row["score"])]
+    assert [m["model"] for m in result["single"]["models"]] == best_first == ["model-c", "model-b", "model-a"]
     assert result["score_name"] == "MT-Bench score"
     assert isinstance(result["pair"]["bradley_terry"], dict)
-    assert "| model-c | 4.87 (75/5/0)" in markdown.to_markdown(result)
+    (first,) = (row["score"] for row in theirs["first_turn"] if row["model"] == "model-c")
+    counts = f"{len(categories) - golden.unparsed[0]}/{golden.unparsed[0]}/0"
+    assert f"| model-c | {first:.2f} ({counts})" in markdown.to_markdown(result)
     assert "<svg" in html.to_html(result, html.collect_cases(layout, result, "gpt-4", {}))
     with pytest.raises(ValueError, match="gpt-4_single.jsonl"):
         reports.build_report(layout, "nobody", "gpt-4", options)
 
 
-def test_agree_command(golden: Path, tmp_path: Path) -> None:
-    printed = run("agree", str(golden / "votes_gpt4_pair.json"), str(golden / "votes_human.json"), "--out",
-                  str(tmp_path / "a.json"))  # fmt: skip
-    assert "66.7%" in printed and "78.4%" in printed
+def test_agree_command(golden: Golden, tmp_path: Path) -> None:
+    files = [str(golden.folder / name) for name in ("votes_gpt4_pair.json", "votes_human.json")]
+    printed = run("agree", *files, "--out", str(tmp_path / "a.json"))
+    counts = golden.read("compute_agreement.json")["gpt4-pair vs human"]["counts"]
+    for agreed, total in counts.values():
+        assert f"{agreed / total:.1%}" in printed
     rows = json.loads((tmp_path / "a.json").read_text())
-    assert [row["turn"] for row in rows] == [1, 2, None] and rows[0]["agree_with_ties"] == 120
+    assert [row["turn"] for row in rows] == [1, 2, None] and rows[0]["agree_with_ties"] == counts["turn1_with_tie"][0]
 
 
 def honest(body: dict[str, Any]) -> str:

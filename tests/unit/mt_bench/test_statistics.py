@@ -7,53 +7,65 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mt_bench_goldens import Golden, own_golden
 from salient_eval.mt_bench import agree, pairs, statistics
 from salient_eval.mt_bench.pairs import Battle
-from salient_eval.mt_bench.questions import load_question_set
 from salient_eval.mt_bench.statistics import ScoreTable
 from salient_eval.mt_bench.store import read_rows
 
 
-def categories_of(data: Path) -> dict[int, str]:
-    return {q.question_id: q.category for q in load_question_set("mt_bench", data).questions}
+def categories_of(golden: Golden) -> dict[int, str]:
+    return {q.question_id: q.category for q in golden.questions.questions}
 
 
 @pytest.mark.parametrize("name", ["judgments_single", "judgments_single_partial"])
-def test_means_equal_show_result(golden: Path, name: str) -> None:
-    recorded = json.loads((golden / "show_result_single.json").read_text())[name]["tables"]
-    tables = statistics.score_tables(read_rows(golden / f"{name}.jsonl"))
+def test_means_equal_show_result(golden: Golden, name: str) -> None:
+    recorded = golden.read("show_result_single.json")[name]["tables"]
+    tables = statistics.score_tables(read_rows(golden.folder / f"{name}.jsonl"))
     for turn, part in ((1, "first_turn"), (2, "second_turn")):
         for row in recorded[part]:
             assert np.mean(tables[row["model"]].select(turn=turn)) == pytest.approx(row["score"], rel=1e-12)
     for row in recorded["average"]:
         assert statistics.pooled_mean(tables[row["model"]].scores_QT) == pytest.approx(row["score"], rel=1e-12)
-    counts = tables["model-c"].counts
-    assert counts == {"graded": 153, "unparsed": 7} and tables["model-c"].failure_rate == pytest.approx(7 / 160)
+    total, unparsed = 2 * len(golden.questions.questions), sum(golden.unparsed)
+    assert tables["model-c"].counts == {"graded": total - unparsed, "unparsed": unparsed}
+    assert tables["model-c"].failure_rate == pytest.approx(unparsed / total)
 
 
-def test_partial_answers_show_in_the_mean_of_turns_and_the_failure_count(golden: Path) -> None:
-    tables = statistics.score_tables(read_rows(golden / "judgments_single_partial.jsonl"))
+def test_partial_answers_show_in_the_mean_of_turns_and_the_failure_count(golden: Golden) -> None:
+    tables = statistics.score_tables(read_rows(golden.folder / "judgments_single_partial.jsonl"))
     scores_QT = tables["model-b"].scores_QT
     pooled, turns = statistics.pooled_mean(scores_QT), statistics.mean_of_turns(scores_QT)
     assert pooled is not None and turns is not None and abs(pooled - turns) > 0.1
     assert statistics.pooled_with_failures_as_lowest(scores_QT) < turns
-    assert np.isnan(scores_QT[:, 1]).sum() == 60
+    assert np.isnan(scores_QT[:, 1]).sum() == golden.lacking
 
 
-def test_category_means_equal_pandas(golden: Path, mt_bench_data: Path) -> None:
-    recorded = json.loads((golden / "per_category_means.json").read_text())
-    tables = statistics.score_tables(read_rows(golden / "judgments_single.jsonl"), categories_of(mt_bench_data))
+def test_category_means_equal_pandas(golden: Golden) -> None:
+    recorded = golden.read("per_category_means.json")
+    tables = statistics.score_tables(read_rows(golden.folder / "judgments_single.jsonl"), categories_of(golden))
     for row in recorded["by_model_category"] + recorded["by_model_category_turn"]:
         scores = tables[row["model"]].select(row["category"], row.get("turn"))
         assert np.mean(scores) == pytest.approx(row["score"], rel=1e-12)
 
 
-def test_clustered_error_is_larger_than_the_naive_one(golden: Path) -> None:
-    """Recorded for model-a with statsmodels: naive 0.166, clustered (without the small-sample factor) 0.199."""
-    scores_QT = statistics.score_tables(read_rows(golden / "judgments_single.jsonl"))["model-a"].scores_QT
-    naive, clustered = np.std(scores_QT, ddof=1) / np.sqrt(160), statistics.clustered_standard_error(scores_QT)
-    assert clustered is not None
-    assert naive == pytest.approx(0.166, abs=5e-4) and clustered * np.sqrt(79 / 80) == pytest.approx(0.199, abs=5e-4)
+def test_clustered_error_is_larger_than_the_naive_one(golden: Golden) -> None:
+    """Recorded for model-a with statsmodels, the clustered one without the small-sample factor."""
+    scores_QT = statistics.score_tables(read_rows(golden.folder / "judgments_single.jsonl"))["model-a"].scores_QT
+    naive = np.std(scores_QT, ddof=1) / np.sqrt(scores_QT.size)
+    clustered, n = statistics.clustered_standard_error(scores_QT), len(scores_QT)
+    assert clustered is not None and clustered > naive and n == len(golden.questions.questions)
+    expected_naive, uncorrected, precision = golden.errors
+    assert naive == pytest.approx(expected_naive, abs=precision)
+    assert clustered * np.sqrt((n - 1) / n) == pytest.approx(uncorrected, abs=precision)
+
+
+def test_clustered_errors_equal_statsmodels_with_its_correction_too() -> None:
+    """Also where answers are missing (model-c)."""
+    golden = own_golden()
+    tables = statistics.score_tables(read_rows(golden.folder / "judgments_single.jsonl"))
+    for model, errors in golden.read("stats_reference.json")["standard_errors"].items():
+        assert statistics.clustered_standard_error(tables[model].scores_QT) == pytest.approx(errors["clustered"])
 
 
 def test_clustered_error_is_the_error_of_question_means_when_nothing_is_missing() -> None:
@@ -116,9 +128,9 @@ def test_holm() -> None:
     assert statistics.holm([]) == []
 
 
-def test_pair_tables_equal_show_result(golden: Path) -> None:
-    recorded = json.loads((golden / "show_result_pair.json").read_text())
-    summary = pairs.summarise_pairs(read_rows(golden / "judgments_pair.jsonl"))
+def test_pair_tables_equal_show_result(golden: Golden) -> None:
+    recorded = golden.read("show_result_pair.json")
+    summary = pairs.summarise_pairs(read_rows(golden.folder / "judgments_pair.jsonl"))
     checked = 0
     for case in recorded.values():
         if not isinstance(case, dict) or case.get("model_list") or "table" not in case:
@@ -133,8 +145,10 @@ def test_pair_tables_equal_show_result(golden: Path) -> None:
     assert checked >= 7
 
 
-def test_pair_truth_table(golden: Path) -> None:
-    for case in json.loads((golden / "pair_truth_table.json").read_text()):
+def test_pair_truth_table(golden: Golden) -> None:
+    cases = golden.read("pair_truth_table.json")
+    assert len(cases) == 16
+    for case in cases:
         row = {"question_id": 1, "model_1": "aa", "model_2": "bb", "turn": 1, **case}
         summary = pairs.summarise_pairs([row])
         expected = case["show_result_win_loss_tie"]
@@ -145,22 +159,28 @@ def test_pair_truth_table(golden: Path) -> None:
             assert {m: [c.win, c.loss, c.tie] for m, c in counts.items()} == expected
 
 
-def test_bradley_terry_equals_fastchats_at_head(golden: Path) -> None:
-    recorded = json.loads((golden / "bradley_terry.json").read_text())
-    summary = pairs.summarise_pairs(read_rows(golden / "judgments_pair.jsonl"))
+def test_bradley_terry_equals_fastchats_without_a_penalty(golden: Golden) -> None:
+    """compute_bt of its main branch, or the wheel's function without its penalty (the README there says which)."""
+    recorded = golden.read("bradley_terry.json")
+    summary = pairs.summarise_pairs(read_rows(golden.folder / "judgments_pair.jsonl"))
     assert len(summary.battles) == recorded["n_battles"]
     ratings = pairs.bradley_terry(summary.battles, anchor="model-a")
-    theirs = recorded["fastchat_head_rating_systems_compute_bt"]["ratings"]
+    names = {"fastchat_head_rating_systems_compute_bt", "without_penalty"} & recorded.keys()
+    theirs, shrunk = (recorded[n]["ratings"] for n in (*names, "fastchat_0_2_36_compute_elo_mle_with_tie"))
+    assert ratings.keys() == theirs.keys()
     for model, rating in ratings.items():
         assert rating == pytest.approx(theirs[model] - theirs["model-a"], abs=1e-4)
+        assert shrunk[model] - shrunk["model-a"] == pytest.approx(rating, rel=0.02)
     intervals = pairs.bradley_terry_intervals(summary.battles, "model-a", draws=40)
     assert intervals["model-a"] == (0.0, 0.0) and intervals["model-b"][0] < ratings["model-b"] < intervals["model-b"][1]
 
 
-def test_head_to_head_equals_the_recorded_counts(golden: Path) -> None:
-    recorded = json.loads((golden / "bradley_terry.json").read_text())["head_to_head"]
-    battles = pairs.summarise_pairs(read_rows(golden / "judgments_pair.jsonl")).battles
-    for (first, second), counts in pairs.head_to_head(battles).items():
+def test_head_to_head_equals_the_recorded_counts(golden: Golden) -> None:
+    recorded = golden.read("bradley_terry.json")["head_to_head"]
+    battles = pairs.summarise_pairs(read_rows(golden.folder / "judgments_pair.jsonl")).battles
+    found = pairs.head_to_head(battles)
+    assert len(found) == 3
+    for (first, second), counts in found.items():
         expected = recorded[f"{first} vs {second}"]
         assert [counts.win, counts.loss, counts.tie] == [expected[n] for n in ("win", "loss", "tie")]
 
@@ -171,7 +191,7 @@ def test_bradley_terry_refuses_what_has_no_maximum() -> None:
     assert pairs.bradley_terry([Battle(1, "a", "b", 0.5)]) == pytest.approx({"a": 0.0, "b": 0.0})
 
 
-def test_flips_and_position(golden: Path) -> None:
+def test_flips_and_position() -> None:
     rows = [
         {"question_id": n, "model_1": "a", "model_2": "b", "turn": 1, "g1_winner": g1, "g2_winner": g2}
         for n, (g1, g2) in enumerate([("model_1", "model_2"), ("model_1", "model_1"), ("tie", "tie"), ("error", "tie")])
@@ -190,10 +210,14 @@ def test_repeats_are_averaged_and_their_spread_reported() -> None:
     assert found.counts == {"graded": 2, "unparsed": 1}
 
 
-def test_agreement_equals_fastchats(golden: Path) -> None:
-    recorded = json.loads((golden / "compute_agreement.json").read_text())
-    judge = agree.load_votes(golden / "votes_gpt4_pair.json", "gpt-4")
-    human = agree.load_votes(golden / "votes_human.json", "expert")
+def votes_of(golden: Golden) -> tuple[agree.Votes, agree.Votes]:
+    judge = agree.load_votes(golden.folder / "votes_gpt4_pair.json", "gpt-4")
+    return judge, agree.load_votes(golden.folder / "votes_human.json", "expert")
+
+
+def test_agreement_equals_fastchats(golden: Golden) -> None:
+    recorded = golden.read("compute_agreement.json")
+    judge, human = votes_of(golden)
     for name, votes in (("gpt4-pair vs human", (judge, human)), ("human vs human", (human, None))):
         for turn in (1, 2):
             found = agree.agreement(*votes, turn=turn, draws=20)
@@ -201,6 +225,16 @@ def test_agreement_equals_fastchats(golden: Path) -> None:
             assert [found.agree_with_ties, found.total_with_ties] == counts[f"turn{turn}_with_tie"]
             assert [found.agree_without_ties, found.total_without_ties] == counts[f"turn{turn}_no_tie"]
             assert found.kappa is not None and found.with_ties is not None and found.kappa < found.with_ties
+
+
+def test_kappa_equals_scikit_learns() -> None:
+    golden = own_golden()
+    recorded = golden.read("stats_reference.json")["cohen_kappa"]
+    judge, human = votes_of(golden)
+    for name, votes in (("gpt4-pair vs human", (judge, human)), ("human vs human", (human, None))):
+        for turn in (1, 2):
+            found = agree.agreement(*votes, turn=turn, draws=20)
+            assert found.kappa == pytest.approx(recorded[name][f"turn{turn}"], rel=1e-12)
 
 
 def test_kappa_of_a_known_table() -> None:
