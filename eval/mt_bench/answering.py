@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, Turn
-from salient_ds.data.templates import Template
+from salient_ds.data.template_base import Template
 
 from .answer_file import TurnResult, no_first_answer, with_text_status
 from .questions import CATEGORIES, Question

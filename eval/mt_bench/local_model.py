@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from salient_ds.adapters.targets import is_shortcut
+from salient_ds.engine.shard_files import CheckpointError
 from salient_ds.export.fold import LoraPair, delta_weight, fold
 from salient_ds.heterolora.export import load_shortcuts
 from salient_ds.run.export import read_factors
@@ -94,7 +95,10 @@ def _adapted(model: nn.Module, source: ModelSource, merge: bool = False) -> Any:
 
 
 def _pairs_of_run(checkpoint: Path) -> list[LoraPair]:
-    factors = read_factors(checkpoint)
+    try:
+        factors = read_factors(checkpoint)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
     if any(is_shortcut(item.name) for item in factors):
         raise ValueError(
             f"{checkpoint} is of a run with shortcuts: give the directory of its adapter (output_dir/adapter, or what "

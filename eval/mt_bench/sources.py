@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from salient_ds.data.record import TemplateRecord, check_record, template_record
-from salient_ds.data.templates import Template, get_template
+from salient_ds.data.template_base import Template
+from salient_ds.data.templates import get_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

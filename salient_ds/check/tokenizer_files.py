@@ -24,14 +24,15 @@ def inspect_tokenizer(run: RunConfig, files: ModelFiles, problems: list[str]) ->
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         remedy = "complete it, or set model.tokenizer"
         problems.append(f"{folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}): {remedy}")
-    elif run.data.template == "tokenizer" and not _has_chat_template(folder):
+    elif run.data.template == "tokenizer" and not has_chat_template(folder):
         problems.append(
             f'data.template="tokenizer", but the tokenizer in {folder} has no chat template: '
             "choose a named template, for example alpaca or vicuna_v1.1"
         )
 
 
-def _has_chat_template(folder: Path) -> bool:
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in ``folder`` brings a chat template."""
     if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     try:

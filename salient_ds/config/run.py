@@ -62,6 +62,14 @@ class DataConfig(Strict):
     empty_answers: Literal["error", "skip"] = "error"
     """What to do with rows whose answer is empty (the published Alpaca file holds 28). error: refuse the file. skip:
     leave those rows out."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be trained on as they are: an answer first, a user turn last, tools or a system
+    message that the template does not print, ... error: refuse the file, with counts by kind. skip: leave them out, and
+    report the counts."""
+    rewritten_history: Literal["per_answer", "last_answer"] = "per_answer"
+    """For a tokenizer's chat template that rewrites earlier turns, such as Qwen3's, which drops the thoughts of earlier
+    answers. per_answer: every answer becomes an example of its own, rendered as the last one, as the model writes it.
+    last_answer: only the last answer of a conversation is trained on. Other templates are not concerned."""
     packing: bool = False
     """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other."""
 

@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 USER = "user"
 ASSISTANT = "assistant"
+TOOL = "tool"
 SYSTEM = "system"
+OnBadRow = Literal["error", "skip"]
+"""What to do with a bad row: refuse the file, or leave the row out and count it."""
 IGNORED = -100  # the label that torch's cross-entropy ignores
 
 
+class RowError(ValueError):
+    """An error in one row; the reader adds the line. `kind` is the short name that problems are counted by."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class Turn(NamedTuple):
-    """One message; `role` is "user" or "assistant"."""
+    """One message; `role` is "user", "assistant" or "tool".
+
+    `train`: an answer carries labels. `extra`: further keys that only a chat template can print, such as tool_calls and
+    reasoning_content.
+    """
 
     role: str
     text: str
+    train: bool = True
+    extra: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Alternating user and assistant turns, the first by the user.
+    """Turns of user and assistant, the first by the user; results of tools lie between turns of the assistant.
 
     `instruction` and `input` are the separate fields of an Alpaca row (None for other formats). The alpaca template
     prints them under separate headings. Other templates use `turns[0]`, where they are joined. `source` is (path,
-    line), or (path, row) for formats without lines; both count from 1.
+    line), or (path, row) for formats without lines; both count from 1. `tools` are JSON schemas that the answers may
+    call, and `template_kwargs` further variables of the chat template; only the tokenizer's own template takes them.
     """
 
     system: str | None
@@ -34,6 +52,8 @@ class Conversation:
     instruction: str | None = None
     input: str | None = None
     source: tuple[str, int] = ("", 0)
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] | None = None
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -46,10 +66,14 @@ class Conversation:
         path, line = self.source
         return f"{path}, line {line}" if path else "this conversation"
 
-    def messages(self) -> list[dict[str, str]]:
-        """As role/content dicts, the system message first, for `apply_chat_template`."""
+    def messages(self) -> list[dict[str, Any]]:
+        """Role/content dicts for `apply_chat_template`, the system message first, each with the turn's further keys."""
         head = [{"role": SYSTEM, "content": self.system}] if self.system is not None else []
-        return head + [{"role": turn.role, "content": turn.text} for turn in self.turns]
+        return head + [{"role": turn.role, "content": turn.text, **(turn.extra or {})} for turn in self.turns]
+
+    def until(self, turns: int) -> Conversation:
+        """The conversation up to its first `turns` turns."""
+        return replace(self, turns=self.turns[:turns])
 
 
 class Problem(NamedTuple):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from salient_ds.data.conversation import Conversation
+from salient_ds.data.conversation import Conversation, OnBadRow
 from salient_ds.data.packing import pack_examples
 from salient_ds.data.sampler import frozen_permutation
-from salient_ds.data.templates import Template
+from salient_ds.data.template_base import Template
 from salient_ds.data.tokenize import TokenizationReport, count_targets, tokenize_all
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def build_dataset(
     max_length: int,
     packing: bool = False,
     progress: bool = False,
+    bad_rows: OnBadRow = "error",
 ) -> tuple[InstructionDataset, TokenizationReport]:
     """Tokenises conversations, and packs them if `packing` is on (:func:`salient_ds.data.packing.plan_packs`).
 
@@ -119,7 +120,7 @@ def build_dataset(
         from tqdm import tqdm
 
         rows = tqdm(rows, desc="tokenize", unit=" examples", leave=False)
-    dataset = InstructionDataset(tokenize_all(rows, template, tokenizer, max_length, report))
+    dataset = InstructionDataset(tokenize_all(rows, template, tokenizer, max_length, report, bad_rows))
     if not len(dataset):
         raise ValueError("there are no conversations to tokenise")
     if packing:

@@ -6,15 +6,17 @@ any process starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from salient_ds.data.conversation import Conversation, DataError, Problem, ProblemLog, Turn
+from salient_ds.data.conversation import Conversation, DataError, OnBadRow, Problem, ProblemLog, RowError, Turn
 from salient_ds.data.json_files import count_lines, is_json_list, jsonl_rows, list_rows
 from salient_ds.data.remote import HubName, count_parquet, hub_rows, parquet_rows, parse_hub_name
-from salient_ds.data.rows import EMPTY_ANSWER, FORMATS, RowError, detect_format, parse_row
+from salient_ds.data.rows import FORMATS, detect_format, parse_row
+from salient_ds.data.turns import EMPTY_ANSWER
 from salient_ds.strict import nearest
 
 __all__ = [
@@ -26,22 +28,40 @@ __all__ = [
     "count_rows",
     "detect_format",
     "is_local",
+    "read_data",
     "read_rows",
 ]
 
-EmptyAnswers = Literal["error", "skip"]
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What a valid file holds: usable conversations (`rows`), the answers in them, and skipped rows (empty answer)."""
+    """What a valid file holds."""
 
     path: str
     format: str
     rows: int
+    """Usable conversations."""
     answers: int
     skipped: int
+    """Rows left out on request."""
+    skipped_kinds: Mapping[str, int]
+    """The same by kind of problem."""
+    ignored_keys: Mapping[str, int]
+    """Keys that nothing reads, and in how many rows."""
+
+    def notes(self, name: str) -> list[str]:
+        """What a user should know about the file; ``name`` is its part, as in "train"."""
+        notes = []
+        if self.skipped:
+            kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.skipped_kinds.items())
+            notes.append(f"{name}: {self.skipped:,} rows are left out ({kinds})")
+        if self.ignored_keys:
+            keys = ", ".join(f"{key} ({count:,})" for key, count in list(self.ignored_keys.items())[:8])
+            more = f" and {len(self.ignored_keys) - 8} more" if len(self.ignored_keys) > 8 else ""
+            notes.append(f"{name}: keys of rows that nothing reads: {keys}{more}")
+        return notes
 
 
 class _Container(NamedTuple):
@@ -50,6 +70,8 @@ class _Container(NamedTuple):
     name: str
     unit: str
     rows: Callable[[], Iterator[tuple[int, object | Problem]]]
+    nulls: bool = False
+    """Rows come from Arrow, whose structs hold null for every field that other rows have."""
 
 
 def is_local(path: str | Path) -> bool:
@@ -57,23 +79,36 @@ def is_local(path: str | Path) -> bool:
     return not isinstance(_locate(path), HubName)
 
 
-def read_rows(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error") -> list[Conversation]:
+def read_data(
+    path: str | Path, fmt: str = "auto", empty_answers: OnBadRow = "error", bad_rows: OnBadRow = "error"
+) -> tuple[list[Conversation], FileSummary]:
     """Reads and validates a whole file or data set.
 
-    `path`: a JSON list, JSONL or parquet file, or a `datasets` name ("name", "name:config", with an optional
+    `path`: a JSON list, JSONL (.gz too) or parquet file, or a `datasets` name ("name", "name:config", with an optional
     "[split]"). `fmt`: "alpaca", "messages", "sharegpt", or "auto" (the first row whose keys fit a format decides).
-    `empty_answers`: "error" refuses a file with empty answers; "skip" leaves these rows out (the published Alpaca file
-    has some). Raises DataError that lists every kind of problem with its count, and ValueError for an unknown `fmt`.
+    `empty_answers`, `bad_rows`: "error" refuses a file with such rows; "skip" leaves them out and counts them by kind
+    (`empty_answers` concerns one kind alone: the published Alpaca file has some). Raises DataError that lists every
+    kind of problem with its count, and ValueError for an unknown `fmt`.
     """
-    return _Reading(path, fmt, empty_answers).conversations()
+    reading = Reading(path, fmt, empty_answers, bad_rows)
+    return list(reading.validated()), reading.summary()
 
 
-def check_file(path: str | Path, fmt: str = "auto", empty_answers: EmptyAnswers = "error") -> FileSummary:
-    """Validates every row without keeping any. Raises as `read_rows`."""
-    reading = _Reading(path, fmt, empty_answers)
-    answers = sum(len(conversation.answers) for conversation in reading.validated())
-    assert reading.format is not None, "a file with valid rows has a format"
-    return FileSummary(str(path), reading.format, reading.good, answers, reading.skipped)
+def read_rows(
+    path: str | Path, fmt: str = "auto", empty_answers: OnBadRow = "error", bad_rows: OnBadRow = "error"
+) -> list[Conversation]:
+    """As `read_data`, the conversations alone."""
+    return read_data(path, fmt, empty_answers, bad_rows)[0]
+
+
+def check_file(
+    path: str | Path, fmt: str = "auto", empty_answers: OnBadRow = "error", bad_rows: OnBadRow = "error"
+) -> FileSummary:
+    """Validates every row without keeping any. Raises as `read_data`."""
+    reading = Reading(path, fmt, empty_answers, bad_rows)
+    for _ in reading.validated():
+        pass
+    return reading.summary()
 
 
 def count_rows(path: str | Path) -> int:
@@ -95,58 +130,68 @@ def count_rows(path: str | Path) -> int:
     return count_lines(located)
 
 
-class _Reading:
+class Reading:
     """One pass over one source. It counts rows, and knows the format once a row has shown it."""
 
-    def __init__(self, path: str | Path, fmt: str, empty_answers: EmptyAnswers) -> None:
+    def __init__(self, path: str | Path, fmt: str, empty_answers: OnBadRow, bad_rows: OnBadRow) -> None:
         if fmt not in ("auto", *FORMATS):
             near = nearest(fmt, ("auto", *FORMATS))
             hint = f'; did you mean "{near}"?' if near else ""
             raise ValueError(f'unknown data format "{fmt}": known are auto, {", ".join(FORMATS)}{hint}')
-        if empty_answers not in ("error", "skip"):
-            raise ValueError(f'empty_answers="{empty_answers}": must be "error" or "skip"')
+        for name, value in (("empty_answers", empty_answers), ("bad_rows", bad_rows)):
+            if value not in ("error", "skip"):
+                raise ValueError(f'{name}="{value}": must be "error" or "skip"')
+        self.path = str(path)
         self.container = _open(path)
         self.format = None if fmt == "auto" else fmt
-        self.empty_answers = empty_answers
-        self.good = self.skipped = 0
-
-    def outcomes(self) -> Iterator[Conversation | Problem]:
-        """One conversation or problem per row, rows skipped on request left out."""
-        for line, row in self.container.rows():
-            outcome = row if isinstance(row, Problem) else self._parse(row, line)
-            if isinstance(outcome, Problem) and outcome.kind == EMPTY_ANSWER and self.empty_answers == "skip":
-                self.skipped += 1
-                continue
-            self.good += isinstance(outcome, Conversation)
-            yield outcome
+        self.empty_answers, self.bad_rows = empty_answers, bad_rows
+        self.good = self.answers = 0
+        self.skipped: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
 
     def validated(self) -> Iterator[Conversation]:
-        """Every conversation; problems are collected and raised together at the end."""
+        """Every conversation; problems that are not skipped are collected and raised together at the end."""
         log = ProblemLog(self.container.name, self.container.unit)
-        for outcome in self.outcomes():
-            if isinstance(outcome, Problem):
-                log.add(outcome)
-            else:
+        for line, row in self.container.rows():
+            outcome = row if isinstance(row, Problem) else self._parse(row, line)
+            if isinstance(outcome, Conversation):
+                self.good += 1
+                self.answers += len(outcome.answers)
                 yield outcome
+            elif self.bad_rows == "skip" or (outcome.kind == EMPTY_ANSWER and self.empty_answers == "skip"):
+                self.skipped[outcome.kind] += 1
+            else:
+                log.add(outcome)
         log.raise_if_any()
-        self.require_rows()
+        if not self.good:
+            left_out = sum(self.skipped.values())
+            kinds = ", ".join(self.skipped)
+            why = f": all {left_out} rows are left out ({kinds})" if left_out else " to train on"
+            raise DataError(self.container.name, [Problem("empty", 0, f"there are no rows{why}")])
 
-    def conversations(self) -> list[Conversation]:
-        return list(self.validated())
-
-    def require_rows(self) -> None:
-        if self.good:
-            return
-        why = f": all {self.skipped} rows have an empty answer" if self.skipped else " to train on"
-        raise DataError(self.container.name, [Problem("empty", 0, f"there are no rows{why}")])
+    def summary(self) -> FileSummary:
+        """What has been read."""
+        assert self.format is not None, "a file with valid rows has a format"
+        skipped, ignored = dict(self.skipped.most_common()), dict(self.ignored.most_common())
+        return FileSummary(
+            path=self.path,
+            format=self.format,
+            rows=self.good,
+            answers=self.answers,
+            skipped=sum(self.skipped.values()),
+            skipped_kinds=skipped,
+            ignored_keys=ignored,
+        )
 
     def _parse(self, row: object, line: int) -> Conversation | Problem:
         try:
             if self.format is None and isinstance(row, dict):
                 self.format = detect_format(row)
-            return parse_row(row, self.format or "alpaca", (self.container.name, line))
+            parsed = parse_row(row, self.format or "alpaca", (self.container.name, line), self.container.nulls)
         except RowError as error:
             return Problem(error.kind, line, f"{error}{self._other_format(row)}{_remedy(error)}")
+        self.ignored.update(parsed.ignored)
+        return parsed.conversation
 
     def _other_format(self, row: object) -> str:
         """A note for a row that belongs to another format than the file."""
@@ -164,9 +209,9 @@ def _remedy(error: RowError) -> str:
 def _open(path: str | Path) -> _Container:
     located = _locate(path)
     if isinstance(located, HubName):
-        return _Container(str(path), "row", lambda: hub_rows(str(path), located))
+        return _Container(str(path), "row", lambda: hub_rows(str(path), located), nulls=True)
     if _is_parquet(located):
-        return _Container(str(path), "row", lambda: parquet_rows(located))
+        return _Container(str(path), "row", lambda: parquet_rows(located), nulls=True)
     if is_json_list(located):
         return _Container(str(path), "line", lambda: list_rows(located))
     return _Container(str(path), "line", lambda: jsonl_rows(located))

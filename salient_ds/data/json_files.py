@@ -6,13 +6,16 @@ as a whole and decoded row by row, so that the line of each row is known. It end
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 from salient_ds.data.conversation import DataError, Problem
 
+_GZIP = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -20,10 +23,17 @@ _SMALL = 1 << 28  # bytes up to which a file is read once more to explain an err
 _EXCERPT = 40  # characters shown around a syntax error, half of them before it
 
 
+def open_text_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked if it is compressed with gzip (whatever its name)."""
+    with path.open("rb") as file:
+        packed = file.read(2) == _GZIP
+    return cast(IO[bytes], gzip.open(path, "rb")) if packed else path.open("rb")
+
+
 def is_json_list(path: Path) -> bool:
     """Whether the first character that is not white space opens a list. Raises DataError for UTF-16 and empty
     files."""
-    with path.open("rb") as file:
+    with open_text_bytes(path) as file:
         head = file.read(4096)
         while head and not head.removeprefix(_BOM).strip():
             head = file.read(4096)
@@ -39,7 +49,7 @@ def is_json_list(path: Path) -> bool:
 def jsonl_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
     """Yields (line, row) for every line that is not blank. A row that cannot be decoded is a Problem instead."""
     first = True
-    with path.open("rb") as file:
+    with open_text_bytes(path) as file:
         for line, raw in enumerate(file, start=1):
             raw = raw.removeprefix(_BOM) if line == 1 else raw
             if not raw.strip():
@@ -62,7 +72,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
 
 def list_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
     """Yields (line, row) for a file that holds one JSON list."""
-    text = _decode(path.read_bytes().removeprefix(_BOM), 1)
+    text = _decode(_all_bytes(path).removeprefix(_BOM), 1)
     if isinstance(text, Problem):
         yield text.line, text
         return
@@ -98,9 +108,14 @@ def list_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
         yield problem.line, problem
 
 
+def _all_bytes(path: Path) -> bytes:
+    with open_text_bytes(path) as file:
+        return file.read()
+
+
 def count_lines(path: Path) -> int:
     """Lines of a JSONL file that are not blank, without decoding them."""
-    with path.open("rb") as file:
+    with open_text_bytes(path) as file:
         return sum(1 for raw in file if raw.removeprefix(_BOM).strip())
 
 
@@ -143,7 +158,7 @@ def _spread_object(path: Path) -> Problem | None:
     if path.stat().st_size > _SMALL:
         return None
     try:
-        whole = json.loads(path.read_bytes())
+        whole = json.loads(_all_bytes(path))
     except ValueError:
         return None
     if not isinstance(whole, dict):

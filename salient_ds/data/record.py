@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, Turn
 from salient_ds.data.segments import Segment
-from salient_ds.data.templates import Template
+from salient_ds.data.template_base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,9 +59,12 @@ def template_record(template: Template, tokenizer: PreTrainedTokenizerBase | Non
 
     A template that takes no system message gets a placeholder instead of that sample.
     """
-    rendered = [template.segments(Conversation(None, _TURNS), tokenizer), template.segments(_TASK, tokenizer)]
+    rendered = [
+        *template.examples(Conversation(None, _TURNS), tokenizer),
+        *template.examples(_TASK, tokenizer),
+    ]
     try:
-        rendered.append(template.segments(Conversation(_SYSTEM, _TURNS), tokenizer))
+        rendered += template.examples(Conversation(_SYSTEM, _TURNS), tokenizer)
     except ValueError:
         rendered.append([Segment("(takes no system message)", False)])
     content = json.dumps([template.name, template.adds_bos, rendered])

@@ -1,41 +1,53 @@
 """Converts one row (a JSON object) of a supported format to a Conversation. Standard library only.
 
-alpaca    {"instruction", "output", optional "input", optional "system"}
-messages  {"messages": [{"role": system|user|assistant, "content"}]}
-sharegpt  {"conversations": [{"from": system|human|gpt, "value"}]}
+alpaca    {"instruction", "output", optional "input", "system", "history"}
+messages  {"messages": [{"role": system|user|assistant|tool, "content"}]}
+sharegpt  {"conversations": [{"from": system|human|gpt|function_call|observation, "value"}]}
+
+Keys that mean something for training are in keys.py: each is honoured, or the row is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from salient_ds.data.conversation import ASSISTANT, SYSTEM, USER, Conversation, Turn
-from salient_ds.strict import nearest
+from salient_ds.data.conversation import ASSISTANT, USER, Conversation, RowError, Turn
+from salient_ds.data.keys import (
+    HISTORY,
+    ROW_KEYS,
+    SYSTEM_KEY,
+    TEMPLATE_KWARGS,
+    absent,
+    parsed,
+    refuse_media,
+    tools_of,
+    without_nulls,
+)
+from salient_ds.data.turns import (
+    CHAT,
+    EMPTY_ANSWER,
+    SHAREGPT,
+    Names,
+    Turns,
+    keys_of,
+    kind_of,
+    missing,
+    read_turns,
+    rename_hint,
+    text_of,
+)
 
 FORMATS = ("alpaca", "messages", "sharegpt")
-EMPTY_ANSWER = "empty answer"
-
-_CHAT_ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
-_SHAREGPT_ROLES = {"system": SYSTEM, "human": USER, "gpt": ASSISTANT}
-# Names that other tools give to the same field: close in meaning, not in spelling.
-_SYNONYMS = {
-    "output": ("response", "answer", "completion", "target"),
-    "instruction": ("prompt", "question", "query"),
-    "messages": ("conversation", "dialog", "chat"),
-    "content": ("value", "text"),
-    "value": ("content", "text"),
-    "role": ("from",),
-    "from": ("role",),
-}
+_ALPACA_KEYS = ("instruction", "input", "output")
 
 
-class RowError(ValueError):
-    """An error in one row; the reader adds the line. `kind` is the short name that problems are counted by."""
+class ParsedRow(NamedTuple):
+    """A row that can be trained on."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+    conversation: Conversation
+    ignored: tuple[str, ...]
+    """Keys that nothing reads; the keys of turns as "messages[].key"."""
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
@@ -43,154 +55,106 @@ def detect_format(row: Mapping[str, Any]) -> str:
 
     Raises RowError (a ValueError) naming the keys found and what each format needs.
     """
-    if "messages" in row:
+    if not absent(row.get("messages")):
         return "messages"
-    if "conversations" in row:
+    if not absent(row.get("conversations")):
         return "sharegpt"
     if "instruction" in row or "output" in row:
         return "alpaca"
-    near = [hint for key in ("instruction", "messages", "conversations") if (hint := _nearest(key, row))]
+    for key, name in (("messages", "messages"), ("conversations", "sharegpt")):
+        if key in row:
+            return name
+    near = [hint for key in ("instruction", "messages", "conversations") if (hint := rename_hint(key, row))]
     raise RowError(
         "unknown format",
-        f"unknown format: {_keys(row)}; expected instruction and output (alpaca), messages "
+        f"unknown format: {keys_of(row)}; expected instruction and output (alpaca), messages "
         f"(chat) or conversations (sharegpt){'; ' + near[0] if near else ''}",
     )
 
 
-def parse_row(row: object, fmt: str, source: tuple[str, int]) -> Conversation:
-    """Validates one row of format `fmt` and normalises it. Raises RowError."""
+def parse_row(row: object, fmt: str, source: tuple[str, int], nulls: bool = False) -> ParsedRow:
+    """Validates one row of format `fmt` and normalises it.
+
+    `nulls`: the row comes from Parquet or Arrow, whose structs hold null for every field that other rows have.
+    Raises RowError.
+    """
     if not isinstance(row, dict):
-        raise RowError("not an object", f"the row is {_kind(row)}, expected an object with keys")
+        raise RowError("not an object", f"the row is {kind_of(row)}, expected an object with keys")
+    if nulls:
+        row = {key: without_nulls(value) for key, value in row.items()}
+    refuse_media(row)
+    own = _ALPACA_KEYS if fmt == "alpaca" else (CHAT.turns if fmt == "messages" else SHAREGPT.turns,)
+    ignored = [key for key in row if key not in (*own, *ROW_KEYS) and not absent(row[key])]
     if fmt == "alpaca":
-        return _from_alpaca(row, source)
-    if fmt == "messages":
-        return _from_turns(row, "messages", ("role", "content"), _CHAT_ROLES, source)
-    assert fmt == "sharegpt", fmt
-    return _from_turns(row, "conversations", ("from", "value"), _SHAREGPT_ROLES, source)
+        found = _from_alpaca(row)
+    else:
+        assert fmt in ("messages", "sharegpt"), fmt
+        found = _from_turns(row, CHAT if fmt == "messages" else SHAREGPT)
+    # with further turns there are no headings for the last question alone
+    apart = fmt == "alpaca" and absent(row.get(HISTORY))
+    conversation = Conversation(
+        found.system,
+        found.turns,
+        instruction=text_of(row, "instruction") if apart else None,
+        input=(_optional(row, "input") or "") if apart else None,
+        source=source,
+        tools=tools_of(row),
+        template_kwargs=parsed(row, TEMPLATE_KWARGS, dict, "an object of template variables"),
+    )
+    return ParsedRow(conversation, (*ignored, *found.ignored))
 
 
-def _from_alpaca(row: dict[str, Any], source: tuple[str, int]) -> Conversation:
-    instruction = _text(row, "instruction")
-    answer = _text(row, "output")
-    extra = "" if row.get("input") is None else _text(row, "input")
-    system = None if row.get("system") is None else _text(row, "system")
+def _from_alpaca(row: Mapping[str, Any]) -> Turns:
+    instruction, answer = text_of(row, "instruction"), text_of(row, "output")
+    extra = _optional(row, "input")
     if not instruction.strip():
         raise RowError("empty instruction", 'empty "instruction"')
     if not answer.strip():
         raise RowError(EMPTY_ANSWER, 'empty answer: "output" holds no text')
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    turns = (Turn(USER, question), Turn(ASSISTANT, answer))
-    return Conversation(system or None, turns, instruction, extra, source)
+    turns = (*_history(row), Turn(USER, question), Turn(ASSISTANT, answer))
+    return Turns(_optional(row, SYSTEM_KEY), turns, ())
 
 
-def _from_turns(
-    row: dict[str, Any], key: str, names: tuple[str, str], roles: dict[str, str], source: tuple[str, int]
-) -> Conversation:
-    """Parse a row of turns. Chat and ShareGPT rows differ only in the names of keys and roles."""
-    system: str | None = None
+def _history(row: Mapping[str, Any]) -> list[Turn]:
+    """Earlier exchanges: a list of [question, answer]."""
     turns: list[Turn] = []
-    for position, item in enumerate(_items(row, key), start=1):
-        label = f"{key}[{position}]"
-        if not isinstance(item, dict):
-            raise RowError("wrong turn", f"{label} is {_kind(item)}, expected an object with {names[0]} and {names[1]}")
-        name = _text(item, names[0], label)
-        text = _text(item, names[1], label)
-        role = roles.get(name)
-        if role is None:
-            raise RowError("unknown role", _role_message(label, name, roles))
-        if role == SYSTEM:
-            if position > 1:
-                raise RowError("role order", f"{label} is a system turn: only the first may be one")
-            system = text or None
-            continue
-        _check_turn(label, role, name, text, turns)
-        turns.append(Turn(role, text))
-    if not turns or turns[-1].role != ASSISTANT:
-        last = "there is none" if not turns else "the last is a user turn"
-        raise RowError("role order", f"{key} must end with an assistant turn ({_name_of(ASSISTANT, roles)}): {last}")
-    return Conversation(system, tuple(turns), source=source)
+    for position, pair in enumerate(parsed(row, HISTORY, list, "a list of [question, answer]") or [], start=1):
+        label = f'"{HISTORY}"[{position}]'
+        if not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise RowError(HISTORY, f"{label} is {kind_of(pair)}, expected a pair: [question, answer]")
+        question, answer = (text_of({HISTORY: text}, HISTORY, label) for text in pair)
+        if not question.strip() or not answer.strip():
+            raise RowError(HISTORY, f"{label} holds an empty question or answer")
+        turns += [Turn(USER, question), Turn(ASSISTANT, answer)]
+    return turns
 
 
-def _check_turn(label: str, role: str, name: str, text: str, before: list[Turn]) -> None:
-    expected = USER if len(before) % 2 == 0 else ASSISTANT
-    if role != expected:
-        what = "begin with a user turn" if not before else "alternate between user and assistant"
-        raise RowError("role order", f'{label} is a turn by "{name}": turns must {what}')
-    if not text.strip():
-        if role == ASSISTANT:
-            raise RowError(EMPTY_ANSWER, f"empty answer: {label} holds no text")
-        raise RowError("empty question", f"empty user turn: {label} holds no text")
+def _from_turns(row: Mapping[str, Any], names: Names) -> Turns:
+    """Shared by chat and ShareGPT, which differ in the names of keys and roles only."""
+    if not absent(row.get(HISTORY)):
+        raise RowError(HISTORY, f'"{HISTORY}" is there beside "{names.turns}": put earlier turns into {names.turns}')
+    found = read_turns(_items(row, names.turns), names)
+    column = _optional(row, SYSTEM_KEY)
+    if column is None:
+        return found
+    if found.system is not None and found.system != column:
+        raise RowError(SYSTEM_KEY, f'the row has a "{SYSTEM_KEY}" column and a system turn, and they differ: keep one')
+    return found._replace(system=column)
 
 
-def _role_message(label: str, name: str, roles: dict[str, str]) -> str:
-    known = f'{label} has the role "{name}", known are {", ".join(roles)}'
-    if name in ("tool", "function", "ipython", "observation"):
-        return f"{known}: tool turns are not supported, leave these conversations out"
-    near = nearest(name.lower(), roles)
-    return f'{known}; did you mean "{near}"?' if near else known
-
-
-def _name_of(role: str, roles: dict[str, str]) -> str:
-    return next(name for name, normal in roles.items() if normal == role)
-
-
-def _items(row: dict[str, Any], key: str) -> list[Any]:
+def _items(row: Mapping[str, Any], key: str) -> list[Any]:
     if key not in row:
-        raise RowError(f'no "{key}"', _missing(key, row))
+        raise RowError(f'no "{key}"', missing(key, row))
     value = row[key]
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         # Parquet written with the older list-of-struct layout holds one list per field.
-        value = [dict(zip(value, cells, strict=False)) for cells in zip(*value.values(), strict=False)]
+        value = [without_nulls(dict(zip(value, cells, strict=False))) for cells in zip(*value.values(), strict=False)]
     if not isinstance(value, list):
-        raise RowError("wrong type", f'"{key}" is {_kind(value)}, expected a list of turns')
+        raise RowError("wrong type", f'"{key}" is {kind_of(value)}, expected a list of turns')
     return value
 
 
-def _text(row: dict[str, Any], key: str, inside: str = "") -> str:
-    if key not in row:
-        raise RowError(f'no "{key}"', (f"{inside} has " if inside else "") + _missing(key, row))
-    value = row[key]
-    if not isinstance(value, str):
-        name = f'{inside}["{key}"]' if inside else f'"{key}"'
-        raise RowError("wrong type", f"{name} is {_kind(value)}, expected text")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError(
-                "broken text",
-                f'"{key}" holds half of a surrogate pair ({value[error.start]!a}) at character '
-                f"{error.start + 1}: no tokenizer accepts it",
-            ) from None
-    return value
-
-
-def _missing(key: str, row: Mapping[str, Any]) -> str:
-    hint = _nearest(key, row)
-    return f'no "{key}": {_keys(row)}{"; " + hint if hint else ""}'
-
-
-def _nearest(key: str, row: Mapping[str, Any]) -> str:
-    lower = {str(found).lower(): str(found) for found in row}
-    near = nearest(key, lower) or next((name for name in _SYNONYMS.get(key, ()) if name in lower), None)
-    return f'rename "{lower[near]}" to "{key}"?' if near else ""
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    shown = [str(key) for key in list(row)[:8]]
-    more = f" and {len(row) - 8} more" if len(row) > 8 else ""
-    return f"keys found: {', '.join(shown)}{more}" if shown else "the object is empty"
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    names = {
-        "str": "text",
-        "list": "a list",
-        "dict": "an object",
-        "bool": "true/false",
-        "int": "a number",
-        "float": "a number",
-    }
-    return names.get(type(value).__name__, type(value).__name__)
+def _optional(row: Mapping[str, Any], key: str) -> str | None:
+    """Text that may be absent; None if it is."""
+    return None if absent(row.get(key)) else text_of(row, key)

@@ -7,17 +7,18 @@ the same length. `starts` holds the character at which each token begins. A boun
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from salient_ds.data.conversation import IGNORED, Conversation
+from salient_ds.data.conversation import IGNORED, Conversation, OnBadRow, Problem, ProblemLog, RowError
 from salient_ds.data.segments import Segment
-from salient_ds.data.templates import Template
+from salient_ds.data.template_base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,10 @@ class TokenizationReport:
     """Rows of the data set: the same as `kept`, or fewer if examples are packed."""
     shortest_useful: int = 0
     """The smallest max_length at which any conversation keeps an answer token."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Conversations that the template cannot render as they are, left out on request, by kind of problem."""
+    split: int = 0
+    """Conversations whose history the template rewrites, and which became one example per answer."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -71,6 +76,11 @@ class TokenizationReport:
             )
         if self.dropped:
             parts.append(f"{self.dropped:,} of them dropped: no answer left")
+        if self.refused:
+            kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.refused.most_common())
+            parts.append(f"{sum(self.refused.values()):,} left out by the template ({kinds})")
+        if self.split:
+            parts.append(f"{self.split:,} with history that the template rewrites became one example per answer")
         if self.control_tokens:
             parts.append(f"{self.control_tokens:,} spell a special token in their text")
         return "; ".join(parts)
@@ -94,29 +104,58 @@ def tokenize_all(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     report: TokenizationReport,
+    bad_rows: OnBadRow = "error",
 ) -> Iterator[Example]:
     """Tokenises and truncates conversations, and counts them in `report`. Those left without an answer are dropped.
 
-    Raises ValueError when all are dropped, with the max_length that would help.
+    `bad_rows`: "skip" leaves out conversations that the template cannot render as they are. Raises DataError with all
+    of them by kind otherwise, and ValueError when no answer token is left of any, with the max_length that would help.
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a sequence needs at least 2 tokens, one to read and one to predict")
     bos = _bos(template, tokenizer)
     control = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens))) or r"(?!)")
     remaining = iter(conversations)
+    log = ProblemLog("")
     while batch := list(islice(remaining, _BATCH)):
         report.control_tokens += sum(any(control.search(turn.text) for turn in item.turns) for item in batch)
-        segmented = [template.segments(conversation, tokenizer) for conversation in batch]
-        for ids, labels in _encode(segmented, tokenizer, bos):
+        segmented = list(_rendered(batch, template, tokenizer, report, None if bad_rows == "skip" else log))
+        for ids, labels in _encode(segmented, tokenizer, bos) if segmented else ():
             example = _cut(ids, labels, max_length, report)
             if example is not None:
                 yield example
+    log.raise_if_any()
+    if report.refused and not report.examples:
+        kinds = ", ".join(report.refused)
+        raise ValueError(f"the template can render none of {sum(report.refused.values())} conversations ({kinds})")
     if report.examples and not report.kept:
         raise ValueError(
             f"max_length={max_length} leaves no answer token in any of the {report.examples} examples (the "
             f"longest has {report.longest} tokens): raise max_length to {report.shortest_useful} or more, or "
             "shorten the prompts"
         )
+
+
+def _rendered(
+    batch: Iterable[Conversation],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    report: TokenizationReport,
+    log: ProblemLog | None,
+) -> Iterator[list[Segment]]:
+    """The training texts of a batch. What cannot be rendered goes to ``log``, or is counted and left out without it."""
+    for conversation in batch:
+        try:
+            texts = template.examples(conversation, tokenizer)
+        except RowError as error:
+            if log is None:
+                report.refused[error.kind] += 1
+            else:
+                log.source = log.source or conversation.source[0]
+                log.add(Problem(error.kind, conversation.source[1], str(error)))
+            continue
+        report.split += len(texts) > 1
+        yield from texts
 
 
 def count_targets(labels: npt.NDArray[np.integer]) -> int:

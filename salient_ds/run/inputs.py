@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from salient_ds.config.run import RunConfig
+from salient_ds.data.chat_template import fixed_date_note
 from salient_ds.data.collate import Collator, pad_token_id
 from salient_ds.data.dataset import InstructionDataset, build_dataset, split_eval
-from salient_ds.data.formats import read_rows
+from salient_ds.data.formats import read_data
 from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler
+from salient_ds.data.template_base import Template
 from salient_ds.data.templates import get_template
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.probe import ProbeData
@@ -44,19 +46,29 @@ class Inputs:
 
 def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
     """Read, render and tokenise the run's data. Deterministic: the result is the same on every process."""
-    template = get_template(run.data.template)
-    rows = read_rows(run.data.train, run.data.format, run.data.empty_answers)
-    dataset, report = build_dataset(rows, template, tokenizer, run.data.max_length, run.data.packing)
-    notes = [f"train: {report.summary()}"]
+    data = run.data
+    template = get_template(data.template, data.rewritten_history)
+    dataset, notes = _read("train", data.train, run, tokenizer, template, data.packing)
     held_out = None
-    if run.data.eval is not None:
-        rows = read_rows(run.data.eval, run.data.format, run.data.empty_answers)
-        held_out, report = build_dataset(rows, template, tokenizer, run.data.max_length, False)
-        notes.append(f"eval: {report.summary()}")
-    elif run.data.eval_size:
-        dataset, held_out = split_eval(dataset, run.data.eval_size, run.train.seed)
+    if data.eval is not None:
+        held_out, more = _read("eval", data.eval, run, tokenizer, template, False)
+        notes += more
+    elif data.eval_size:
+        dataset, held_out = split_eval(dataset, data.eval_size, run.train.seed)
+    date = fixed_date_note(tokenizer) if data.template == "tokenizer" else None
+    notes += [date] if date else []
     collator = Collator(pad_token_id(tokenizer), attn_implementation=run.model.attn_implementation)
     return Inputs(dataset, held_out, collator, template_record(template, tokenizer), notes)
+
+
+def _read(
+    name: str, path: str, run: RunConfig, tokenizer: Any, template: Template, packing: bool
+) -> tuple[InstructionDataset, list[str]]:
+    """One part of the data, and what there is to say about it."""
+    data = run.data
+    rows, summary = read_data(path, data.format, data.empty_answers, data.bad_rows)
+    dataset, report = build_dataset(rows, template, tokenizer, data.max_length, packing, bad_rows=data.bad_rows)
+    return dataset, [*summary.notes(name), f"{name}: {report.summary()}"]
 
 
 def micro_batches(
