@@ -62,8 +62,7 @@ class PlainTraining:
 
     Each step of the loop has to look like this::
 
-        training.before_forward(step, probe)      # for methods whose events come before a step
-        training.before_backward(step)
+        training.before_forward(step)
         ...                                       # forward pass, loss.backward()
         training.before_optimizer(step)
         optimizer.step()
@@ -86,27 +85,28 @@ class PlainTraining:
         if self._scoring is not None:
             self._scoring.choose_reduction(1)
 
-    def before_forward(self, step: int, probe: Callable[[str], ProbeScores]) -> None:
-        """Run the event that comes before ``step``, if there is one. ``probe(proxy)`` returns the proxy's scores."""
+    def before_forward(self, step: int, probe: Callable[[str], ProbeScores] | None = None) -> None:
+        """Turn on scoring of ``step``, if the method asks for it, and take the event that comes before it, if any.
+
+        Adapters look in the forward pass whether scoring is on. So this comes first.
+
+        Args:
+            probe: ``probe(proxy)`` returns the proxy's scores; for methods whose events come before a step.
+        """
+        scores = self.adapted.scores
+        if scores is not None and self._scoring is not None and self._scoring.scored_at(step) and not scores.armed:
+            scores.arm(1.0, torch.device("cpu"), None)
         method = self.method
         if not isinstance(method, ProbingMethod):
             return
         event = method.probe_due(step - 1)
         if event is None:
             return
+        assert probe is not None, "a method that probes needs scores"
         proxy: str | None = method.proxy_of(event)
         while proxy is not None:
             proxy = method.take_probe(event, proxy, probe(proxy))
         self._allocate(event)
-
-    def before_backward(self, step: int) -> None:
-        """Turn on scoring of the backward pass of ``step``, if the method asks for it.
-
-        Call this before the forward pass: that is where adapters check whether scoring is on.
-        """
-        scores = self.adapted.scores
-        if scores is not None and self._scoring is not None and self._scoring.scored_at(step) and not scores.armed:
-            scores.arm(1.0, torch.device("cpu"), None)
 
     def before_optimizer(self, step: int) -> None:
         """Let the method observe the final gradients and the values before the update."""

@@ -80,10 +80,10 @@ def steps(run: PlainTraining, student: Student, problem: Problem, training: Trai
         rows_n = torch.randint(len(problem.inputs_nD), (training.batch,), generator=draw)
         if penalty is not None:
             penalty.arm(1.0, torch.device("cpu"))
+        run.before_forward(step)
         loss = F.mse_loss(student.model(problem.inputs_nD[rows_n]), problem.targets_nD[rows_n]) / problem.base_error
         if not math.isfinite(loss.item()):
             raise Diverged(f"the loss of step {step} is {loss.item()}")
-        run.before_backward(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.clip)
         run.before_optimizer(step)

@@ -49,7 +49,6 @@ def train_plain(case: Case, model_dir: Path) -> dict[str, Any]:
     model.train()
     for step in range(1, case.steps + 1):
         training.before_forward(step, lambda proxy: equal_scores(proxy, adapted))
-        training.before_backward(step)  # scores need hooks in the forward pass, too
         optimizer.zero_grad()
         task = task_loss(model, step)
         penalty, norms = penalty_of(training, config.adapter.orthogonality)

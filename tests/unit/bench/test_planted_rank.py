@@ -19,6 +19,7 @@ from salient_eval.bench.planted_students import build_student
 from salient_eval.bench.planted_summary import best_rates, findings, summarise
 from salient_eval.bench.planted_train import steps, student_updates, train
 
+from salient_ds.methods.increlora.method import IncreLoRA
 from salient_ds.methods.table import methods
 
 SMALL = ProblemSize(planted=(0, 1, 2, 5), width=16, hidden=20, train_examples=2048, test_examples=512)
@@ -156,6 +157,16 @@ def test_what_is_dropped_does_not_act() -> None:
         for matrix, update_OI in student_updates(student, problem).items():
             live = run.ranks()[matrix]
             assert int((torch.linalg.svdvals(update_OI.double()) > 1e-5).sum()) <= live, (name, matrix)
+
+
+def test_every_matrix_that_is_to_grow_is_scored() -> None:
+    problem = make_problem(SMALL, "equal_energy", 0)
+    student = build_student(BY_NAME["increlora"], problem, SMALL, SHORT, 0)
+    assert isinstance(student.method, IncreLoRA)
+    parameters = [p for p in student.model.parameters() if p.requires_grad]
+    run = PlainTraining(student.adapted, student.method, torch.optim.AdamW(parameters, lr=0.02, fused=True))
+    steps(run, student, problem, SHORT, 0)
+    assert bool((student.method.smoothed_M2 > 0).all())
 
 
 def test_a_diverged_run_is_a_value() -> None:
