@@ -55,8 +55,8 @@ class DataConfig(Strict):
     format: Literal["auto", "alpaca", "messages", "sharegpt"] = "auto"
     """Format of the rows. auto: found from the keys of the first row that fits one of the formats."""
     template: str = "alpaca"
-    """Prompt template: alpaca, vicuna_v1.1, llama-2, tokenizer (the tokenizer's own chat template), or fastchat:NAME
-    (any template of FastChat)."""
+    """Prompt template: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer (the tokenizer's own chat template), or
+    fastchat:NAME (any template of FastChat)."""
     max_length: int = Field(512, gt=1)
     """Maximum number of tokens per example. Longer examples are cut on the right; the log says how many were cut."""
     empty_answers: Literal["error", "skip"] = "error"

@@ -1,9 +1,10 @@
 """Prompt templates: they turn a conversation into text segments, each an answer (trained on) or not. No torch.
 
-Four templates have a short name. All others of fastchat are "fastchat:NAME":
+Five templates have a short name. All others of fastchat are "fastchat:NAME":
 alpaca       Stanford Alpaca's training text (tatsu-lab/stanford_alpaca, train.py), with and without an input
 vicuna_v1.1  fastchat's own, which Vicuna was trained with
 llama-2      fastchat's own: `[INST] question [/INST] answer </s><s>[INST] ...`, as Llama 2 was trained
+chatml       <|im_start|>role, text, <|im_end|>
 tokenizer    the tokenizer's chat template
 
 An answer's segment starts where the prompt for generation ends. So its leading blank (as in "ASSISTANT: yes") is
@@ -120,6 +121,28 @@ class AlpacaTemplate(FastchatTemplate):
         return super()._render(conversation, tokenizer)
 
 
+class ChatMLTemplate(FastchatTemplate):
+    """ChatML as OpenAI and many models write it: <|im_start|>ROLE, a line end, the text, <|im_end|>, a line end.
+
+    Unlike fastchat's templates of this form it has no system message of its own. Special tokens are those of the text:
+    a tokenizer that does not know them spells them out.
+    """
+
+    adds_bos = False
+
+    def __init__(self) -> None:
+        super().__init__("chatml", "chatml")
+
+    def _render(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:
+        self._refuse_what_has_no_place(conversation)
+        parts = [(message["role"], message["content"]) for message in conversation.messages()]
+        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in parts)
+        return text + ("<|im_start|>assistant\n" if conversation.turns[-1].role != ASSISTANT else "")
+
+    def _ends(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+        return ["<|im_end|>"]
+
+
 class Llama2Template(FastchatTemplate):
     """Llama 2's chat format. Texts are stripped, as in the released `chat_completion` (llama/generation.py)."""
 
@@ -134,7 +157,7 @@ class Llama2Template(FastchatTemplate):
 
 
 def get_template(name: str, rewritten_history: RewrittenHistory = "per_answer") -> Template:
-    """The template called `name`: alpaca, vicuna_v1.1, llama-2, tokenizer, or fastchat:NAME.
+    """The template called `name`: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer, or fastchat:NAME.
 
     A fastchat template is accepted if a sample of two exchanges can be cut into prompts, answers and end markers.
     Raises ValueError for an unknown name (with the nearest known one), and for a template that cannot be cut (with the
@@ -142,6 +165,8 @@ def get_template(name: str, rewritten_history: RewrittenHistory = "per_answer") 
     """
     if name == "alpaca":
         return AlpacaTemplate()
+    if name == "chatml":
+        return ChatMLTemplate()
     if name == "tokenizer":
         return TokenizerTemplate(rewritten_history)
     registered = name.removeprefix(_PREFIX)
@@ -161,11 +186,9 @@ def get_template(name: str, rewritten_history: RewrittenHistory = "per_answer") 
 
 
 def _suggestion(name: str) -> str:
-    near = nearest(name, NAMES, likeness=0.5)
-    if near is None:
-        theirs = nearest(name, fastchat.conv_templates, likeness=0.5)
-        near = None if theirs is None else _PREFIX + theirs
-    return f'; did you mean "{near}"?' if near else ""
+    known = {**{theirs: _PREFIX + theirs for theirs in fastchat.conv_templates}, **{ours: ours for ours in NAMES}}
+    near = nearest(name, known, likeness=0.5)
+    return f'; did you mean "{known[near]}"?' if near else ""
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:

@@ -145,6 +145,18 @@ def test_tokenizer_template_as_smollm2_has_it(chatml: Any) -> None:
     assert segments == [(prompt, False), ("A<|im_end|>", True)]
 
 
+def test_chatml_is_the_same_text_with_every_tokenizer(llama: Any, chatml: Any) -> None:
+    conversation, template = ask("Name a river.", "The Elbe.", "Another?", "Oder"), get_template("chatml")
+    segments = template.segments(conversation, llama)
+    assert segments == template.segments(conversation, chatml)
+    assert "".join(segment.text for segment in segments).startswith(
+        "<|im_start|>user\nName a river.<|im_end|>\n<|im_start|>assistant\nThe Elbe.<|im_end|>\n<|im_start|>user\n"
+    )
+    assert [segment.text for segment in segments if segment.is_answer] == ["The Elbe.<|im_end|>", "Oder<|im_end|>"]
+    with_system = template.segments(ask("Name a river.", "Elbe", system="Be brief."), llama)
+    assert with_system[0].text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+
+
 def test_tokenizer_without_chat_template(llama: Any, two_turns: Conversation) -> None:
     with pytest.raises(ValueError, match=r"has no chat template; choose one of alpaca"):
         get_template("tokenizer").text(two_turns, llama)
