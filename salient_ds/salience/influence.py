@@ -37,7 +37,8 @@ SATURATION = 1e300
 """Largest influence reported. Sums of saturated values stay finite."""
 
 # Thresholds are lowered by this relative slack, which exceeds the rounding of a normalised float32 dot product. So a
-# value that meets a threshold exactly is an edge (the code tests >=) on every device and with every block size.
+# value that meets a threshold exactly is an edge (the code tests >=) on every device and with every block size. With
+# strict edges, pairs this close to a threshold are decided in float64, without a slack, as the released code does.
 _THRESHOLD_SLACK = 1e-6
 # Bands are narrower than gamma by more than slack and rounding together, so no edge can lie inside a band.
 _BAND_SLACK = 1e-5
@@ -53,6 +54,7 @@ def influence(
     leaf: float,
     *,
     epsilon: float = 0.0,
+    strict: bool = False,
     block_bytes: int = BLOCK_BYTES,
     share: WorkShare | None = None,
 ) -> Tensor:
@@ -69,6 +71,8 @@ def influence(
             Either way they count as 1 for the values that point at them.
         epsilon: added to the denominators of correlation and slope: 1e-15 in the released code (it removes edges
             between histories whose sum of squares is about that small), else 0.
+        strict: decide pairs within 1e-6 of a threshold in float64 and without a slack, as the released code does. This
+            costs a float64 copy of the window. Otherwise they all are edges.
         block_bytes: memory for one block. All other memory is a few copies of the window.
         share: divides the blocks of every band over processes, which all call this with the same arguments. The result
             is the same bit for bit, because the blocks do not depend on who computes them. None: this process computes
@@ -89,7 +93,7 @@ def influence(
         raise ValueError(f"block_bytes={block_bytes} is below {_BYTES_PER_PAIR}, the memory for one pair")
     out_N = torch.full((window_NT.shape[0],), float(leaf), dtype=torch.float64, device=window_NT.device)
     with torch.no_grad(), full_precision_matmul(window_NT.device.type):
-        graph = DependencyGraph.of(window_NT, beta, gamma, epsilon)
+        graph = DependencyGraph.of(window_NT, beta, gamma, epsilon, strict)
         if len(graph.rows_L):
             out_N[graph.rows_L] = _solve(graph, leaf, block_bytes // _BYTES_PER_PAIR, share or WorkShare())
     return out_N
@@ -112,9 +116,13 @@ class DependencyGraph:
     beta: float
     gamma: float
     epsilon: float
+    centred_LT: Tensor | None = None
+    """Centred histories, float64; only for strict edges."""
 
     @classmethod
-    def of(cls, window_NT: Tensor, beta: float, gamma: float, epsilon: float = 0.0) -> DependencyGraph:
+    def of(
+        cls, window_NT: Tensor, beta: float, gamma: float, epsilon: float = 0.0, strict: bool = False
+    ) -> DependencyGraph:
         """The graph of a window.
 
         Centring in float64 makes a constant history exactly zero. So it is left out reliably, without an epsilon.
@@ -125,8 +133,18 @@ class DependencyGraph:
         order_N = torch.argsort(sigma_N, stable=True)
         rows_L = order_N[sigma_N[order_N] > 0]
         sigma_L = sigma_N[rows_L]
-        unit_LT = centred_NT[rows_L].div_(sigma_L[:, None]).float()
-        return cls(rows_L, unit_LT, sigma_L, sigma_L.cpu(), beta, gamma, epsilon)
+        centred_LT = centred_NT[rows_L]
+        unit_LT = (centred_LT / sigma_L[:, None]).float()
+        return cls(
+            rows_L,
+            unit_LT,
+            sigma_L,
+            sigma_L.cpu(),
+            beta=beta,
+            gamma=gamma,
+            epsilon=epsilon,
+            centred_LT=centred_LT if strict else None,
+        )
 
     def first_above(self, row: int) -> int:
         """Index of the first value that ``row`` could have an edge to. Those before it are too close to it."""
@@ -159,10 +177,23 @@ class DependencyGraph:
             limit_rc.clamp_(min=self.beta)
         return limit_rc.mul_(1 - _THRESHOLD_SLACK)
 
+    def _strictly(self, i_p: Tensor, j_p: Tensor) -> Tensor:
+        """Whether the pairs i -> j are edges in float64: rho >= beta and slope >= gamma, (p,) bool."""
+        assert self.centred_LT is not None
+        product_p = (self.centred_LT[i_p] * self.centred_LT[j_p]).sum(1)
+        squares_p = self.centred_LT[i_p].square().sum(1)
+        rho_p = product_p / ((squares_p * self.centred_LT[j_p].square().sum(1)).sqrt() + self.epsilon)
+        return (rho_p >= self.beta) & (product_p / (squares_p + self.epsilon) >= self.gamma)
+
     def correlations(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """rho where there is an edge and 0 elsewhere, (r, c) float32; and whether a row has any edge, (r,)."""
         rho_rc = self.unit_LT[rows] @ self.unit_LT[columns].T
-        edge_rc = rho_rc >= self.limits(rows, columns)
+        limit_rc = self.limits(rows, columns)
+        edge_rc = rho_rc >= limit_rc
+        if self.centred_LT is not None:
+            close_rc = (rho_rc - limit_rc).abs_() <= 3 * _THRESHOLD_SLACK * limit_rc
+            row_p, column_p = close_rc.nonzero(as_tuple=True)
+            edge_rc[row_p, column_p] = self._strictly(row_p + rows.start, column_p + columns.start)
         rho_rc.masked_fill_(~edge_rc, 0.0)
         return rho_rc, edge_rc.any(1)
 

@@ -190,6 +190,7 @@ class SalientLoRA:
             self.config.gamma,
             options.leaf_influence,
             epsilon=REFERENCE_EPSILON if reference else 0.0,
+            strict=options.edges == "strict",
             share=self.share,
         )
         terms = score.normalise(magnitude_L, influence_L, options.normalisation, sizes, "nan" if reference else "zero")

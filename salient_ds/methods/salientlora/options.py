@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -41,6 +42,9 @@ class SalientOptions:
     loss_weights: Literal["per_module", "global"]
     """What weights a value's history. per_module: the orthogonality loss of its own matrix (paper). global: the loss
     over all matrices (released code)."""
+    edges: Literal["tolerant", "strict"]
+    """Pairs of values within 1e-6 of the thresholds beta and gamma, as with a slope of exactly 2. tolerant: they depend
+    on each other, on every device. strict: decided in float64 without a slack (code)."""
     apply_at: Literal["now", "next_step"]
     """When a decision takes effect: right after the event (paper), or after the next optimizer step (released code)."""
     ties: Literal["exact", "threshold"]
@@ -57,13 +61,13 @@ class SalientOptions:
 SALIENT_PRESETS: dict[str, SalientOptions] = {
     "paper": SalientOptions(
         schedule="paper", final_prune=True, leaf_influence=1.0, combine="mix", normalisation="robust",
-        magnitude="absolute", loss_weights="per_module", apply_at="now", ties="exact", nan_scores="zero",
-        pruned_vectors="zero",
+        magnitude="absolute", loss_weights="per_module", edges="tolerant", apply_at="now", ties="exact",
+        nan_scores="zero", pruned_vectors="zero",
     ),
     "reference": SalientOptions(
         schedule="reference", final_prune=False, leaf_influence=0.0, combine="sum", normalisation="released",
-        magnitude="absolute", loss_weights="global", apply_at="next_step", ties="threshold", nan_scores="reference",
-        pruned_vectors="train",
+        magnitude="absolute", loss_weights="global", edges="strict", apply_at="next_step", ties="threshold",
+        nan_scores="reference", pruned_vectors="train",
     ),
 }  # fmt: skip
 
@@ -94,6 +98,7 @@ class SalientLoRAConfig(TargetConfig):
     normalisation: Literal["printed", "released", "robust"] | None = None
     magnitude: Literal["absolute", "signed"] | None = None
     loss_weights: Literal["per_module", "global"] | None = None
+    edges: Literal["tolerant", "strict"] | None = None
     apply_at: Literal["now", "next_step"] | None = None
     ties: Literal["exact", "threshold"] | None = None
     nan_scores: Literal["zero", "reference"] | None = None
@@ -106,6 +111,8 @@ class SalientLoRAConfig(TargetConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> SalientLoRAConfig:
+        if not isfinite(self.gamma):
+            raise ValueError(f"method.gamma={self.gamma} is no number: give one above 1 (the paper uses 2)")
         if self.gamma <= 1:
             raise ValueError(
                 f"method.gamma={self.gamma:g} must be above 1: only then does the variance grow along every edge, so "

@@ -242,3 +242,24 @@ def test_work_divided_over_processes_gives_the_same_bits(size: int) -> None:
     assert joined[0] > 3 and alone.max() > 1
     for mine in found:
         assert torch.equal(mine, alone)
+
+
+@pytest.mark.parametrize(("factor", "strict", "edge"), [
+    (2.0, False, True), (2.0, True, True), (2 - 1e-6, False, True), (2 - 1e-6, True, False), (1.9999, False, False),
+])  # fmt: skip
+def test_edges_at_the_threshold(factor: float, strict: bool, edge: bool) -> None:
+    """A slope of exactly gamma is an edge either way; one just below it only if edges are tolerant."""
+    history_T = torch.tensor([1.0, 5.0, -2.0, 3.5, 0.25], dtype=torch.float64)
+    window_NT = torch.stack([history_T, history_T * factor])
+    found_N = influence(window_NT, 0.9, 2.0, 0.0, strict=strict)
+    assert (float(found_N[0]) > 0) is edge
+
+
+def test_strict_edges_are_those_of_the_released_formulas() -> None:
+    """Away from thresholds nothing changes; at them, the float64 formulas decide."""
+    draw = torch.Generator().manual_seed(3)
+    base_NT = torch.randn(60, 12, generator=draw, dtype=torch.float64)
+    window_NT = torch.cat([base_NT, base_NT * 2, base_NT * (2 - 1e-7)])
+    tolerant_N, strict_N = (influence(window_NT, 0.9, 2.0, 1.0, strict=flag) for flag in (False, True))
+    assert torch.equal(strict_N[60:], tolerant_N[60:])
+    assert bool((strict_N[:60] < tolerant_N[:60]).all())
