@@ -53,7 +53,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs_to_dict)
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs_to_dict)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise DsProblems([f"{path}: invalid JSON at {place}: {error.msg} (comments are not allowed)"]) from error

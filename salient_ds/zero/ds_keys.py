@@ -8,6 +8,7 @@ test compares them with the installed version.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 TOP_LEVEL: dict[str, str] = {
@@ -16,7 +17,7 @@ TOP_LEVEL: dict[str, str] = {
     "gradient_accumulation_steps": "int",
     "managed_gradient_accumulation": "bool",
     "gradient_clipping": "number",
-    "steps_per_print": "int",
+    "steps_per_print": "steps",
     "wall_clock_breakdown": "bool",
     "memory_breakdown": "bool",
     "dump_state": "bool",
@@ -195,6 +196,7 @@ OPTIMIZER_PARAMS: dict[str, str] = {
 
 _KIND_NAMES = {
     "int": "a whole number",
+    "steps": "a whole number or Infinity",
     "number": "a number",
     "bool": "true or false",
     "str": "a string",
@@ -209,7 +211,8 @@ def kind_problem(kind: str, value: Any) -> str | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {
         "int": is_number and float(value).is_integer(),
-        "number": is_number,
+        "steps": is_number and (float(value).is_integer() or value == float("inf")),
+        "number": is_number and isfinite(value),
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
         "section": isinstance(value, dict),
