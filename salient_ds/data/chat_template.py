@@ -63,6 +63,17 @@ class TokenizerTemplate(Template):
         chosen = answers if self.rewritten_history == "per_answer" else answers[-1:]
         return [self._as_last(conversation.until(k + 1), tokenizer) for k in chosen]
 
+    def segments(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Segment]:
+        """The only training text of a conversation; raises like :meth:`examples`, and RowError if there are several."""
+        texts = self.examples(conversation, tokenizer)
+        if len(texts) > 1:
+            raise RowError(
+                "history rewritten",
+                f'template "{self.name}" on {conversation.where}: it rewrites earlier turns, so that every one of the '
+                f"{len(texts)} answers is an example of its own",
+            )
+        return texts[0]
+
     def _cut(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> list[Segment]:
         """The whole text, if every prompt is a prefix of it and every answer stands in it unchanged."""
         if not any(turn.extra for turn in conversation.turns):

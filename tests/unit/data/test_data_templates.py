@@ -193,7 +193,7 @@ def test_tokenizer_template_that_adds_to_the_last_answer(chatml: Any, two_turns:
         (
             "{% for m in messages %}"
             "{{ (m['content'] if loop.index0 < 2 else m['content'] | upper) + '<|im_end|>' }}{% endfor %}",
-            "'The Elbe é.' does not appear",
+            "it drops 'The Elbe é.'",
         ),
     ],
 )
