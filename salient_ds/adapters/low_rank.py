@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,10 +33,16 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         x_TI = x_BI.reshape(-1, x_BI.shape[-1])
         inner_TR = torch.mm(x_TI, A_RI.t())
-        out_TO = F.linear(x_TI, weight_OI, bias_O)
+        # not a view of another tensor: models may add to it in place, as llama4's layers of experts do
+        out_BO = x_BI.new_empty(*x_BI.shape[:-1], len(weight_OI))
+        out_TO = out_BO.view(-1, len(weight_OI))
+        if bias_O is None:
+            torch.mm(x_TI, weight_OI.t(), out=out_TO)
+        else:
+            torch.addmm(bias_O, x_TI, weight_OI.t(), out=out_TO)
         out_TO.addmm_(inner_TR * gain_R, B_OR.t())
         ctx.save_for_backward(x_BI, weight_OI, A_RI, gain_R, B_OR, inner_TR)
-        return out_TO.view(*x_BI.shape[:-1], out_TO.shape[-1])
+        return out_BO
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:

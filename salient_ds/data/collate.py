@@ -1,6 +1,6 @@
 """Turns examples into a batch of tensors that a model takes as it is: `model(**collator(examples))`.
 
-Shapes: B examples, S tokens after padding, P examples packed into a sequence.
+Shapes: B examples (or packed rows of them), S tokens after padding.
 """
 
 from __future__ import annotations
@@ -17,23 +17,20 @@ from salient_ds.data.conversation import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PADDING_SEGMENT = -1
 _ATTENTION = ("sdpa", "eager", "flash_attention_2")
-_FILL = {"labels": IGNORED, "segment_ids": PADDING_SEGMENT}
+_FILL = {"labels": IGNORED}
+_SEGMENTS = "segment_ids"
 
 
 class Collator:
     """Pads on the right to a multiple of `pad_to_multiple_of` tokens. Padding is neither attended to nor trained on.
 
     Returns int64 tensors (B, S): input_ids, labels, attention_mask (1 = token), and any further column of the examples,
-    padded with 0. Packed examples (with "segment_ids") get position_ids and a mask that keeps segments apart. The mask
-    has the form that the model's attention takes (transformers 5.23, masking_utils and models/llama):
+    padded with 0. Packed examples (with "segment_ids") get position_ids instead of a mask. They restart at 0 in each
+    example, and transformers makes the masks from that: one for each type of layer, with its window or chunk. Each
+    token of the padding has position 0, so it is an example by itself. The model must run without a cache.
 
-    * "sdpa": (B, 1, S, S) bool.
-    * "eager": the same as an additive float32 mask. This attention adds the mask to the scores: True would count as 1.
-    * "flash_attention_2": no mask. All sequences are in one row (1, B * S), and position_ids that restart at 0 delimit
-      segments. (Other attention understands that form only without a cache: keep the model's use_cache off in
-      training.)
+    With "flash_attention_2" all packed examples are in one row (1, B * S): that attention looks at a single row.
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, attn_implementation: str = "sdpa") -> None:
@@ -47,18 +44,22 @@ class Collator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         assert examples, "an empty batch"
-        packed = "segment_ids" in examples[0]
-        if packed and self.attention == "flash_attention_2":
-            return self._one_row(examples)
-        batch = {name: self._pad(name, [example[name] for example in examples]) for name in examples[0]}
-        if packed:
-            mask_B1SS = block_causal_mask(batch.pop("segment_ids"))
-            batch["attention_mask"] = mask_B1SS if self.attention == "sdpa" else additive_mask(mask_B1SS)
-        else:
-            lengths_B = torch.tensor([len(example["input_ids"]) for example in examples])
-            size = batch["input_ids"].shape[1]
-            batch["attention_mask"] = (torch.arange(size)[None, :] < lengths_B[:, None]).long()
+        if _SEGMENTS in examples[0]:
+            return self._packed(examples)
+        batch = self._padded(examples)
+        lengths_B = torch.tensor([len(example["input_ids"]) for example in examples])
+        size = batch["input_ids"].shape[1]
+        batch["attention_mask"] = (torch.arange(size)[None, :] < lengths_B[:, None]).long()
         return batch
+
+    def _packed(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [{name: column for name, column in example.items() if name != _SEGMENTS} for example in examples]
+        if self.attention == "flash_attention_2":
+            rows = [{name: np.concatenate([row[name] for row in rows]) for name in rows[0]}]
+        return self._padded(rows)
+
+    def _padded(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        return {name: self._pad(name, [example[name] for example in examples]) for name in examples[0]}
 
     def _pad(self, name: str, rows: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
         fill = self.pad_token_id if name == "input_ids" else _FILL.get(name, 0)
@@ -67,29 +68,6 @@ class Collator:
         for row_S, values in zip(padded_BS, rows, strict=True):
             row_S[: len(values)] = values
         return torch.from_numpy(padded_BS)
-
-    def _one_row(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        joined = {
-            name: np.concatenate([example[name] for example in examples])
-            for name in examples[0]
-            if name != "segment_ids"
-        }
-        # Padding has position 0 throughout: each of its tokens is a segment by itself.
-        return {name: self._pad(name, [values]) for name, values in joined.items()}
-
-
-def block_causal_mask(segment_ids_BS: torch.Tensor) -> torch.Tensor:
-    """(B, 1, S, S) bool. True where the row's token may attend to the column's: same segment, and not later.
-
-    Padding is a segment too and attends to itself, because a row without any True would be NaN after the softmax.
-    """
-    same_BSS = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-    return same_BSS.tril()[:, None]
-
-
-def additive_mask(mask: torch.Tensor) -> torch.Tensor:
-    """A mask to be added to attention scores: 0 where ``mask`` is True, the lowest float32 where it is False."""
-    return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

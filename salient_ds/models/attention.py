@@ -24,8 +24,8 @@ MODEL_TYPES = ("gemma", "llama", "mistral", "opt", "qwen2", "qwen3")
 def leave_out_masks(model: nn.Module, device: torch.device) -> bool:
     """Make a causal language model with attention "sdpa" run without masks, if that is known to change nothing.
 
-    Afterwards, the model is only for training and evaluation on batches that are padded on the right. Masks with four
-    axes (packed sequences) work as before. Padding on the left, and position_ids that restart, are no longer noticed.
+    Afterwards, the model is only for training and evaluation on batches that are padded on the right. Padding on the
+    left, and position_ids that restart, are no longer noticed: never for runs that pack examples.
 
     Returns:
         Whether the model now runs without masks.

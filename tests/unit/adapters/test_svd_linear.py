@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from salient_ds.adapters.inject import inject, module_generator
+from salient_ds.adapters.low_rank import low_rank_linear
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.ranked_linear import PlainLinear, SVDLinear
 from salient_ds.methods.lora.options import LoRAConfig
@@ -140,3 +141,16 @@ def test_plain_lora_starts_at_zero_and_rslora_scales_by_the_root() -> None:
     (adapter,) = plain.adapters.values()
     assert isinstance(adapter, PlainLinear)
     assert adapter.scaling == 4.0 and not adapter.lora_B.any() and adapter.lora_A.all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fused_function_returns_no_view(bias: bool) -> None:
+    """llama4 adds to the output of its shared experts in place."""
+    torch.manual_seed(0)
+    x_BTI, W_OI, A_RI, gain_R, B_OR = (torch.randn(*s) for s in ((2, 3, 5), (4, 5), (2, 5), (2,), (4, 2)))
+    A_RI.requires_grad_()
+    out = low_rank_linear(x_BTI, W_OI, torch.ones(4) if bias else None, A_RI, gain_R, B_OR)
+    expected = x_BTI @ W_OI.T + bias + (x_BTI @ A_RI.T * gain_R) @ B_OR.T
+    torch.testing.assert_close(out, expected)
+    out.add_(1).sum().backward()
+    torch.testing.assert_close(A_RI.grad, torch.autograd.grad(expected.sum(), A_RI)[0])
