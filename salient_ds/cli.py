@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from salient_ds.run.changes import ChangeOption
 from salient_ds.run.search import (
     BatchesOption,
     BudgetOption,
@@ -61,6 +62,7 @@ def train(
     resume: Annotated[
         str, typer.Option(help='"auto" (continue from the last whole checkpoint) or the path of a checkpoint.')
     ] = "never",
+    change: ChangeOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in output_dir.")] = False,
 ) -> None:
     """Check a run, then start it with the deepspeed launcher."""
@@ -68,7 +70,17 @@ def train(
 
     launcher = ["--hostfile", hostfile] if hostfile else []
     launcher += ["--master_port", str(master_port)] if master_port else []
-    raise typer.Exit(launch(run, overrides or [], launcher, resume, overwrite, gpus))
+    raise typer.Exit(
+        launch(
+            run,
+            overrides or [],
+            launcher=launcher,
+            resume=resume,
+            changes=change or [],
+            overwrite=overwrite,
+            processes=gpus,
+        )
+    )
 
 
 @app.command()
@@ -137,7 +149,12 @@ def export(
         str | None, typer.Option("--output", "-o", help="Folder to write (default: RUN/export-FORM).")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
-    dtype: Annotated[str, typer.Option(help="Type of an adapter's tensors: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Type of the tensors: float32, bfloat16 or float16 (default: float32; a merged model: as stored)."
+        ),
+    ] = None,
     pad_to: Annotated[
         str | None, typer.Option(help='Rank of form padded: a number, or "vllm" for the next one that vLLM accepts.')
     ] = None,
@@ -149,10 +166,10 @@ def export(
 
     for name, value, allowed in (
         ("form", form, ("peft", "padded", "merged", "shortcuts")),
-        ("dtype", dtype, ("float32", "bfloat16", "float16")),
+        ("dtype", dtype, (None, "float32", "bfloat16", "float16")),
     ):
         if value not in allowed:
-            print_problems([f"--{name} {value!r} is unknown: choose {', '.join(allowed)}"])
+            print_problems([f"--{name} {value!r} is unknown: choose {', '.join(filter(None, allowed))}"])
             raise typer.Exit(2)
     raise typer.Exit(body(run, form, output, overwrite=overwrite, base=base, dtype=dtype, pad_to=pad_to))
 

@@ -6,12 +6,14 @@ Imports no torch before the configuration has been checked, so that the main pro
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, load_config
+from salient_ds.run.changes import ChangeOption, change_problems
 from salient_ds.run.process import launched, refused
 from salient_ds.strict import ConfigError
 
@@ -24,6 +26,7 @@ def main(
     resume: Annotated[
         str, typer.Option(help='"auto" (continue from the last whole checkpoint) or the path of a checkpoint.')
     ] = "never",
+    change: ChangeOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in output_dir.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
@@ -35,15 +38,18 @@ def main(
         problems = preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), quick=True).problems
     except ConfigError as error:
         problems = error.problems
-    status = refused(problems)
-    raise SystemExit(status or run_training(config, resume, overwrite))
+    changes = list(dict.fromkeys(change or []))
+    status = refused(problems + change_problems(changes, resume))
+    raise SystemExit(status or run_training(config, resume, overwrite, changes))
 
 
-def run_training(config: RunConfig, resume: str = "never", overwrite: bool = False) -> int:
+def run_training(config: RunConfig, resume: str = "never", overwrite: bool = False, changes: Sequence[str] = ()) -> int:
     """Train in this process and return the exit status."""
     from salient_ds.run.training import Training
 
-    return launched(lambda device: Training(config, device).run(resume, overwrite), config.train.timeout_minutes)
+    return launched(
+        lambda device: Training(config, device).run(resume, overwrite, changes), config.train.timeout_minutes
+    )
 
 
 if __name__ == "__main__":

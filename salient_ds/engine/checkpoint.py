@@ -6,38 +6,42 @@ used, because it is tied to ZeRO stage and process count. Its universal form los
 groups at stage 3.
 
 A checkpoint is *whole* once its directory has its final name. It is written as ``step-N.partial``, checked on all
-processes, listed in ``manifest.json`` and renamed. A failed or killed save leaves earlier checkpoints untouched.
+processes, listed with the sha256 of every file in ``manifest.json`` and renamed. A failed or killed save leaves earlier
+checkpoints untouched. Values that are not finite are never saved.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+from collections.abc import Collection
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from salient_ds.engine.identity import Comparison, compare, completed
 from salient_ds.engine.restore import restore
+from salient_ds.engine.sealing import Written, make_folder, remove_others, seal, tensor_pieces, write_file
 from salient_ds.engine.shard_files import (
-    FORMAT,
     CheckpointError,
     ShardReader,
+    damage,
     find_checkpoints,
     part_name,
     shard_key,
 )
 from salient_ds.engine.state import AllocationState
 from salient_ds.ranks import RankDecision
-from salient_ds.zero.collectives import all_succeeded, world
+from salient_ds.zero.collectives import all_succeeded, from_everyone, world
 from salient_ds.zero.internals.engine_state import describe
 
 
 def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int) -> Path:
     """Write one checkpoint. All processes call this after a step.
+
+    Checkpoints of later steps are removed afterwards: they are of a run that was not continued.
 
     Args:
         folder: the run's ``checkpoints`` directory, on a file system that all processes share.
@@ -49,76 +53,80 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
         The directory of the new checkpoint.
 
     Raises:
-        CheckpointError: on all processes, if any of them could not write (disk full); older checkpoints survive.
+        CheckpointError: on all processes, if any of them could not write (disk full), or holds a value that is not
+            finite; older checkpoints survive.
     """
     global_rank, world_size = world()
     final = folder / f"step-{state.step:08d}"
     partial = folder / f"step-{state.step:08d}.partial"
+    broken = _first(from_everyone(not_finite(state)))
+    if broken is not None:
+        raise CheckpointError(
+            f"checkpoint of step {state.step} was not written, because {broken}; {_last_whole(folder)}. Go on from the "
+            "last whole one, if there is one, with a lower train.lr: train.lr=VALUE --resume auto --change train.lr"
+        )
     if global_rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    failure: OSError | None = None
-    if all_succeeded(_try_mkdir(partial), state.device):
+    failure: str | None = None
+    written: Written = {}
+    if all_succeeded(make_folder(partial), state.device):
         try:
-            _write_shard(state, partial, global_rank, world_size)
-            if global_rank == 0:
-                torch.save(_shared_state(state, extra), partial / "shared.pt")
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            failure = error if isinstance(error, OSError) else OSError(str(error))
-        except Exception as error:  # safetensors has its own error type for I/O
-            failure = OSError(str(error))
+            written = _write(state, partial, extra)
+        except Exception as error:  # torch and safetensors have error types of their own for a full disk
+            failure = str(error) or type(error).__name__
     else:
-        failure = OSError(f"cannot create {partial}")
-    written = all_succeeded(failure is None, state.device)
-    if written and global_rank == 0:
-        failure = _seal(partial, final, identity, state, world_size)
-    if not all_succeeded(failure is None, state.device):
+        failure = f"cannot create {partial}"
+    reports = from_everyone((failure, written))
+    failure = _first([failed for failed, _ in reports])
+    if failure is None:
+        if global_rank == 0:
+            failure = seal(partial, final, _manifest(state, identity), [files for _, files in reports])
+        failure = _first(from_everyone(failure))
+    if failure is not None:
         if global_rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         all_succeeded(True, state.device)  # wait for the removal before any process looks for checkpoints
-        whole = find_checkpoints(folder)
-        last = f"the last whole one is {whole[-1]}" if whole else "there is no earlier one"
         raise CheckpointError(
-            f"checkpoint of step {state.step} was not written ({failure or 'another process failed'}); {last}. "
+            f"checkpoint of step {state.step} was not written ({failure}); {_last_whole(folder)}. "
             f"Free space under {folder} and continue with --resume auto"
         )
     if global_rank == 0:
-        for old in find_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        remove_others(folder, state.step, keep)
     return final
 
 
-def _try_mkdir(path: Path) -> bool:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return True
-    except OSError:
-        return False
+def _last_whole(folder: Path) -> str:
+    whole = find_checkpoints(folder)
+    return f"the last whole one is {whole[-1]}" if whole else "there is no earlier one"
 
 
-def _seal(
-    partial: Path, final: Path, identity: dict[str, Any], state: AllocationState, world_size: int
-) -> OSError | None:
-    try:
-        files = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        manifest = {
-            "format": FORMAT,
-            "step": state.step,
-            "processes": world_size,
-            "identity": identity,
-            "parameters": {n: list(shape) for n, shape in state.shards.shapes.items()},
-            "adapters": _describe_adapters(state),
-            "files": files,
-        }
-        with open(partial / "manifest.json", "w") as out:
-            json.dump(manifest, out, indent=1)
-            out.flush()
-            os.fsync(out.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+def _first(answers: list[Any]) -> Any:
+    """The first answer that is not None; None if there is none."""
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def not_finite(state: AllocationState) -> str | None:
+    """Which tensor of this process holds a value that is not finite, as a clause; None if all are finite.
+
+    Masters and moments are looked at, and the device is waited for only once.
+    """
+    shards = state.shards
+    tensors = [(f"the {kind} of {fragment.name}", tensor) for fragment in shards.layout.fragments
+               for kind, tensor in {"master": shards.master(fragment), **shards.moments(fragment)}.items()]  # fmt: skip
+    if not tensors or bool(torch.stack([tensor.isfinite().all() for _, tensor in tensors]).all()):
         return None
-    except OSError as error:
-        return error
+    name, tensor = next((name, tensor) for name, tensor in tensors if not bool(tensor.isfinite().all()))
+    return f"{name} holds {int((~tensor.isfinite()).sum())} values that are NaN or infinite"
+
+
+def _manifest(state: AllocationState, identity: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "processes": world().world_size,
+        "identity": identity,
+        "parameters": {n: list(shape) for n, shape in state.shards.shapes.items()},
+        "adapters": _describe_adapters(state),
+    }
 
 
 def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:
@@ -137,7 +145,9 @@ def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:
     ]
 
 
-def _write_shard(state: AllocationState, path: Path, global_rank: int, world_size: int) -> None:
+def _write(state: AllocationState, path: Path, extra: dict[str, Any]) -> Written:
+    """Write the files of this process."""
+    global_rank, world_size = world()
     tensors: dict[str, Tensor] = {}
     shards = state.shards
     if global_rank == 0 or not shards.replicated:
@@ -147,12 +157,16 @@ def _write_shard(state: AllocationState, path: Path, global_rank: int, world_siz
                 tensors[shard_key(moment, fragment.name, fragment.lo)] = value
         for statistic, part, value in state.method.local_state():
             tensors[shard_key(statistic, part_name(part), part.lo)] = value
-    name = path / f"shard-{global_rank:05d}-of-{world_size:05d}.safetensors"
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, name)
-    torch.save(_process_state(state), path / f"process-{global_rank:05d}.pt")
-    for written in (name, path / f"process-{global_rank:05d}.pt"):
-        with open(written, "rb") as handle:
-            os.fsync(handle.fileno())
+    name = f"shard-{global_rank:05d}-of-{world_size:05d}.safetensors"
+    written = {name: write_file(path / name, tensor_pieces(tensors))}
+    objects = {f"process-{global_rank:05d}.pt": _process_state(state)}
+    if global_rank == 0:
+        objects["shared.pt"] = _shared_state(state, extra)
+    for name, facts in objects.items():
+        buffer = BytesIO()
+        torch.save(facts, buffer)
+        written[name] = write_file(path / name, [buffer.getvalue()])
+    return written
 
 
 def _process_state(state: AllocationState) -> dict[str, Any]:
@@ -180,19 +194,31 @@ def _pack(decision: RankDecision) -> dict[str, Any]:
     return {k: getattr(decision, k) for k in ("step", "budget", "mask_N", "threshold", "hold")}
 
 
-def load(state: AllocationState, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Restore everything that :func:`save` wrote and return its ``extra``.
+def load(state: AllocationState, path: Path, identity: dict[str, Any], changes: Collection[str] = ()) -> dict[str, Any]:
+    """Restore everything that :func:`save` wrote and return its ``extra``. All processes call this.
 
     Random state is restored only on the number of processes that saved it.
+
+    Args:
+        identity: of this run.
+        changes: keys of :data:`salient_ds.engine.identity.CHANGEABLE` whose value of this run is to be used from here
+            on, although the checkpoint has another.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or another method, model or adapter shape wrote it (the message
             names the differences).
     """
-    reader = ShardReader(path)
-    _check_identity(reader.manifest, identity, state, path)
+    global_rank, world_size = world()
+    problem = _first(from_everyone(damage(path, contents=True, share=(global_rank, world_size))))
+    if problem is not None:
+        raise CheckpointError(f"damaged checkpoint: {problem}; take an older one, or restore the file")
+    reader = ShardReader(path, contents=False)
+    found = compare_with(reader, identity)
+    problem = found.refusal(path, changes) or _other_shapes(reader.manifest, state, path)
+    if problem is not None:
+        raise CheckpointError(problem)
     shared = reader.shared()
-    restore(state.engine, state.shards, shared, reader.read)
+    restore(state.engine, state.shards, shared, reader.read, renewed=[item.key for item in found.changed(changes)])
     state.step = shared["step"]
     decisions = state.decisions
     decisions.latest, held = RankDecision(**shared["latest"]), RankDecision(**shared["held"])
@@ -200,7 +226,6 @@ def load(state: AllocationState, path: Path, identity: dict[str, Any]) -> dict[s
     if held.digest() != decisions.held.digest():
         decisions.apply(held)
     state.method.load_state(shared["method"], reader.read_part)
-    global_rank, world_size = world()
     if world_size == reader.manifest["processes"]:
         process = reader.process(global_rank)
         torch.set_rng_state(process["cpu_rng"])
@@ -208,6 +233,26 @@ def load(state: AllocationState, path: Path, identity: dict[str, Any]) -> dict[s
             torch.cuda.set_rng_state(process["cuda_rng"], state.device)
     extra: dict[str, Any] = shared["extra"]
     return extra
+
+
+def compare_with(reader: ShardReader, identity: dict[str, Any]) -> Comparison:
+    """Compare the identity in a checkpoint with (the known parts of) this run's."""
+    saved = reader.manifest["identity"]
+    if "train" in identity and "train" not in saved:  # of an older version
+        saved = completed(saved, reader.shared()["groups"])
+    return compare(saved, identity)
+
+
+def _other_shapes(manifest: dict[str, Any], state: AllocationState, path: Path) -> str | None:
+    shapes = {n: list(shape) for n, shape in state.shards.shapes.items()}
+    if shapes == manifest["parameters"]:
+        return None
+    names = shapes.keys() | manifest["parameters"].keys()
+    changed = sorted(n for n in names if shapes.get(n) != manifest["parameters"].get(n))
+    return (
+        f"{path} belongs to another run (trainable parameters differ, for example {changed[:3]}): resume with the "
+        "configuration it was made with, or choose another output_dir"
+    )
 
 
 def kept_rows(path: Path) -> Tensor:
@@ -218,20 +263,5 @@ def kept_rows(path: Path) -> Tensor:
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    kept: Tensor = ShardReader(path).shared()["kept"]
+    kept: Tensor = ShardReader(path, contents=False).shared()["kept"]
     return kept
-
-
-def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], state: AllocationState, path: Path) -> None:
-    saved = manifest["identity"]
-    wrong = [f"{k}: {saved.get(k)!r} there, {v!r} here" for k, v in identity.items() if saved.get(k) != v]
-    shapes = {n: list(shape) for n, shape in state.shards.shapes.items()}
-    if not wrong and shapes != manifest["parameters"]:
-        names = shapes.keys() | manifest["parameters"].keys()
-        changed = sorted(n for n in names if shapes.get(n) != manifest["parameters"].get(n))
-        wrong.append(f"trainable parameters differ, for example {changed[:3]}")
-    if wrong:
-        raise CheckpointError(
-            f"{path} belongs to another run ({'; '.join(wrong)}): resume with the configuration it was made with, or "
-            "choose another output_dir"
-        )

@@ -1,9 +1,17 @@
-"""Reads the files of a checkpoint without DeepSpeed or a process group."""
+"""Reads the files of a checkpoint without DeepSpeed or a process group, and tells whole ones from damaged ones.
+
+``manifest.json`` lists every file with its size and sha256 (format 2; format 1 lists sizes only). The manifest's own
+sha256 is in ``manifest.json.sha256``, in the form that ``sha256sum --check`` reads.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +21,101 @@ from torch import Tensor
 
 from salient_ds.ranks import Part
 
-FORMAT = 1
+FORMAT = 2
 STEP_DIR = re.compile(r"step-(\d{8})$")
+MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.json.sha256"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read. The message says what is left and what to do."""
 
 
+def checkpoint_dirs(folder: Path) -> list[Path]:
+    """All checkpoints in ``folder`` that were once whole, oldest first. Some may be damaged now."""
+    return sorted(p for p in folder.iterdir() if STEP_DIR.match(p.name)) if folder.is_dir() else []
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in ``folder``, oldest first. Damaged ones are left out."""
-    if not folder.is_dir():
-        return []
-    named = sorted(p for p in folder.iterdir() if STEP_DIR.match(p.name))
-    return [p for p in named if damage(p) is None]
+    """Checkpoints in ``folder`` whose files all have the right size, oldest first. Contents are not read."""
+    return [p for p in checkpoint_dirs(folder) if damage(p) is None]
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory; None if every file of the manifest is there with the listed size."""
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint directory."""
+    match = STEP_DIR.match(path.name)
+    assert match is not None, f"{path} is not named step-N"
+    return int(match.group(1))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: it is missing, differs from its sha256, or has a format that this version does not know.
+    """
+    place = path / MANIFEST
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, size in manifest["files"].items():
+        content = place.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+        version = manifest.get("format", 1)
+        has_sum = version != 1 or (path / MANIFEST_SUM).exists()
+        if has_sum and (path / MANIFEST_SUM).read_bytes() != manifest_sum(content):
+            raise CheckpointError(f"{place} does not have the sha256 that {MANIFEST_SUM} states")
+        if version not in (1, FORMAT):
+            raise CheckpointError(
+                f"{place} has format {version}, and this version of salient_ds reads 1 to {FORMAT}: use the version "
+                "that wrote it"
+            )
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename} is missing") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{place} cannot be read ({error})") from error
+    return manifest
+
+
+def manifest_sum(content: bytes) -> bytes:
+    """What ``manifest.json.sha256`` holds for a manifest of this ``content``."""
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode()
+
+
+def damage(path: Path, contents: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint directory; None if it is whole.
+
+    Args:
+        contents: compare the sha256 of files, too. That reads them completely, several at a time.
+        share: (k, n) reads the contents of every n-th file only, from the k-th one on.
+    """
+    try:
+        manifest = read_manifest(path)
+        files = {name: entry if isinstance(entry, dict) else {"bytes": entry}
+                 for name, entry in manifest["files"].items()}  # fmt: skip
+        for name, entry in files.items():
             actual = (path / name).stat().st_size
-            if actual != size:
-                return f"{path / name} has {actual} bytes, {size} were written"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{path}: {error}"
+            if actual != entry["bytes"]:
+                return f"{path / name} has {actual} bytes, {entry['bytes']} were written"
+        summed = [name for name in sorted(files) if contents and "sha256" in files[name]]
+        mine = summed[share[0] :: share[1]]
+        for name, found in zip(mine, _sums([path / name for name in mine]), strict=True):
+            if found != files[name]["sha256"]:
+                return f"{path / name} does not have the sha256 that {MANIFEST} states"
+    except CheckpointError as error:
+        return str(error)
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return f"{path} cannot be read ({error!r})"
     return None
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sums(paths: Sequence[Path]) -> list[str]:
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+        return list(pool.map(sha256_of, paths))
 
 
 def shard_key(statistic: str, owner: str, lo: int) -> str:
@@ -59,28 +135,52 @@ class ShardReader:
         CheckpointError: the checkpoint is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, contents: bool = True) -> None:
+        """
+        Args:
+            contents: compare the sha256 of every file. Leave it out only if that has been done.
+        """
         self.path = path
-        problem = damage(path)
+        problem = damage(path, contents)
         if problem:
-            raise CheckpointError(f"damaged checkpoint: {problem}; remove {path} and resume from an older one")
-        self.manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        self._handles = [safe_open(p, "pt") for p in sorted(path.glob("shard-*.safetensors"))]
+            raise CheckpointError(f"damaged checkpoint: {problem}; take an older one, or restore the file")
+        self.manifest = read_manifest(path)
         self._pieces: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}
-        for index, handle in enumerate(self._handles):
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                statistic, owner, lo = key.split("|")
-                numel = handle.get_slice(key).get_shape()[-1]
-                self._pieces.setdefault((statistic, owner), []).append((int(lo), numel, index, key))
+        self._handles = []
+        for place in [path / name for name in sorted(self.manifest["files"]) if name.endswith(".safetensors")]:
+            try:
+                handle = safe_open(place, "pt")
+                self._index(handle)
+            except Exception as error:  # safetensors has its own error type
+                raise self._unreadable(place, error) from error
+            self._handles.append(handle)
+
+    def _index(self, handle: Any) -> None:
+        for key in handle.keys():  # noqa: SIM118 - not a dict
+            statistic, owner, lo = key.split("|")
+            numel = handle.get_slice(key).get_shape()[-1]
+            self._pieces.setdefault((statistic, owner), []).append((int(lo), numel, len(self._handles), key))
+
+    @staticmethod
+    def _unreadable(place: Path, error: Exception) -> CheckpointError:
+        reason = str(error).partition("\n")[0]
+        return CheckpointError(
+            f"damaged checkpoint: {place} cannot be read ({reason}); take an older one with --resume"
+        )
 
     def shared(self) -> dict[str, Any]:
         """The state that was equal on all processes."""
-        loaded: dict[str, Any] = torch.load(self.path / "shared.pt", weights_only=True)
-        return loaded
+        return self._load("shared.pt")
 
     def process(self, global_rank: int) -> dict[str, Any]:
         """The state of one process: its random state."""
-        loaded: dict[str, Any] = torch.load(self.path / f"process-{global_rank:05d}.pt", weights_only=True)
+        return self._load(f"process-{global_rank:05d}.pt")
+
+    def _load(self, name: str) -> dict[str, Any]:
+        try:
+            loaded: dict[str, Any] = torch.load(self.path / name, weights_only=True)
+        except Exception as error:  # torch raises errors of many types for files that are not its own
+            raise self._unreadable(self.path / name, error) from error
         return loaded
 
     def read(self, statistic: str, owner: str, lo: int, numel: int) -> Tensor:

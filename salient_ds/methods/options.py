@@ -157,6 +157,13 @@ class MethodConfig(Strict):
         """
         return {}, []
 
+    def resolved(self, accumulation: int) -> Self:
+        """The options with every choice made that is left to ``accumulation``, see :meth:`batch_facts`.
+
+        A run resumes only with equal resolved options.
+        """
+        return self
+
     def event_notes(self, events: Sequence[Event], target: int) -> list[str]:
         """What a user should know about the schedule before the run starts."""
         return []

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from salient_ds.config.run import ModelConfig, TrainConfig
+from salient_ds.config.run import ModelConfig, RunConfig, TrainConfig
+from salient_ds.models.meta_model import AUTO_CLASSES
+from salient_ds.models.packing import packing_problems
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Training precision by its name in the configuration."""
-
-AUTO_CLASSES = {"causal-lm": "AutoModelForCausalLM"}
-"""transformers' auto class that loads each task's head."""
 
 PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM"}
 """The task_type that PEFT and vLLM read from an exported adapter."""
@@ -111,11 +110,28 @@ def keep_products() -> Any:
 def hidden_size(model: ModelConfig) -> int | None:
     """Hidden size of the model, read from config.json; None if that does not state it. "auto" buffer sizes follow
     from it."""
+    width = getattr(_read_config(model), "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
+def refuse_packing(run: RunConfig) -> None:
+    """Check that the model may train on packed examples, if the run packs. Its weights are not read.
+
+    ``salient-ds check`` says the same earlier, unless config.json was not on the machine yet.
+
+    Raises:
+        ValueError: as :func:`~salient_ds.models.packing.packing_problems` says.
+    """
+    if run.data.packing:
+        problems = packing_problems(run.model, _read_config(run.model).to_dict(), run.data.max_length)
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def _read_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    width = getattr(config, "hidden_size", None)
-    return width if isinstance(width, int) else None
+    return AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:

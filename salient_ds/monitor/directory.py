@@ -46,13 +46,43 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
     def write_resolved(self, run: dict[str, Any], ds_config: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Save what this run really uses: its configuration, the DeepSpeed JSON, and facts found at the start."""
+        """Save what this run really uses: its configuration, the DeepSpeed JSON, and facts found at the start.
+
+        The run counts as unfinished afterwards.
+        """
         import yaml
 
-        (self.path / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
-        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-        (self.path / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        _replace(self.path / "run.yaml", yaml.safe_dump(run, sort_keys=False))
+        _replace(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        _replace(self.path / "run.json", json.dumps(facts | {"finished": None}, indent=2) + "\n")
+
+    def mark_finished(self, step: int) -> None:
+        """Note that everything which follows the last step ``step`` is there too: adapter, pictures, results."""
+        facts = json.loads((self.path / "run.json").read_text())
+        _replace(self.path / "run.json", json.dumps(facts | {"finished": step}, indent=2) + "\n")
+
+    def finished_at(self, step: int) -> bool:
+        """Whether the run went to its end with step ``step``."""
+        try:
+            facts = json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):
+            return False
+        if "finished" in facts:
+            return bool(facts["finished"] == step)
+        # of an older version, which left no mark
+        return (self.adapter / "salient_ds.json").is_file() and self.summary.is_file()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file all or nothing."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    fresh.replace(path)
 
 
 def claim(path: Path, resume: Literal["never", "auto"] | str, overwrite: bool) -> RunDirectory:

@@ -71,7 +71,7 @@ class RunLog:
 
     def summary(self, progress: Progress) -> None:
         """Write the totals of the training loop."""
-        progress.write_summary(self.directory.path / "summary.json")
+        progress.write_summary(self.directory.summary)
 
     def pictures(self) -> None:
         """Draw the rank heat map, and the ranks over the events."""

@@ -25,8 +25,10 @@ from salient_ds.methods.options import MethodConfig
 from salient_ds.models.attention import leave_out_masks
 from salient_ds.models.kernels import apply_kernels
 from salient_ds.models.loading import DTYPES
+from salient_ds.models.packed_masks import keep_examples_apart
 from salient_ds.run.adapt import adapt
 from salient_ds.zero.ds_json import summary
+from salient_ds.zero.internals.layouts import full_shape
 from salient_ds.zero.sharded_base import ShardedBase, adapter_config
 
 MakeEngine = Callable[[AdaptedModel, dict[str, Any], bool], Any]
@@ -63,12 +65,15 @@ def assemble(
     """
     plan = config.speed_plan(summary(ds_config).stage)
     apply_kernels(model, config.speed, device)
-    leave_out_masks(model, device)
+    if config.data.packing:
+        keep_examples_apart(model)
+    else:
+        leave_out_masks(model, device)
     if plan.sharded_base:
         ShardedBase(model, ds_config, device)  # before adapters are added, because it must not partition them
         ds_config = adapter_config(ds_config)
     dtype = DTYPES[config.train.precision]
-    adapted = adapt(model, config, dtype, device, plan.grows_in_flight)
+    adapted = adapt(model, config, dtype, device, plan.grows_in_flight, full_shape)
     if plan.packed:
         adapted.pack()
     for adapter in adapted.adapters.values():

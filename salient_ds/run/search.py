@@ -143,15 +143,9 @@ def _search(run: RunConfig, config: RunConfig, options: SearchOptions, device: t
     from salient_ds.run.training import Training
     from salient_ds.zero.collectives import all_succeeded
 
-    class Unrecorded(Training):
-        """Builds a run without writing to its directory."""
-
-        def _record(self, *args: Any) -> None:
-            pass
-
-    training = Unrecorded(config, device)
+    training = Training(config, device)
     training.load_data()
-    training.build()
+    training.build()  # nothing is written to the run's directory
     engine, method = training.engine, training.engine.method
     assert isinstance(method, ProbingMethod)
     assert isinstance(engine.before, ProbeEvents)

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import secrets
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from salient_ds.config.run import RunConfig
 from salient_ds.data.sampler import StepSampler
 from salient_ds.engine.checkpoint import kept_rows, load, save
 from salient_ds.engine.reports import NonFiniteLoss, StepReport
-from salient_ds.engine.shard_files import find_checkpoints
+from salient_ds.engine.shard_files import CheckpointError
 from salient_ds.methods.duties import ReportingMethod, ScoringMethod
+from salient_ds.models.fingerprint import base_identity
 from salient_ds.models.kernels import loss_only
-from salient_ds.models.loading import hidden_size, load_model, load_tokenizer, model_identity
-from salient_ds.monitor.directory import RunDirectory, RunDirectoryError, claim, shared_by_all
+from salient_ds.models.loading import hidden_size, load_model, load_tokenizer, refuse_packing
 from salient_ds.monitor.progress import Progress
 from salient_ds.monitor.run_log import RunLog
-from salient_ds.ranks import RankLayout
 from salient_ds.run.assemble import assemble
 from salient_ds.run.export import export_run
+from salient_ds.run.fits import refuse_misfits
 from salient_ds.run.inputs import evaluation_batches, load_inputs, micro_batches, probe_data
-from salient_ds.zero.collectives import all_succeeded, sum_numbers, world
-from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config
+from salient_ds.run.resuming import (
+    Start,
+    accept,
+    built_identity,
+    open_run,
+    own_checkpoint,
+    run_identity,
+    ways_on,
+)
+from salient_ds.zero.collectives import all_succeeded, from_main, sum_numbers, world
+from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
 from salient_ds.zero.sharded_base import effective_config
 
 
@@ -54,13 +60,19 @@ class Training:
         self.is_main = self.global_rank == 0
         self.counters = Counters()
         self.resume_from: Path | None = None
+        self.start = Start()
+        self.changes: list[dict[str, Any]] = []
+        """Settings that changed when the run was resumed, see :class:`salient_ds.run.resuming.Start`."""
+        self.identity: dict[str, Any] = {}
 
-    def run(self, resume: str, overwrite: bool) -> None:
+    def run(self, resume: str, overwrite: bool, changes: Sequence[str] = ()) -> None:
         """Train to the end. Every process calls it.
 
         Args:
             resume: "never", "auto" (continue from the last whole checkpoint), or the path of a checkpoint.
             overwrite: replace an earlier run in the run directory.
+            changes: settings that may have another value than in the checkpoint; see
+                :data:`salient_ds.engine.identity.CHANGEABLE`.
 
         Raises:
             RunDirectoryError: the run directory cannot be used.
@@ -69,56 +81,22 @@ class Training:
         """
         self.open_directory(resume, overwrite)
         self.load_data()
+        self.compare(changes)
+        if self.start.nothing_to_do:
+            return
         self.build()
         self.restore()
         self.loop()
         self.finish()
 
     def open_directory(self, resume: str, overwrite: bool) -> None:
-        """Claim the run directory on the main process, and agree with all processes on the checkpoint to resume.
-
-        Raises:
-            RunDirectoryError: on all processes, if the directory is taken, or not shared by all nodes.
-        """
-        path = Path(self.config.output_dir)
-        problem, start, token = None, None, secrets.token_hex(8)
-        if self.is_main:
-            try:
-                self.directory = claim(path, resume, overwrite)
-                start = self._start_from(self.directory, resume)
-            except (RunDirectoryError, OSError) as error:
-                problem = str(error)
-        problem, start, token = self._broadcast([problem, start, token])
-        if problem is not None:
-            raise RunDirectoryError(problem)
-        if not self.is_main:
-            self.directory = RunDirectory(path)
-        if self.is_main:
-            shared_by_all(path, True, token)
-        all_succeeded(True, self.device)  # the marker is written before any other process looks for it
-        # the main process must not call shared_by_all again: it would write while others read
-        if not all_succeeded(self.is_main or shared_by_all(path, False, token), self.device):
-            raise RunDirectoryError(
-                f"output_dir {path} is not on a file system that all nodes share: choose one that is"
-            )
-        self.resume_from = Path(start) if start is not None else None
-
-    @staticmethod
-    def _start_from(directory: RunDirectory, resume: str) -> str | None:
-        if resume == "never":
-            return None
-        if resume != "auto":
-            return resume
-        found = find_checkpoints(directory.checkpoints)
-        return str(found[-1]) if found else None
-
-    def _broadcast(self, values: list[Any]) -> list[Any]:
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
-        return values
+        """Claim the run directory, and agree with all processes on the checkpoint to resume."""
+        place = Path(self.config.output_dir)
+        self.directory, self.resume_from = open_run(place, resume, overwrite, self.device, self.say)
 
     def load_data(self) -> None:
-        """Load tokenizer and data, and compute the number of steps."""
+        """Load tokenizer and data, and compute the number of steps and the settings for DeepSpeed."""
+        refuse_packing(self.config)
         self.tokenizer = load_tokenizer(self.config.model)
         self.inputs = load_inputs(self.config, self.tokenizer)
         self.total_steps = self.inputs.total_steps(self.config)
@@ -126,20 +104,38 @@ class Training:
         self.sampler = StepSampler(len(self.inputs.train), train.global_batch_size, train.seed)
         for note in self.inputs.notes:
             self.say(note)
+        config = self.config
+        raw, size = load_ds_config(config.deepspeed), hidden_size(config.model)
+        ds_config = resolve_ds_config(raw, config, self.world_size, self.total_steps, hidden_size=size)
+        self.ds_config = effective_config(ds_config, config, self.world_size)
+
+    def compare(self, changes: Sequence[str] = ()) -> None:
+        """Compare this run with the checkpoint to resume. Nothing is written, and the base is not loaded yet.
+
+        Raises:
+            CheckpointError: on all processes, if they differ in more than ``changes``.
+        """
+        self.identity = run_identity(self.config, self.inputs, self.total_steps, self.ds_config)
+        problem, base, start = None, {}, Start()
+        if self.is_main:
+            try:
+                base = base_identity(self.config.model, self.config.train.seed)
+                start = accept(self.directory, self.resume_from, self.identity | base, self.total_steps, changes)
+            except (CheckpointError, OSError, ValueError) as error:
+                problem = str(error)
+        problem, base, self.start = from_main([problem, base, start], self.device)
+        if problem is not None:
+            raise CheckpointError(problem)
+        self.identity |= base
+        for note in self.start.notes:
+            self.say(note)
 
     def build(self) -> None:
         """Build base model, adapters, method and engine, in this order: ZeRO-3 partitions the base while it loads."""
-        config = self.config
-        ds_config = resolve_ds_config(
-            load_ds_config(config.deepspeed),
-            config,
-            self.world_size,
-            self.total_steps,
-            hidden_size=hidden_size(config.model),
-        )
-        ds_config = effective_config(ds_config, config, self.world_size)
+        config, ds_config = self.config, self.ds_config
         torch.manual_seed(config.train.seed)
         model = load_model(config.model, config.train, ds_config)
+        refuse_misfits(model, self.inputs, config.data.max_length)
         kept_N = kept_rows(self.resume_from) if self.resume_from is not None else None
         probes = config.method.probe_batches_of(config.train.micro_batch_size)
         self.engine = assemble(
@@ -152,41 +148,38 @@ class Training:
             steps_per_epoch=self.sampler.steps_per_epoch,
             probe_data=probe_data(self.inputs, *probes, self.device) if probes is not None else None,
         )
-        method, layout = self.engine.method, self.engine.initial_layout
+        method, modules = self.engine.method, self.engine.initial_layout.modules
+        self.say(f"adapters: {config.method.name} on {len(modules)} matrices, rank {config.adapter.rank}")
+        for note in self.engine.adapted.notes:
+            self.say(f"note: {note}")
         if isinstance(method, ScoringMethod):
             self.say(f"scores of matrices: {'exact, of the averaged gradient' if method.exact_scores else 'mean'}")
-        self.identity = self._identity(model_identity(model), layout)
+        self.identity |= built_identity(model, self.engine, config, summary(ds_config).stage)
         torch.manual_seed(config.train.seed + 1000 * (self.global_rank + 1))  # dropout differs between processes
-        self._record(ds_config, layout)
 
-    def _record(self, ds_config: dict[str, Any], layout: RankLayout) -> None:
+    def restore(self) -> None:
+        """Restore the checkpoint to resume, if there is one. Only then write to the run directory."""
+        if "base weights" not in self.identity:  # they were downloaded meanwhile
+            found = base_identity(self.config.model, self.config.train.seed) if self.is_main else {}
+            self.identity |= from_main([found], self.device)[0]
+        if self.resume_from is not None:
+            extra = load(self.engine.state, self.resume_from, self.identity, self.start.changed_keys)
+            self.counters = Counters(**extra["counters"])
+            self.changes = [*extra.get("changes", []), *self.start.changes]
+            self.say(f"continuing from {self.resume_from} after step {self.engine.step}")
+        all_succeeded(True, self.device)  # every process has accepted the checkpoint
+        self._record()
+        self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
+        self.log.rewind(self.engine.step)
+
+    def _record(self) -> None:
         """Write the resolved settings and some facts of the run into its directory."""
         if self.is_main:
             facts = {"processes": self.world_size, "total_steps": self.total_steps, "identity": self.identity,
-                     "modules": layout.modules, "template": self.inputs.record.to_dict()}  # fmt: skip
-            self.directory.write_resolved(self.config.model_dump(mode="json", by_alias=True), ds_config, facts)
-
-    def _identity(self, model: dict[str, Any], layout: RankLayout) -> dict[str, Any]:
-        """What must be equal in a checkpoint and in this run for the run to resume from it."""
-        modules = hashlib.sha256(json.dumps([layout.modules, layout.ranks]).encode()).hexdigest()[:16]
-        return {
-            "method": self.config.method.model_dump(mode="json", by_alias=True),
-            "model": model,
-            "adapter": self.config.adapter.model_dump(mode="json"),
-            "modules": modules,
-            "total_steps": self.total_steps,
-            "data": self.inputs.train.fingerprint(),
-            "global_batch_size": self.config.train.global_batch_size,
-            "seed": self.config.train.seed,
-        }
-
-    def restore(self) -> None:
-        """Restore the checkpoint to resume, if there is one, and remove log lines of later steps."""
-        if self.resume_from is not None:
-            self.counters = Counters(**load(self.engine.state, self.resume_from, self.identity)["counters"])
-            self.say(f"continuing from {self.resume_from} after step {self.engine.step}")
-        self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
-        self.log.rewind(self.engine.step)
+                     "changes": self.changes, "modules": self.engine.initial_layout.modules,
+                     "template": self.inputs.record.to_dict()}  # fmt: skip
+            run = self.config.model_dump(mode="json", by_alias=True)
+            self.directory.write_resolved(run, self.ds_config, facts)
 
     def loop(self) -> None:
         """Train until the last step, with evaluations and checkpoints on the way."""
@@ -217,23 +210,21 @@ class Training:
                     bar.message(self.evaluate())
                 if train.save_every and engine.step % train.save_every == 0 and not last:
                     self.save()
-        self.log.summary(bar)
+        if engine.step > self.start.step or not self.directory.summary.exists():
+            self.log.summary(bar)
 
     def _step(self, batches: list[Any], targets: int) -> StepReport:
         try:
             report = self.engine.train_step(batches, targets)
         except NonFiniteLoss as error:
-            found = find_checkpoints(self.directory.checkpoints)
-            last = f"the last whole checkpoint is {found[-1]}" if found else "no checkpoint was saved yet"
-            raise ValueError(
-                f"{error}; {last}. Lower train.lr, look at those rows, or resume from it with other settings"
-            ) from error
+            raise ValueError(f"{error}; {ways_on(self.directory.checkpoints)}, or look at those rows") from error
         self.counters.batches += 1
         self.counters.skipped_in_a_row = self.counters.skipped_in_a_row + 1 if report.skipped else 0
         if self.counters.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise ValueError(
                 f"{self.counters.skipped_in_a_row} steps in a row were skipped because of non-finite gradients (bound: "
-                f"train.max_skipped_steps) after step {self.engine.step}: lower train.lr, use bf16, or look at the data"
+                f"train.max_skipped_steps) after step {self.engine.step}; {ways_on(self.directory.checkpoints)}, look "
+                "at the data, or begin again with train.precision=bf16"
             )
         return report
 
@@ -259,14 +250,15 @@ class Training:
 
     def save(self) -> Path:
         """Write a checkpoint of the current state and return its directory."""
-        extra = {"counters": asdict(self.counters)}
+        extra = {"counters": asdict(self.counters), "changes": self.changes}
         keep = self.config.train.keep_checkpoints
         return save(self.engine.state, self.directory.checkpoints, self.identity, extra, keep)
 
     def finish(self) -> None:
         """Write the last checkpoint, the held-out loss, the exported adapter and pictures."""
         self.engine.finish()
-        path = self.save()
+        done = self.resume_from if self.engine.step == self.start.step else None  # was stopped after its last step
+        path = done if done is not None and own_checkpoint(self.directory, done) else self.save()
         self.say(self.evaluate())
         if self.is_main:
             export_run(self.directory.path, None, self.directory.adapter, overwrite=True, checkpoint=path)
@@ -274,6 +266,7 @@ class Training:
             if isinstance(self.engine.method, ReportingMethod):
                 run = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
                 self.engine.method.write_results(self.directory.path, run)
+            self.directory.mark_finished(self.total_steps)
             self.say(f"adapter: {self.directory.adapter}")
         all_succeeded(True, self.device)  # no process leaves while the main process still writes
 

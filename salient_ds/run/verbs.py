@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import load_config
+from salient_ds.run.changes import change_problems
 from salient_ds.run.exits import print_problems
 from salient_ds.strict import ConfigError
 
@@ -19,11 +20,21 @@ if TYPE_CHECKING:
     from salient_ds.run.search import SearchOptions
 
 
-def launch(run: str, overrides: list[str], launcher: list[str], resume: str, overwrite: bool, processes: int) -> int:
+def launch(
+    run: str,
+    overrides: list[str],
+    *,
+    launcher: list[str],
+    resume: str,
+    changes: list[str],
+    overwrite: bool,
+    processes: int,
+) -> int:
     """Check the run in this process, then replace the process by the ``deepspeed`` launcher.
 
     Args:
         launcher: options for the launcher, passed on unchanged, such as --hostfile.
+        changes: keys whose value may differ from that in the checkpoint.
         processes: number of processes that the check assumes and the launcher starts on a node (0: the launcher
             decides, and the check assumes 1).
 
@@ -34,10 +45,12 @@ def launch(run: str, overrides: list[str], launcher: list[str], resume: str, ove
         problems = preflight(load_config(run, overrides), max(processes, 1), run_source=run).problems
     except ConfigError as error:
         problems = error.problems
+    problems = problems + change_problems(changes, resume)
     if problems:
         print_problems(problems)
         return 1
     script = ["salient_ds.train", run, *overrides, "--resume", resume] + (["--overwrite"] if overwrite else [])
+    script += [word for key in changes for word in ("--change", key)]
     return _become_launcher(script, launcher, processes)
 
 
@@ -92,7 +105,7 @@ def convert_toml(
 
 
 def export(
-    run: str, form: str, target: str | None, *, overwrite: bool, base: str | None, dtype: str, pad_to: str | None
+    run: str, form: str, target: str | None, *, overwrite: bool, base: str | None, dtype: str | None, pad_to: str | None
 ) -> int:
     """Write an adapter or a merged model.
 
@@ -106,7 +119,7 @@ def export(
 
     folder = Path(target) if target else Path(run) / f"export-{form}"
     pad: Any = int(pad_to) if pad_to and pad_to.isdigit() else pad_to
-    kind = None if form == "merged" else getattr(torch, dtype)
+    kind = getattr(torch, dtype) if dtype is not None else None
     try:
         chosen = cast("Form", form)  # the command line has checked it
         written = export_run(Path(run), chosen, folder, overwrite=overwrite, base=base, dtype=kind, pad_to=pad)

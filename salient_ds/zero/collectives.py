@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,3 +79,20 @@ def sum_numbers(values: list[float], device: torch.device) -> list[float]:
 def all_succeeded(ok: bool, device: torch.device) -> bool:
     """Whether every process reports success. All get the same answer, so that none waits for one that failed."""
     return sum_numbers([0.0 if ok else 1.0], device)[0] == 0.0
+
+
+def from_everyone(value: Any) -> list[Any]:
+    """The ``value`` of every process, by global rank. Values are pickled, so they should be small."""
+    world_size = world().world_size
+    found = [value]
+    if world_size > 1:
+        found = [None] * world_size
+        dist.all_gather_object(found, value)
+    return found
+
+
+def from_main(values: list[Any], device: torch.device) -> list[Any]:
+    """The ``values`` of the main process, on every process. They are pickled, so they should be small."""
+    if world().world_size > 1:
+        dist.broadcast_object_list(values, src=0, device=device)
+    return values

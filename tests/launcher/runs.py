@@ -17,7 +17,7 @@ from tests.support.spawn import forked, free_port
 ROOT = Path(__file__).parents[2]
 
 
-def write_run(folder: Path, model: Path, data: Path, **changes: Any) -> Path:
+def write_run(folder: Path, model: Path, data: Path, /, **changes: Any) -> Path:
     """A run YAML of 24 steps with 4 events and a checkpoint every 5 steps; ``changes`` by section."""
     run: dict[str, Any] = {
         "output_dir": str(folder / "run"),
@@ -99,11 +99,15 @@ def workers(launcher: int) -> list[int]:
     return sorted(found)
 
 
+def rows(run: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def metrics(run: Path) -> dict[int, float]:
     """Loss by step."""
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {row["step"]: row["loss"] for row in rows(run) if "loss" in row}
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], timeout: float = 240) -> None:

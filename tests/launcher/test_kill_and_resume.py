@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -70,23 +71,85 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run directory but the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def test_the_run_directory_is_protected(whole: Path, tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path) -> None:
-    """A finished run is neither overwritten nor mixed with another configuration."""
+    """A finished run is neither overwritten nor mixed with another configuration, and not a byte of it changes."""
     shutil.copytree(whole, tmp_path / "run")
     run = runs.write_run(tmp_path, tiny_llama, tiny_alpaca)
-    before = runs.metrics(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    assert {"summary.json", "metrics.jsonl", "adapter/adapter_model.safetensors"} <= before.keys()
     status, output = runs.alone(run)
     assert status != 0 and "--resume auto" in output and "--overwrite" in output
-    other = runs.write_run(tmp_path, tiny_llama, tiny_alpaca, method={"target_rank": 2})
-    status, output = runs.alone(other, "--resume", "auto")
-    assert status != 0 and "belongs to another run" in output and "target_rank" in output
-    assert runs.metrics(tmp_path / "run") == before
+    status, output = runs.alone(run, "--resume", "auto", "--change", "train.lr")
+    assert status == 0 and "nothing to do: the run of 24 steps is finished" in output
+    other = runs.write_run(
+        tmp_path, tiny_llama, tiny_alpaca, method={"target_rank": 2}, data={"max_length": 96}, train={"lr": 0.5}
+    )
+    status, output = runs.alone(other, "--resume", "auto", "--change", "train.lr")
+    assert status != 0 and "belongs to another run" in output
+    assert "method.target_rank: 3.0 there, 2.0 here" in output
+    assert "data.max_length: 160 there, 96 here" in output
+    assert "train.lr:" not in output
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_lower_learning_rate_from_a_checkpoint_on(
+    whole: Path, tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path
+) -> None:
+    """Refused without --change; with it, the rate acts from the next step on and is on record."""
+    resumed = tmp_path / "run"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000024")
+    before = contents(resumed)
+    run = runs.write_run(tmp_path, tiny_llama, tiny_alpaca, train={"lr": 0.002})
+    status, output = runs.alone(run, "--resume", "auto")
+    assert status != 0 and "train.lr: 0.01 there, 0.002 here" in output and "--change train.lr" in output
+    assert contents(resumed) == before
+    options = ["--resume", "auto", "--change", "train.lr", "--change", "train.eps"]
+    status, output = runs.alone(run, *options)
+    assert status == 0, output
+    assert "changed after step 20: train.lr from 0.01 to 0.002" in output
+    assert "--change train.eps changes nothing, because" in output
+    rates = [(row["step"], row["lr"]) for row in runs.rows(resumed) if "lr" in row]
+    expected = [(step, (0.01 if step <= 20 else 0.002) * (1 - step / 24)) for step in range(1, 25)]  # after the step
+    assert rates == [(step, pytest.approx(rate)) for step, rate in expected]
+    facts = json.loads((resumed / "run.json").read_text())
+    assert facts["changes"] == [{"step": 20, "key": "train.lr", "from": 0.01, "to": 0.002}]
+    assert facts["finished"] == 24
+    assert "lr: 0.002" in (resumed / "run.yaml").read_text()
+    kept = contents(resumed)
+    status, output = runs.alone(run, *options)
+    assert status == 0 and "nothing to do" in output and contents(resumed) == kept
+
+
+def test_a_run_that_was_stopped_after_its_last_step_is_finished(
+    whole: Path, tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path
+) -> None:
+    """Its adapter is written, and its summary and last checkpoint are kept."""
+    resumed = tmp_path / "run"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "adapter")
+    facts = json.loads((resumed / "run.json").read_text())
+    (resumed / "run.json").write_text(json.dumps(facts | {"finished": None}))
+    before = contents(resumed)
+    run = runs.write_run(tmp_path, tiny_llama, tiny_alpaca)
+    status, output = runs.alone(run, "--resume", "auto")
+    assert status == 0, output
+    after = contents(resumed)
+    kept = [name for name in before if name.startswith("checkpoints/")] + ["summary.json"]
+    assert all(after[name] == before[name] for name in kept)
+    assert json.loads(after["run.json"])["finished"] == 24
+    mine, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (resumed, whole))
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 
 
 def test_the_adapter_reproduces_the_run_in_peft(whole: Path, tiny_llama: Path, tiny_alpaca: Path) -> None:
     """Held-out loss of base + adapter in real PEFT equals the last one that training logged."""
-    import json
-
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 

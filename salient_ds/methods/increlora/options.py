@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -180,3 +180,7 @@ class IncreLoRAConfig(TargetConfig):
         exact = self.exact_scores(accumulation)
         kind = "exact, of the averaged gradient" if exact else "mean, over micro-batches"
         return {"exact_scores": exact}, [f"method.score_reduction={self.score_reduction}: scores are {kind}"]
+
+    def resolved(self, accumulation: int) -> Self:
+        """Says which ``score_reduction`` "auto" stands for."""
+        return self.model_copy(update={"score_reduction": "exact" if self.exact_scores(accumulation) else "mean"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,19 +22,34 @@ def describe(inner: Any) -> dict[str, Any]:
     }
 
 
-def adopt(inner: Any, buffers: list[Tensor], state: dict[str, Any]) -> None:
+def adopt(inner: Any, buffers: list[Tensor], state: dict[str, Any], keep: Collection[str] = ()) -> None:
     """Bring a fresh DeepSpeed engine to a state from :func:`describe`.
 
     Tensors are not restored. If the state is from after the first step, Adam moments of ``buffers`` exist afterwards
     and are zero.
+
+    Args:
+        keep: entries of the optimizer's parameter groups that stay as they are in the fresh engine. With "lr" among
+            them, the learning rate becomes that of the fresh engine's own schedule at the state's step.
     """
     if state["optimizer_steps"] is not None:
         for buffer in buffers:
             inner.basic_optimizer.state[buffer] = _fresh_state(inner.basic_optimizer, buffer, state["optimizer_steps"])
-    for group, saved in zip(inner.basic_optimizer.param_groups, state["groups"], strict=True):
-        group.update(saved)  # the current learning rate too: a scheduler's load_state_dict does not set it
-    if inner.lr_scheduler is not None and state["scheduler"] is not None:
-        inner.lr_scheduler.load_state_dict(state["scheduler"])
+    groups = inner.basic_optimizer.param_groups
+    for group, saved in zip(groups, state["groups"], strict=True):
+        # the current learning rate too: a scheduler's load_state_dict does not set it
+        group.update({key: value for key, value in saved.items() if key not in keep})
+    schedule = inner.lr_scheduler
+    if schedule is not None and state["scheduler"] is not None:
+        base_lrs = schedule.base_lrs
+        schedule.load_state_dict(dict(state["scheduler"]))
+        if "lr" in keep:
+            schedule.base_lrs = base_lrs
+            rates = [base * factor(schedule.last_epoch)
+                     for base, factor in zip(base_lrs, schedule.lr_lambdas, strict=True)]  # fmt: skip
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates
     for name, value in state["counters"].items():
         setattr(inner, name, value)
     # The number of accumulation steps may differ from before: make the next micro-batch the first of a step.
