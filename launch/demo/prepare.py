@@ -44,7 +44,7 @@ def tiny(config: RunConfig, cache: Path, held_out: Path) -> None:
     model, train = Path(config.model.path), Path(config.data.train)
     rows = tiny_model.rows(TRAIN_ROWS + HELD_OUT_ROWS, seed=0)
     template = get_template(config.data.template)
-    sample = "".join(s.text for s in template.segments(parse_row(rows[0], "alpaca", ("sample", 1))))
+    sample = "".join(s.text for s in template.segments(parse_row(rows[0], "alpaca", ("sample", 1)).conversation))
     tiny_model.make_model(model, sample)
     _write(train, rows[:TRAIN_ROWS], held_out, rows[TRAIN_ROWS:])
     print(f"  model {model}: LLaMA with random weights", flush=True)

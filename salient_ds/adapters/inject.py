@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,8 @@ from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 from salient_ds.adapters.ranked_linear import RankedLinear
-from salient_ds.adapters.targets import is_shortcut, select_modules
+from salient_ds.adapters.survey import ShapeOf, linear, survey, whole_shape
+from salient_ds.adapters.targets import is_shortcut
 from salient_ds.ranks import RankLayout
 
 
@@ -35,6 +35,8 @@ class AdaptedModel:
     """Scores of whole matrices, filled in by backward passes; None if the method needs none."""
     packed: PackedModel | None = None
     """The model with its factors packed in banks of a few layers each; None: every factor is its own parameter."""
+    notes: tuple[str, ...] = ()
+    """What is left out although one could expect it to be adapted, one sentence each."""
 
     @property
     def trained(self) -> nn.Module:
@@ -70,12 +72,6 @@ def module_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def linear_modules(model: Any) -> dict[str, nn.Linear]:
-    """All ``nn.Linear`` layers by path, except the output embedding, which is tied or excluded by convention."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-
-
 def inject(
     model: nn.Module,
     adapter: AdapterConfig,
@@ -85,6 +81,7 @@ def inject(
     device: torch.device | None = None,
     *,
     in_flight: bool = False,
+    shape_of: ShapeOf = whole_shape,
 ) -> AdaptedModel:
     """Freeze ``model`` and wrap its targeted layers in place.
 
@@ -94,6 +91,7 @@ def inject(
     Args:
         method: the options of the method, which name the form of its adapters.
         in_flight: growing adapters start with only the rows that they need first, instead of all rows.
+        shape_of: gives the shape of a whole parameter, if ZeRO-3 may have partitioned it.
 
     Raises:
         ValueError: ``adapter.target_modules`` matches no linear layer; the message lists the available names. It may be
@@ -101,9 +99,9 @@ def inject(
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    candidates = linear_modules(model)
-    only_shortcuts = adapter.shortcuts is not None and not adapter.target_modules
-    names = [] if only_shortcuts else select_modules(list(candidates), adapter.target_modules)
+    found, names, notes = survey(model, shape_of), [], []
+    if adapter.shortcuts is None or adapter.target_modules:
+        names, notes = found.select(adapter.target_modules), found.notes(adapter.target_modules)
     form = method.adapter_form(len(names), adapter.rank, in_flight)
     terms, penalty = form.penalty_terms, None
     if terms:
@@ -116,7 +114,7 @@ def inject(
             rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, init_std=adapter.init_std,
             generator=module_generator(seed, name), penalty=penalty, scores=scores, dtype=dtype, device=device,
         )  # fmt: skip
-        wrapped = form.wrap(candidates[name], wrapping)
+        wrapped = form.wrap(linear(model, name), wrapping)
         if penalty is not None:
             wrapped.penalty_slot = slot
         if device is not None:
@@ -124,7 +122,7 @@ def inject(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapped)
         adapters[name] = wrapped
-    return AdaptedModel(model, adapters, layout_of(adapters), penalty, scores)
+    return AdaptedModel(model, adapters, layout_of(adapters), penalty, scores, notes=tuple(notes))
 
 
 def layout_of(adapters: Mapping[str, RankedLinear]) -> RankLayout:

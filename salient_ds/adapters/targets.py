@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from salient_ds.strict import did_you_mean
 
@@ -15,6 +15,15 @@ LAST_KIND = SHORTCUT_KINDS[-1]
 _SHOWN = 12
 
 
+class NoMatch(ValueError):
+    """``adapter.target_modules`` matches no linear layer, or some of its names match none."""
+
+    def __init__(self, message: str, unmatched: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.unmatched = list(unmatched)
+        """The listed names that match nothing; empty for a pattern or "all-linear"."""
+
+
 def select_modules(names: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
     """The ``names`` that ``target_modules`` selects, in the order of ``names``.
 
@@ -24,23 +33,51 @@ def select_modules(names: Sequence[str], target_modules: str | Sequence[str]) ->
             name, "re:PATTERN" (must match the whole path), or "all-linear" (all of ``names``).
 
     Raises:
-        ValueError: nothing matches, or one of the listed names matches nothing (a typo there would silently
-            leave a kind of layer unadapted), or the pattern is not a regular expression.
+        NoMatch: nothing matches, or one of the listed names matches nothing (a typo there would silently
+            leave a kind of layer unadapted).
+        ValueError: the pattern is not a regular expression.
     """
-    if isinstance(target_modules, str):
-        if target_modules == ALL_LINEAR:
-            chosen = list(names)
-        elif target_modules.startswith(REGEX_PREFIX):
-            chosen = _matching_pattern(names, target_modules.removeprefix(REGEX_PREFIX))
-        else:
-            chosen = _matching_names(names, [target_modules])
-    else:
-        chosen = _matching_names(names, target_modules)
+    unmatched = [item for item in listed(target_modules) if not any(is_suffix(name, item) for name in names)]
+    if unmatched:
+        raise no_match(names, unmatched)
+    meant = matcher(target_modules)
+    chosen = [name for name in names if meant(name)]
     if not chosen:
-        raise ValueError(
+        raise NoMatch(
             f"adapter.target_modules={_shown(target_modules)} matches no linear layer of the model; {_available(names)}"
         )
     return chosen
+
+
+def matcher(target_modules: str | Sequence[str]) -> Callable[[str], bool]:
+    """A function that says whether ``target_modules`` matches the path of a layer.
+
+    Raises:
+        ValueError: the pattern is not a regular expression.
+    """
+    if target_modules == ALL_LINEAR:
+        return lambda name: True
+    if is_pattern(target_modules):
+        pattern = str(target_modules).removeprefix(REGEX_PREFIX)
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"adapter.target_modules: {pattern!r} is not a regular expression: {error}") from error
+        return lambda name: compiled.fullmatch(name) is not None
+    items = listed(target_modules)
+    return lambda name: any(is_suffix(name, item) for item in items)
+
+
+def is_pattern(target_modules: str | Sequence[str]) -> bool:
+    """Whether ``target_modules`` is "re:PATTERN"."""
+    return isinstance(target_modules, str) and target_modules.startswith(REGEX_PREFIX)
+
+
+def listed(target_modules: str | Sequence[str]) -> list[str]:
+    """The names in ``target_modules``; empty for "all-linear" and for a pattern."""
+    if not isinstance(target_modules, str):
+        return list(target_modules)
+    return [] if target_modules == ALL_LINEAR or is_pattern(target_modules) else [target_modules]
 
 
 def is_shortcut(name: str) -> bool:
@@ -55,26 +92,18 @@ def match_targets(
     return [(name, linear_shapes[name]) for name in select_modules(list(linear_shapes), target_modules)]
 
 
-def _matching_pattern(names: Sequence[str], pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"adapter.target_modules: {pattern!r} is not a regular expression: {error}") from error
-    return [name for name in names if compiled.fullmatch(name)]
+def no_match(names: Sequence[str], unmatched: Sequence[str]) -> NoMatch:
+    """The error for listed names that match none of ``names``, with the nearest of them."""
+    hints = dict.fromkeys(_nearest(names, item) for item in unmatched)
+    return NoMatch(
+        f"adapter.target_modules: {', '.join(map(repr, unmatched))} matches no linear layer of the model"
+        f"{''.join(hints)}; {_available(names)}",
+        unmatched,
+    )
 
 
-def _matching_names(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    unmatched = [item for item in wanted if not any(_is_suffix(name, item) for name in names)]
-    if unmatched:
-        hints = [_nearest(names, item) for item in unmatched]
-        raise ValueError(
-            f"adapter.target_modules: {', '.join(map(repr, unmatched))} matches no linear layer of the model"
-            f"{''.join(hints)}; {_available(names)}"
-        )
-    return [name for name in names if any(_is_suffix(name, item) for item in wanted)]
-
-
-def _is_suffix(name: str, item: str) -> bool:
+def is_suffix(name: str, item: str) -> bool:
+    """Whether the path ``name`` is ``item`` or ends with it, in whole parts."""
     return name == item or name.endswith(f".{item}")
 
 
@@ -118,7 +147,7 @@ def select_shortcuts(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     Raises:
         ValueError: one of ``wanted`` matches nothing.
     """
-    unmatched = [item for item in wanted if not any(_is_suffix(name, item) for name in names)]
+    unmatched = [item for item in wanted if not any(is_suffix(name, item) for name in names)]
     if unmatched:
         known = [*SHORTCUT_KINDS, *names]
         said = [f"{item!r} is no shortcut of this model{did_you_mean(item, known, ', ')}" for item in unmatched]
@@ -127,4 +156,4 @@ def select_shortcuts(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
             f"adapter.shortcuts.modules: {'; '.join(said)} (kinds: {', '.join(SHORTCUT_KINDS)}; first path: "
             f"{names[0]}{first})"
         )
-    return [name for name in names if any(_is_suffix(name, item) for item in wanted)]
+    return [name for name in names if any(is_suffix(name, item) for item in wanted)]

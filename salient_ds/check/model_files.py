@@ -1,4 +1,4 @@
-"""Inspects a checkpoint directory before processes start: is it complete, and which linear layers does it hold?
+"""Inspects a checkpoint directory before processes start: is it complete, and which tensors does it hold?
 
 No torch. Only headers are read: eight bytes and a JSON table of a safetensors file, the directory at the end of a .bin.
 """
@@ -6,7 +6,6 @@ No torch. Only headers are read: eight bytes and a JSON table of a safetensors f
 from __future__ import annotations
 
 import json
-import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from salient_ds.check.model_shapes import derived_linear_shapes, derived_parameters
+from salient_ds.check.model_shapes import derived_parameters
 from salient_ds.config.run import ModelConfig
 
 _MAX_HEADER = 100_000_000
@@ -23,8 +22,6 @@ _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E
          "F8_E8M0": 8,
          "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64,
          "U64": 64, "C64": 64}  # fmt: skip
-_NOT_ADAPTED = re.compile(r"embed|norm|^(wte|wpe|shared|lm_head|output_projection|relative_attention_bias)$|^ln_")
-"""Parts of a module path whose 2-D weights are embeddings, norms or the output layer."""
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Models that transformers builds from Conv1D, not nn.Linear. They have no layer that an adapter can wrap."""
 
@@ -52,22 +49,6 @@ class ModelFiles:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Module path -> (out features, in features) of the layers that adapters can wrap.
-
-        They come from the tensors if there are any, else from config.json. Empty if neither shows them.
-        """
-        if self.config.get("model_type") in _CONV1D_MODELS:
-            return {}
-        if not self.tensors:
-            return derived_linear_shapes(self.config)
-        shapes = {}
-        for name, info in sorted(self.tensors.items(), key=lambda item: _natural(item[0])):
-            module, _, leaf = name.rpartition(".")
-            if leaf == "weight" and len(info.shape) == 2 and not any(map(_NOT_ADAPTED.search, module.split("."))):
-                shapes[module] = (info.shape[0], info.shape[1])
-        return shapes
 
     def parameters(self) -> int | None:
         """Number of parameters (elements) of the base model; None if unknown."""
@@ -270,8 +251,3 @@ def _read_bin_index(found: ModelFiles, path: Path) -> None:
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(2)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
-from salient_ds.adapters.targets import match_targets, select_shortcuts, shortcut_candidates
+from salient_ds.check.built_model import BuiltModel, built_model, plain_model
 from salient_ds.check.memory import estimate, estimate_stages, workload
 from salient_ds.check.model_files import ModelFiles, inspect_model
 from salient_ds.check.model_shapes import architecture
 from salient_ds.check.place import check_directory, check_disk
+from salient_ds.check.rendered_rows import rendered
 from salient_ds.check.report import Report
-from salient_ds.check.tokenizer_files import inspect_tokenizer
+from salient_ds.check.tables import check_tables
+from salient_ds.check.target_layers import target_layout
+from salient_ds.check.tokenizer_files import has_chat_template, inspect_tokenizer
 from salient_ds.config.run import RunConfig
 from salient_ds.config.speed import speed_notes, speed_problems
 from salient_ds.models.kernels import kernel_problems
+from salient_ds.models.limits import Limits
+from salient_ds.models.packing import packing_problems
 from salient_ds.ranks import RankLayout
 from salient_ds.steps import steps_or_fraction, steps_per_epoch, total_steps
 from salient_ds.strict import ConfigError
@@ -30,7 +36,8 @@ def preflight(run: RunConfig, world_size: int = 1, quick: bool = False, run_sour
 
     Args:
         world_size: number of processes.
-        quick: count data rows without validating them, and skip the checks of the run directory and of the disk.
+        quick: count data rows without validating them, start no other process, and skip the checks of the run
+            directory and of the disk.
         run_source: name of the run file in messages.
 
     Returns:
@@ -66,6 +73,8 @@ class _Checks:
         self.report = Report(facts={"processes": world_size})
         self.facts = self.report.facts
         self.files: ModelFiles | None = None
+        self.built: BuiltModel | None = None
+        """None if the layers of the model are not known before training."""
         self.layout: RankLayout | None = None
         """The adapted layers, then the shortcuts, at their initial ranks; None until they are known."""
 
@@ -84,7 +93,7 @@ class _Checks:
     def template(self) -> None:
         from salient_ds.data.templates import get_template
 
-        get_template(self.run.data.template)
+        get_template(self.run.data.template, self.run.data.rewritten_history)
 
     def data(self) -> None:
         self.guarded(lambda: self._rows("train", self.run.data.train))
@@ -108,66 +117,69 @@ class _Checks:
             self.facts["rows"] = rows - held_out
 
     def _rows(self, name: str, path: str) -> None:
-        from salient_ds.data.formats import check_file, count_rows, is_local
+        from salient_ds.data.formats import count_rows, is_local
 
         if not is_local(path):
             self.report.notes.append(
                 f"data.{name}={path!r} is loaded by name when training starts: nothing about it was checked"
             )
             return
-        rows = count_rows(path) if self.quick else check_file(path, self.run.data.format).rows
+        rows = count_rows(path) if self.quick else self._rendered(name, path)
         self.facts["rows" if name == "train" else "eval_rows"] = rows
+
+    def _rendered(self, name: str, path: str) -> int:
+        """Examples that a file becomes once every row is rendered, as training renders it."""
+        from salient_ds.data.formats import check_file
+        from salient_ds.data.rendering import render_file
+        from salient_ds.data.templates import get_template
+
+        data = self.run.data
+        reading = data.format, data.empty_answers, data.bad_rows
+        if data.template == "tokenizer":
+            where = self._tokenizer_folder()
+            if where is not None:
+                examples, notes = rendered(self.run, path, where)
+                self.report.notes += [note.replace("{name}", name) for note in notes]
+                return examples
+            summary = check_file(path, *reading)
+            self.report.notes += [*summary.notes(name), f"{name}: rows were not rendered, the tokenizer is not here"]
+            return summary.rows
+        found = render_file(path, *reading, get_template(data.template), None)
+        self.report.notes += found.notes(name)
+        return found.examples
+
+    def _tokenizer_folder(self) -> str | None:
+        """Where the run's tokenizer is on this machine; None if it is not, or has no chat template."""
+        files = inspect_model(self.run.model)
+        named = self.run.model.tokenizer
+        folder = Path(named).expanduser() if named else files.directory
+        return str(folder) if folder is not None and has_chat_template(folder) else None
 
     def model(self) -> None:
         self.files = files = inspect_model(self.run.model)
         self.report.problems.extend(files.problems)
         self.report.notes.extend(files.notes)
         self.report.problems.extend(kernel_problems(self.run.speed, files.config.get("model_type")))
+        if self.run.data.packing:
+            self.report.problems.extend(packing_problems(self.run.model, files.config, self.run.data.max_length))
         inspect_tokenizer(self.run, files, self.report.problems)
         if files.parameters() is not None:
             self.facts["base_parameters"] = files.parameters()
         if isinstance(files.config.get("hidden_size"), int):
             self.facts["hidden_size"] = files.config["hidden_size"]
-        longest = files.config.get("max_position_embeddings")
-        if isinstance(longest, int) and self.run.data.max_length > longest:
+        built = built_model(self.run.model, files, self.quick) if not files.problems else plain_model(files.config)
+        if isinstance(built, BuiltModel):
+            self.built = built
+            self.facts.setdefault("base_parameters", built.parameters)
+        elif built is not None:
             self.report.notes.append(
-                f"data.max_length={self.run.data.max_length} is above the {longest} positions the model was made for"
+                f"the layers of this model are not known before training ({built}): targets, events, memory unchecked"
             )
+        self.guarded(lambda: check_tables(self.run, files, self.built.limits if self.built else Limits(), self.report))
 
     def targets(self) -> None:
-        assert self.files is not None
-        shapes = self.files.linear_shapes()
-        if not shapes:
-            if not self.files.problems:
-                self.report.notes.append(
-                    "the layers of this model are not known before it is built: targets, events, memory unchecked"
-                )
-            return
-        rank, wanted = self.run.adapter.rank, self.run.adapter.target_modules
-        linears = match_targets(shapes, wanted) if wanted or not self.run.adapter.shortcuts else []
-        modules = [(name, shape, rank) for name, shape in linears] + self._shortcuts(list(shapes))
-        self.layout = RankLayout(
-            modules=tuple(name for name, _, _ in modules),
-            ranks=tuple(rank for _, _, rank in modules),
-            in_features=tuple(wide for _, (_, wide), _ in modules),
-            out_features=tuple(tall for _, (tall, _), _ in modules),
-        )
-        self.facts["modules"] = len(modules)
-        narrow = [(name, shape) for name, shape in linears if rank > min(shape)]
-        if narrow:
-            name, (tall, wide) = narrow[0]
-            self.report.notes.append(
-                f"adapter.rank={rank} is above the smaller side of {len(narrow)} of {len(linears)} matrices "
-                f"({name} is {tall} x {wide}): the surplus adds nothing there"
-            )
-
-    def _shortcuts(self, linear_names: list[str]) -> list[tuple[str, tuple[int, int], int]]:
-        chosen, width = self.run.adapter.shortcuts, self.facts.get("hidden_size")
-        if chosen is None or width is None:
-            return []
-        found = select_shortcuts(shortcut_candidates(linear_names), chosen.modules)
-        self.facts["shortcuts"] = len(found)
-        return [(name, (width, width), chosen.rank or self.run.adapter.rank) for name in found]
+        if self.built is not None:
+            self.layout = target_layout(self.run, self.built.adaptable, self.report)
 
     def steps(self) -> None:
         train, rows = self.run.train, self.facts.get("rows")

@@ -71,7 +71,8 @@ class DataConfig(Strict):
     answers. per_answer: every answer becomes an example of its own, rendered as the last one, as the model writes it.
     last_answer: only the last answer of a conversation is trained on. Other templates are not concerned."""
     packing: bool = False
-    """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other."""
+    """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other. Models that
+    were not tested to keep them apart are refused (salient_ds/models/README.md lists those that were)."""
 
 
 class TrainConfig(Strict):

@@ -35,7 +35,7 @@ def export_adapter(
         form: "peft" (every module at its own rank), "padded" (one rank for all modules) or "merged" (a full model).
             Adapters with shortcuts have their own writer (:mod:`salient_ds.heterolora.export`).
         base: checkpoint directory or hub name of the base model. Merging needs its files, local or cached.
-        dtype: dtype of the adapter's tensors (default float32). A merged model keeps the dtypes of its base.
+        dtype: dtype of the tensors (default: float32 for an adapter, as in the base for a merged model).
         pad_to: see :func:`salient_ds.export.peft_format.write_peft`.
         trained: parameters that were trained in full (heads), by full name.
         config_updates: entries of the merged model's config.json that differ from the base's.
@@ -47,12 +47,17 @@ def export_adapter(
     assert form != "shortcuts", "write_shortcuts knows what this one needs"
     check_target(target, overwrite)
     if form == "merged":
-        if dtype is not None or pad_to is not None:
-            raise ValueError(
-                f"dtype={dtype}, pad_to={pad_to}: a merged model keeps the dtypes of its base, leave both out"
-            )
+        if pad_to is not None:
+            raise ValueError(f"pad_to={pad_to} belongs to the padded form: a merged model has no ranks, leave it out")
         return write_merged(
-            target, factors, meta, base, trained=trained, config_updates=config_updates, overwrite=overwrite
+            target,
+            factors,
+            meta,
+            base,
+            dtype=dtype,
+            trained=trained,
+            config_updates=config_updates,
+            overwrite=overwrite,
         )
     if config_updates:
         raise ValueError(f"config_updates={dict(config_updates)} applies to the merged form only")

@@ -105,13 +105,13 @@ def open_base(base: Path | str) -> BaseFiles:
     missing = sorted(name for name in set(file_of.values()) if not (folder / name).is_file())
     if missing:
         raise ValueError(
-            f"{found} in {str(folder)!r} names files that are not there: {_some(missing)}; fetch them again"
+            f"{found} in {str(folder)!r} names files that are not there: {some(missing)}; fetch them again"
         )
     return BaseFiles(folder, file_of)
 
 
-def locate_weights(modules: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
-    """Find each module's weight among a checkpoint's tensor names.
+def locate_by_suffix(modules: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
+    """Find each module's weight among a checkpoint's tensor names, for a model that transformers cannot build.
 
     A checkpoint may have been saved from another class of the same model. Its names then lack a prefix of the module
     path ("encoder..." for "bert.encoder...") or have one more. Only whole path components are compared, and the match
@@ -135,14 +135,14 @@ def locate_weights(modules: Iterable[str], keys: Iterable[str]) -> dict[str, str
         if len(hits) == 1 and hits[0] not in found.values():
             found[module] = hits[0]
         elif hits:
-            problems.append(f"{module} (could be {_some(hits)})")
+            problems.append(f"{module} (could be {some(hits)})")
         else:
             near = nearest(wanted, keys)
             problems.append(f"{module} (nearest: {near})" if near else module)
     if problems:
         raise ValueError(
             f"{len(problems)} adapted modules have no weight of their own in the base checkpoint: "
-            f"{_some(problems)}. Is this the model that was trained? "
+            f"{some(problems)}. Is this the model that was trained? "
             "A matrix tied to the embedding (lm_head) cannot be merged: export it as peft"
         )
     return found
@@ -152,7 +152,8 @@ def _is_suffix(short: str, long: str) -> bool:
     return long.endswith(f".{short}")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
     more = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 

@@ -60,9 +60,15 @@ class ExportMeta:
 
 
 def write_record(
-    folder: Path, factors: Sequence[AdapterFactors], meta: ExportMeta, form: Form, base: str, dtype: str
+    folder: Path,
+    factors: Sequence[AdapterFactors],
+    meta: ExportMeta,
+    form: Form,
+    base: str,
+    dtype: str,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``salient_ds.json``: method, ranks per module (0 included), template, source run, versions."""
+    """Write ``salient_ds.json``: method, ranks per module (0 included), template, source run, versions, ``more``."""
     record = {
         "format": 1,
         "form": form,
@@ -75,6 +81,7 @@ def write_record(
         "template": dict(meta.template) if meta.template is not None else None,
         "source_run": meta.source_run,
         "versions": dict(meta.versions),
+        **(more or {}),
     }
     write_json(folder / RECORD_FILE, record)
 

@@ -6,6 +6,7 @@ Shape legend: I = in features, O = out features, r = live rank of a module, P = 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from salient_ds.export.atomic import atomic_directory
 from salient_ds.export.base_files import head_tensors
 from salient_ds.export.fold import AdapterFactors, LoraPair, fold
 from salient_ds.export.meta import ExportMeta, write_json, write_record
+from salient_ds.export.peft_loading import peft_warning
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of ``max_lora_rank`` that vLLM accepts (vLLM 0.33)."""
@@ -39,6 +41,8 @@ def write_peft(
     overwrite: bool = False,
 ) -> Path:
     """Write ``adapter_model.safetensors``, ``adapter_config.json`` and ``salient_ds.json``, all or nothing.
+
+    Prints a warning if PEFT itself would not load all of it.
 
     Form "peft" ("ragged"): every module has its own rank. All scales are folded into the factors. So ``alpha_pattern``
     equals ``rank_pattern`` and ``lora_alpha`` equals ``r``, and the scale is 1 for readers that honour the patterns and
@@ -76,6 +80,9 @@ def write_peft(
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)
         write_record(folder, factors, meta, form, base_name, str(dtype).removeprefix("torch."))
+    warning = peft_warning([pair.name for pair in pairs], base, meta.task_type)
+    if warning is not None:
+        print(warning, file=sys.stderr, flush=True)
     return target
 
 

@@ -11,7 +11,14 @@ import yaml
 
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.adapters.two_scale import two_scale_pair
-from salient_ds.engine.shard_files import CheckpointError, ShardReader, find_checkpoints
+from salient_ds.engine.shard_files import (
+    MANIFEST,
+    CheckpointError,
+    ShardReader,
+    checkpoint_dirs,
+    damage,
+    find_checkpoints,
+)
 from salient_ds.export.api import export_adapter
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta, Form
@@ -24,16 +31,25 @@ _FORMS_THAT_DROP_MASKED = ("GrowingLinear", "SwitchedLinear", "Shortcut")
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The last whole checkpoint of a run directory, or ``run`` itself if it is a checkpoint.
+    """The last checkpoint of a run directory, or ``run`` itself if it is a checkpoint.
+
+    Its contents are not verified yet: whoever reads it does that.
 
     Raises:
-        CheckpointError: the run has no whole checkpoint.
+        CheckpointError: the run has no checkpoint, or files of the last one are missing or have another size.
     """
-    if (run / "manifest.json").is_file():
+    if (run / MANIFEST).is_file():
         return run
-    found = find_checkpoints(run / "checkpoints")
+    found = checkpoint_dirs(run / "checkpoints")
     if not found:
         raise CheckpointError(f"{run} holds no whole checkpoint: train it first, or continue it with --resume auto")
+    problem = damage(found[-1])
+    if problem is not None:
+        whole = find_checkpoints(run / "checkpoints")
+        remedy = f"give {whole[-1]} to take an older one, or " if whole else ""
+        raise CheckpointError(
+            f"the last checkpoint of {run} is damaged ({problem}): {remedy}continue the run with --resume auto"
+        )
     return found[-1]
 
 
@@ -42,6 +58,9 @@ def read_factors(checkpoint: Path) -> list[AdapterFactors]:
 
     Before the last event of a method that lets dropped rows grow back (AdaLoRA, LoRA^2), all rows count. While
     IncreLoRA still grows, its reserve rows (singular values of 1e-5) do not.
+
+    Raises:
+        CheckpointError: a file does not have the content that was written.
     """
     reader = ShardReader(checkpoint)
     adapters = reader.manifest["adapters"]
@@ -89,7 +108,7 @@ def export_run(
         overwrite: replace what ``target`` holds.
         checkpoint: the checkpoint to export (default: the newest one).
         base: base model, if it is not where training found it.
-        dtype: of the adapter's tensors (default float32). A merged model keeps the dtypes of its base.
+        dtype: of the tensors (default: float32 for an adapter, as in the base for a merged model).
         pad_to: rank of the form "padded"; see :func:`salient_ds.export.peft_format.write_peft`.
 
     Raises:

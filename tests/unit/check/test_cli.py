@@ -98,3 +98,30 @@ print("heavy:", heavy, code)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stdout.splitlines()[-1] == "heavy: [] 0", done.stdout[-500:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--change", "train.lr"], "error: --change train.lr does nothing without --resume: add --resume auto, or"),
+        (
+            ["--resume", "auto", "--change", "train.seed"],
+            "error: --change train.seed is not possible, because the order",
+        ),
+    ],
+)
+def test_changes_are_checked_before_anything_starts(run_file: Path, options: list[str], expected: str) -> None:
+    done = salient_ds("train", str(run_file), *options)
+    assert done.returncode == 1 and expected in done.stderr
+    assert not (run_file.parent / "out").exists()
+
+
+def test_changes_reach_the_training_processes(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from salient_ds.run import verbs
+
+    commands = []
+    monkeypatch.setattr(verbs.os, "execv", lambda program, command: commands.append(command))
+    verbs.launch(str(run_file), ["train.lr=1e-4"], launcher=[], resume="auto", changes=["train.lr", "train.eps"],
+                 overwrite=False, processes=2)  # fmt: skip
+    script = ["salient_ds.train", str(run_file), "train.lr=1e-4", "--resume", "auto"]
+    assert commands[0][-9:] == [*script, "--change", "train.lr", "--change", "train.eps"]

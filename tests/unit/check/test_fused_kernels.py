@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from salient_ds.adapters.inject import linear_modules
+from salient_ds.adapters.survey import linear_modules
 from salient_ds.adapters.targets import match_targets
 from salient_ds.check.memory import estimate
 from salient_ds.check.preflight import preflight

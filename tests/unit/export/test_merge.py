@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from salient_ds.export.api import export_adapter
-from salient_ds.export.base_files import locate_weights, open_base
+from salient_ds.export.base_files import locate_by_suffix, open_base
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.merge import write_merged
 from tests.support.verify import load_model, verify_merged
@@ -146,14 +146,14 @@ def test_every_missing_module_is_listed(llama: Case, out: Path) -> None:
 
 def test_locating_by_suffix() -> None:
     keys = ["encoder.layer.0.q.weight", "decoder.layer.0.q.weight", "encoder.layer.0.q.bias"]
-    assert locate_weights(["bert.encoder.layer.0.q"], keys) == {"bert.encoder.layer.0.q": keys[0]}
-    assert locate_weights(["layer.0.k"], ["m.layer.0.k.weight"]) == {"layer.0.k": "m.layer.0.k.weight"}
+    assert locate_by_suffix(["bert.encoder.layer.0.q"], keys) == {"bert.encoder.layer.0.q": keys[0]}
+    assert locate_by_suffix(["layer.0.k"], ["m.layer.0.k.weight"]) == {"layer.0.k": "m.layer.0.k.weight"}
     with pytest.raises(ValueError, match="layer.0.q .could be encoder.layer.0.q.weight, decoder.layer.0.q.weight"):
-        locate_weights(["layer.0.q"], keys)
+        locate_by_suffix(["layer.0.q"], keys)
     with pytest.raises(ValueError, match="1 adapted modules"):
-        locate_weights(["a.encoder.layer.0.q", "b.encoder.layer.0.q"], keys)  # both would take the same tensor
+        locate_by_suffix(["a.encoder.layer.0.q", "b.encoder.layer.0.q"], keys)  # both would take the same tensor
     with pytest.raises(ValueError):
-        locate_weights(["other_encoder.layer.0.q"], ["encoder.layer.0.q.weight"])  # whole components only
+        locate_by_suffix(["other_encoder.layer.0.q"], ["encoder.layer.0.q.weight"])  # whole components only
 
 
 def test_wrong_model_is_noticed_by_shape(llama: Case, out: Path) -> None:

@@ -109,8 +109,8 @@ def test_nothing_to_export(llama: Case, out: Path, form: str) -> None:
 def test_options_of_another_form(llama: Case, out: Path) -> None:
     with pytest.raises(ValueError, match="pad_to=8 belongs to the padded form"):
         export_adapter(llama.factors, llama.meta, out, "peft", llama.base, pad_to=8)
-    with pytest.raises(ValueError, match="merged model keeps the dtypes"):
-        export_adapter(llama.factors, llama.meta, out, "merged", llama.base, torch.float16)
+    with pytest.raises(ValueError, match="pad_to=8 belongs to the padded form: a merged model has no ranks"):
+        export_adapter(llama.factors, llama.meta, out, "merged", llama.base, pad_to=8)
     with pytest.raises(ValueError, match="applies to the merged form only"):
         export_adapter(llama.factors, llama.meta, out, "peft", llama.base, config_updates={"a": 1})
     with pytest.raises(ValueError, match="task_type='LM' is unknown: use one of CAUSAL_LM"):

@@ -1,0 +1,51 @@
+"""Builds a model without its weights, on the meta device: names, shapes and modules as in training."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+AUTO_CLASSES = {"causal-lm": "AutoModelForCausalLM"}
+"""transformers' auto class that loads each task's head."""
+
+
+class NoSuchModel(ValueError):
+    """transformers knows the model, but has no class of it for the task."""
+
+
+def build_without_weights(folder: Path | str, auto_class: str) -> Any:
+    """The model that ``auto_class`` would load from ``folder``. Code from the folder is never run.
+
+    Args:
+        folder: directory with a config.json.
+        auto_class: name of a class of transformers, such as "AutoModelForCausalLM".
+
+    Raises:
+        NoSuchModel: the auto class does not know this kind of model.
+        ValueError: the model cannot be built from config.json alone.
+    """
+    import torch
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"transformers cannot read {Path(folder) / 'config.json'}: {_first_line(error)}") from error
+    if type(config) not in auto._model_mapping:
+        raise NoSuchModel(
+            f"model_type={config.model_type!r} has no class for {auto_class}: choose a model with a language-modelling "
+            "head, or its text model"
+        )
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return auto.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"transformers cannot build the model from its config.json: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
