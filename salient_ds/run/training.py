@@ -65,6 +65,11 @@ class Training:
         """Settings that changed when the run was resumed, see :class:`salient_ds.run.resuming.Start`."""
         self.identity: dict[str, Any] = {}
 
+    @property
+    def rank(self) -> int:
+        """The former name of ``global_rank``."""
+        return self.global_rank
+
     def run(self, resume: str, overwrite: bool, changes: Sequence[str] = ()) -> None:
         """Train to the end. Every process calls it.
 
