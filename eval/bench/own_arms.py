@@ -194,8 +194,9 @@ def make_engine(
     folding: bool = False,
 ) -> Any:
     """Build the plain loop, or DeepSpeed's engine exactly as salient_ds builds it for a run."""
+    ratio = run.sigma_ratio(adapted.layout)
     if spec.loop != PLAIN:
-        return build_engine(adapted, run.train, ds, STEADY_STEPS, device, folding)
+        return build_engine(adapted, run.train, ds, STEADY_STEPS, device, folding, sigma_ratio=ratio)
     optimizer = optimizer_factory(run.train, fused=device.type == "cuda")
-    groups = [{k: v for k, v in g.items() if k != "name"} for g in parameter_groups(adapted, run.train)]
+    groups = [{k: v for k, v in g.items() if k != "name"} for g in parameter_groups(adapted, run.train.lr, run.train.weight_decay, ratio)]
     return PlainEngine(adapted.trained, groups, optimizer, spec.settings.clip, autocast)

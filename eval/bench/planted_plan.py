@@ -9,8 +9,8 @@ from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods
 from salient_ds.salience.learning_rate import RatePlan
 
-Regime = Literal["equal_energy", "equal_singular_value"]
-REGIMES: tuple[Regime, ...] = ("equal_energy", "equal_singular_value")
+Regime = Literal["equal_energy", "equal_singular_value", "power_law"]
+REGIMES: tuple[Regime, ...] = ("equal_energy", "equal_singular_value", "power_law")
 NORMALISATIONS = ("printed", "released", "robust")
 
 
@@ -74,6 +74,8 @@ class Training:
     orthogonality: float = 0.1
     """Coefficient of the orthogonality penalty in its released form, for all methods that have one."""
     clip: float = 1.0
+    sigma_lr: float | Literal["auto"] = "auto"
+    """Learning rate of singular values, as in section train of a run file."""
     lr_warmup: float = 0.05
     """Fraction of all steps. After it the learning rate falls linearly to 0."""
 
@@ -120,6 +122,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("adalora", "adalora", "prune"),
     Arm("lora2", "lora2", "prune"),
     Arm("increlora", "increlora", "grow"),
+    Arm("salientlora", "salientlora", "prune"),
     *(
         Arm(f"salientlora-paper-{how}", "salientlora", "prune", {"preset": "paper", "normalisation": how})
         for how in NORMALISATIONS

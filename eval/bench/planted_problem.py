@@ -73,24 +73,28 @@ class Problem:
 def make_problem(size: ProblemSize, regime: Regime, seed: int) -> Problem:
     """Build a random network and plant updates of ranks ``size.planted`` into it, in random order.
 
-    Both regimes have the same total energy (sum of squared singular values).
+    The first two regimes have the same total energy (sum of squared singular values).
 
     * ``equal_energy``: every non-zero update has the same Frobenius norm, so that norms do not reveal ranks. A single
       direction of a high-rank update matters less.
     * ``equal_singular_value``: all planted singular values are equal. Frobenius norms grow with the square root of the
       rank.
+    * ``power_law``: every update has full rank. Its singular values are c i^-a, with a from 0.3 to 1.5 and c from 0.35
+      to 1 drawn for every matrix. There is no true rank; ``ranks`` is how many of a matrix's singular values are among
+      the largest of all, as many as the budget allows. It is the best approximation of the updates, not of the outputs.
     """
     base = ResidualMLP(size, seed)
     order = torch.randperm(len(size.planted), generator=module_generator(seed, "order of the ranks")).tolist()
     ranks = {name: size.planted[place] for name, place in zip(base.matrices(), order, strict=True)}
-    teacher, updates = copy.deepcopy(base), {}
+    teacher, updates, spectra = copy.deepcopy(base), {}, {}
     for name, module in teacher.matrices().items():
-        value = singular_value(size, regime, ranks[name])
-        update_OI = low_rank_update(
-            module.weight.shape, ranks[name], value, module_generator(seed, f"update of {name}")
-        )
+        draw = module_generator(seed, f"update of {name}")
+        spectra[name] = spectrum(size, regime, ranks[name], min(module.weight.shape), draw)
+        update_OI = update_of(module.weight.shape, spectra[name], draw)
         module.weight = nn.Parameter(module.weight + update_OI, requires_grad=False)
         updates[name] = update_OI
+    if regime == "power_law":
+        ranks = best_ranks(spectra, size.total)
     inputs_nD = torch.randn(size.train_examples, size.width, generator=module_generator(seed, "inputs"))
     test_inputs_nD = torch.randn(size.test_examples, size.width, generator=module_generator(seed, "test inputs"))
     test_targets_nD = outputs(teacher, test_inputs_nD)
@@ -109,20 +113,28 @@ def make_problem(size: ProblemSize, regime: Regime, seed: int) -> Problem:
     )
 
 
-def singular_value(size: ProblemSize, regime: Regime, rank: int) -> float:
-    """The value that all singular values of an update of this rank have."""
-    if regime == "equal_singular_value" or rank == 0:
-        return size.update_scale
+def spectrum(size: ProblemSize, regime: Regime, rank: int, full: int, generator: torch.Generator) -> Tensor:
+    """Singular values of an update, (rank,) or, for a power law, (full,)."""
+    if regime == "power_law":
+        exponent, largest = (torch.rand(2, generator=generator) * torch.tensor([1.2, 0.65]) + torch.tensor([0.3, 0.35]))
+        return size.update_scale * largest * torch.arange(1, full + 1) ** -exponent
     occupied = sum(r > 0 for r in size.planted)
-    return size.update_scale * (size.total / occupied / rank) ** 0.5
+    energy = size.total / occupied / rank if regime == "equal_energy" and rank else 1.0
+    return torch.full((rank,), size.update_scale * energy**0.5)
 
 
-def low_rank_update(shape: torch.Size, rank: int, value: float, generator: torch.Generator) -> Tensor:
-    """Make a random (O, I) matrix with ``rank`` non-zero singular values, all equal to ``value``."""
+def best_ranks(spectra: dict[str, Tensor], total: int) -> dict[str, int]:
+    """How many values of each spectrum are among the ``total`` largest."""
+    lowest = torch.cat(list(spectra.values())).topk(total).values[-1]
+    return {name: int((values >= lowest).sum()) for name, values in spectra.items()}
+
+
+def update_of(shape: torch.Size, values_r: Tensor, generator: torch.Generator) -> Tensor:
+    """Make a random (O, I) matrix with the non-zero singular values ``values_r``."""
     tall, wide = shape
-    left_Or = torch.linalg.qr(torch.randn(tall, rank, generator=generator)).Q
-    right_Ir = torch.linalg.qr(torch.randn(wide, rank, generator=generator)).Q
-    return value * left_Or @ right_Ir.T
+    left_Or = torch.linalg.qr(torch.randn(tall, len(values_r), generator=generator)).Q
+    right_Ir = torch.linalg.qr(torch.randn(wide, len(values_r), generator=generator)).Q
+    return left_Or * values_r @ right_Ir.T
 
 
 @torch.no_grad()

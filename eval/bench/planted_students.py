@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,14 @@ from torch import nn
 from salient_ds.adapters.inject import AdaptedModel, inject, layout_of, module_generator
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
+from salient_ds.engine.build import parameter_groups
 from salient_ds.methods.duties import Method
 from salient_ds.methods.lora.options import LoRAConfig
 
 from .planted_plan import Arm, ProblemSize, Training, method_config
 from .planted_problem import Problem
+
+INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,13 @@ class Student:
     model: nn.Module
     adapted: AdaptedModel
     method: Method
+    sigma_ratio: float
+    """Learning rate of singular values, as a multiple of that of the factors."""
+
+    def optimizer(self, lr: float) -> torch.optim.AdamW:
+        """AdamW over the adapters. Every group's ``peak`` is its highest learning rate."""
+        groups = parameter_groups(self.adapted, lr, 0.0, self.sigma_ratio)
+        return torch.optim.AdamW([{"peak": group.get("lr", lr)} | group for group in groups], lr=lr, fused=True)
 
 
 def build_student(arm: Arm, problem: Problem, size: ProblemSize, training: Training, seed: int) -> Student:
@@ -42,10 +53,11 @@ def build_student(arm: Arm, problem: Problem, size: ProblemSize, training: Train
         rank = size.uniform_rank if arm.start == "uniform" else training.initial_rank
         adapter = AdapterConfig.model_validate({
             "rank": rank, "alpha": size.uniform_rank if arm.start == "grow" else rank, "target_modules": "all-linear",
-            "orthogonality": {"coefficient": training.orthogonality},
+            "orthogonality": {"coefficient": training.orthogonality}, "init_std": INIT_STD,
         })  # fmt: skip
         adapted = inject(model, adapter, config, seed, torch.float32)
-    return Student(model, adapted, config.build(adapted.layout, training.steps, training.rates))
+    ratio = config.sigma_ratio(adapted.layout, INIT_STD) if training.sigma_lr == "auto" else training.sigma_lr
+    return Student(model, adapted, config.build(adapted.layout, training.steps, training.rates), ratio)
 
 
 def with_ranks(model: nn.Module, ranks: dict[str, int], config: LoRAConfig, seed: int) -> AdaptedModel:
@@ -56,7 +68,8 @@ def with_ranks(model: nn.Module, ranks: dict[str, int], config: LoRAConfig, seed
     for name, rank in ranks.items():
         if rank == 0:
             continue
-        adapter = build(model.get_submodule(name), rank, 1.0, generator=module_generator(seed, name))
+        start: dict[str, Any] = {"generator": module_generator(seed, name)} | ({} if plain else {"init_std": INIT_STD})
+        adapter = build(model.get_submodule(name), rank, 1.0, **start)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter)
         adapters[name] = adapter

@@ -40,9 +40,7 @@ def train(arm: Arm, size: ProblemSize, training: Training, regime: Regime, seed:
     began = time.perf_counter()
     problem = make_problem(size, regime, seed)
     student = build_student(arm, problem, size, training, seed)
-    parameters = [p for p in student.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
-    run = PlainTraining(student.adapted, student.method, optimizer)
+    run = PlainTraining(student.adapted, student.method, student.optimizer(lr))
     result: dict[str, Any] = {"arm": arm.name, "regime": regime, "seed": seed, "lr": lr}
     try:
         steps(run, student, problem, training, seed)
@@ -73,7 +71,6 @@ def steps(run: PlainTraining, student: Student, problem: Problem, training: Trai
     """
     penalty = student.adapted.penalty
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    peak = run.optimizer.param_groups[0]["lr"]
     draw = module_generator(seed, "batches")
     student.model.train()
     for step in range(1, training.steps + 1):
@@ -87,7 +84,8 @@ def steps(run: PlainTraining, student: Student, problem: Problem, training: Trai
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.clip)
         run.before_optimizer(step)
-        run.optimizer.param_groups[0]["lr"] = peak * training.rates.rate(step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["peak"] * training.rates.rate(step)
         run.optimizer.step()
         run.after_optimizer(step, penalty.norms_M2 if penalty is not None else None)
         run.optimizer.zero_grad()

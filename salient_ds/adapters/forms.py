@@ -52,6 +52,10 @@ class AdapterForm(Protocol):
         """Number of trainable elements of one adapter. ``rank`` may be a mean, so the result may be fractional."""
         ...
 
+    def sigma_ratio(self, in_features: int, out_features: int, init_std: float) -> float:
+        """How many times faster the singular values have to learn than the factors; 1 without singular values."""
+        ...
+
     def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
         """Build the adapter around ``base``."""
         ...
@@ -87,6 +91,9 @@ class PlainForm:
     def parameters(self, in_features: int, out_features: int, rank: float) -> float:
         return rank * (in_features + out_features)
 
+    def sigma_ratio(self, in_features: int, out_features: int, init_std: float) -> float:
+        return 1.0
+
     def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
         from salient_ds.adapters.ranked_linear import PlainLinear
 
@@ -111,6 +118,16 @@ class SVDForm:
     def parameters(self, in_features: int, out_features: int, rank: float) -> float:
         return rank * (in_features + out_features + 1)
 
+    def sigma_ratio(self, in_features: int, out_features: int, init_std: float) -> float:
+        """sqrt(O / 3) / max(1, init_std^2 sqrt(O I)): LoRA's first step in the Frobenius norm.
+
+        Adam moves every element by the learning rate in its first step. LoRA's B, from 0, then changes the update by
+        lr sqrt(O r / 3), because a row of A has the norm sqrt(1 / 3). A singular value changes it by lr times the norms
+        of its two vectors: init_std^2 sqrt(O I) at the start, and about 1 as soon as the penalty has made them
+        orthonormal. The larger of the two counts, so that no step becomes longer than LoRA's once they are.
+        """
+        return math.sqrt(out_features / 3) / max(1.0, init_std**2 * math.sqrt(out_features * in_features))
+
     def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
         from salient_ds.adapters.ranked_linear import SVDLinear
 
@@ -128,6 +145,11 @@ class TwoScaleForm(SVDForm):
     def parameters(self, in_features: int, out_features: int, rank: float) -> float:
         """k (in + out) + 2 k r + r."""
         return self.inner_width * (in_features + out_features + 2 * rank) + rank
+
+    def sigma_ratio(self, in_features: int, out_features: int, init_std: float) -> float:
+        """As :meth:`SVDForm.sigma_ratio`; each of a value's two vectors is a product of two factors here."""
+        start = init_std**4 * self.inner_width * math.sqrt(out_features * in_features)
+        return math.sqrt(out_features / 3) / max(1.0, start)
 
     def wrap(self, base: nn.Linear, wrapping: Wrapping) -> RankedLinear:
         from salient_ds.adapters.two_scale import TwoScaleLinear

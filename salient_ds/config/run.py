@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,6 +20,7 @@ from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
+from salient_ds.ranks import RankLayout
 from salient_ds.strict import ConfigError, Strict, did_you_mean
 
 
@@ -91,6 +92,10 @@ class TrainConfig(Strict):
     """Training precision of base model and adapters. With bf16 and fp16 the optimizer steps fp32 master copies."""
     lr: float = Field(gt=0)
     """Peak learning rate, reached at the end of the warm-up."""
+    sigma_lr: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Learning rate of singular values, as a multiple of `lr`. auto: so that the first step changes a matrix as much as
+    LoRA's does at the same `lr`, about sqrt(out_features / 3); 1 with `preset: reference`. Without it, singular values
+    learn far too slowly at the learning rates that LoRA is used with. Methods with plain factors have none."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up: linear or cosine decay to 0, or constant."""
     lr_warmup: float = Field(0, ge=0)
@@ -181,6 +186,11 @@ class RunConfig(Strict):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def sigma_ratio(self, layout: RankLayout) -> float:
+        """``train.sigma_lr`` as a number, for adapters of ``layout``."""
+        chosen = self.train.sigma_lr
+        return self.method.sigma_ratio(layout, self.adapter.init_std) if chosen == "auto" else chosen
 
     def speed_plan(self, stage: int) -> SpeedPlan:
         """Section ``speed``, resolved for this ZeRO stage."""

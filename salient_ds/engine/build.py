@@ -18,11 +18,13 @@ from salient_ds.zero.environment import make_engine
 from salient_ds.zero.internals.clipping import can_fold_clipping, fold_clipping
 
 
-def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    adapted: AdaptedModel, lr: float, weight_decay: float, sigma_ratio: float
+) -> list[dict[str, Any]]:
     """Split the trainable parameters into two groups: the singular values (no weight decay) and everything else.
 
     The singular values have a group of their own so that they lie side by side in the optimizer's flat buffer. One
-    slice then reads or masks them all.
+    slice then reads or masks them all. Their learning rate is ``lr`` times ``sigma_ratio``.
     """
     sigmas = {
         id(address.parameter)
@@ -34,10 +36,15 @@ def parameter_groups(adapted: AdaptedModel, train: TrainConfig) -> list[dict[str
     groups = [
         {
             "params": [p for p in trainable if id(p) not in sigmas],
-            "weight_decay": train.weight_decay,
+            "weight_decay": weight_decay,
             "name": "factors",
         },
-        {"params": [p for p in trainable if id(p) in sigmas], "weight_decay": 0.0, "name": "singular_values"},
+        {
+            "params": [p for p in trainable if id(p) in sigmas],
+            "lr": lr * sigma_ratio,
+            "weight_decay": 0.0,
+            "name": "singular_values",
+        },
     ]
     return [group for group in groups if group["params"]]
 
@@ -82,6 +89,8 @@ def build_engine(
     total_steps: int,
     device: torch.device,
     folding: bool = False,
+    *,
+    sigma_ratio: float,
 ) -> Any:
     """Call ``deepspeed.initialize`` on the adapted model and return the engine.
 
@@ -90,6 +99,7 @@ def build_engine(
             :class:`salient_ds.zero.sharded_base.ShardedBase` holds the base, pass them through
             :func:`salient_ds.zero.sharded_base.adapter_config` first.
         total_steps: applied optimizer steps of the run.
+        sigma_ratio: learning rate of singular values, as a multiple of ``train.lr``.
         folding: clip inside the optimizer's kernel where possible (:mod:`salient_ds.zero.internals.clipping`).
     """
     fused = uses_fused_optimizer(ds_config, device)
@@ -102,7 +112,11 @@ def build_engine(
         zero = ds_config.get("zero_optimization", {})
         ds_config = ds_config | {"zero_optimization": zero | {"overlap_comm": False}}
     engine = make_engine(
-        adapted.trained, parameter_groups(adapted, train), own, scheduler_factory(train, total_steps), ds_config
+        adapted.trained,
+        parameter_groups(adapted, train.lr, train.weight_decay, sigma_ratio),
+        own,
+        scheduler_factory(train, total_steps),
+        ds_config,
     )
     if bound:
         fold_clipping(engine, bound)

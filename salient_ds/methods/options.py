@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -97,6 +98,22 @@ class MethodConfig(Strict):
         form = self.adapter_form(len(layout.ranks), max(layout.ranks, default=1))
         sides = zip(layout.in_features, layout.out_features, ranks or layout.ranks, strict=True)
         return round(sum(form.parameters(wide, tall, rank) for wide, tall, rank in sides))
+
+    @property
+    def keeps_rates(self) -> bool:
+        """Whether singular values learn at the rate of the factors unless ``train.sigma_lr`` says otherwise.
+
+        Presets that repeat a released code do.
+        """
+        return False
+
+    def sigma_ratio(self, layout: RankLayout, init_std: float) -> float:
+        """What ``train.sigma_lr: auto`` stands for: the geometric mean over matrices of the form's ratios."""
+        if self.keeps_rates or not layout.ranks:
+            return 1.0
+        form = self.adapter_form(len(layout.ranks), max(layout.ranks))
+        sides = zip(layout.in_features, layout.out_features, strict=True)
+        return geometric_mean([form.sigma_ratio(wide, tall, init_std) for wide, tall in sides])
 
     def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
         """All allocations of a run in order; empty if ranks are fixed.

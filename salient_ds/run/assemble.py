@@ -104,7 +104,8 @@ def assemble(
     def build() -> Any:
         if make_engine is not None:
             return make_engine(adapted, ds_config, folding)
-        return build_engine(adapted, config.train, ds_config, total_steps, device, folding)
+        ratio = config.sigma_ratio(layout)
+        return build_engine(adapted, config.train, ds_config, total_steps, device, folding, sigma_ratio=ratio)
 
     when = compaction(config, method, plan.packed)
     multiple = row_multiple(config.speed, device.type == "cuda")

@@ -41,7 +41,7 @@ def train_plain(case: Case, model_dir: Path) -> dict[str, Any]:
         adapted.scores = dense
     rates = rate_plan(config.train, case.steps)
     method = config.method.build(adapted.layout, case.steps, rates)
-    optimizer = adamw(adapted, config.train)
+    optimizer = adamw(adapted, config.train, config.sigma_ratio(adapted.layout))
     if isinstance(method, ProbingMethod):
         leave_to_optimizer(method)
     training = PlainTraining(adapted, method, optimizer)
@@ -58,7 +58,7 @@ def train_plain(case: Case, model_dir: Path) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.max_grad_norm)
         training.before_optimizer(step)
         for group in optimizer.param_groups:
-            group["lr"] = config.train.lr * rates.rate(step)
+            group["lr"] = group["peak"] * rates.rate(step)
         optimizer.step()
         training.after_optimizer(step, norms)
         losses.append(float(task.detach()))
@@ -67,11 +67,14 @@ def train_plain(case: Case, model_dir: Path) -> dict[str, Any]:
             "steps": own_steps(adapted, optimizer)}  # fmt: skip
 
 
-def adamw(adapted: AdaptedModel, train: TrainConfig) -> torch.optim.AdamW:
-    """Weight decay for everything but singular values."""
+def adamw(adapted: AdaptedModel, train: TrainConfig, ratio: float) -> torch.optim.AdamW:
+    """Weight decay for everything but singular values, which have a learning rate of their own."""
     factors = [(name, a.parameter) for x in adapted.adapters.values() for name, a in x.factors().items()]
     vectors, sigmas = ([p for name, p in factors if (name == "E") == wanted] for wanted in (False, True))
-    groups = [{"params": vectors, "weight_decay": train.weight_decay}, {"params": sigmas, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": vectors, "weight_decay": train.weight_decay, "peak": train.lr},
+        {"params": sigmas, "weight_decay": 0.0, "peak": train.lr * ratio},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=train.lr, betas=train.betas, eps=train.eps
     )

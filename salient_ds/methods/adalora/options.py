@@ -61,6 +61,10 @@ class SensitivityConfig(TargetConfig):
     packable: ClassVar[bool] = True
     compactable: ClassVar[Literal["never", "last", "every"]] = "last"
 
+    @property
+    def keeps_rates(self) -> bool:
+        return self.preset == "reference"
+
     def options(self) -> SensitivityOptions:
         """The preset's options, overridden by the options that are set explicitly."""
         preset = SENSITIVITY_PRESETS[self.preset]

@@ -181,8 +181,10 @@ class SalientLoRA:
         options, reference = self.options, self.reference_numerics
         norms_TM2 = torch.stack(self._losses[: window_LT.shape[1]]).to(window_LT.device)
         norms_TM2 = norms_TM2.float() if reference else norms_TM2.double()
-        losses_KT = score.orthogonality_losses(norms_TM2, options.loss_weights == "per_module")
+        losses_KT = score.orthogonality_losses(norms_TM2, options.loss_weights != "global")
         weights_KT = score.loss_weights(losses_KT, "nan" if reference else "uniform")
+        if options.loss_weights == "normalised":
+            weights_KT = weights_KT / weights_KT.mean(1, keepdim=True)
         magnitude_L = score.magnitude(window_LT, weights_KT, sizes, options.magnitude == "signed")
         influence_L = influence(
             window_LT,

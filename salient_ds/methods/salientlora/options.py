@@ -39,9 +39,10 @@ class SalientOptions:
     0.99), while released does not (0.85): eval/records/2026-11-22_planted-rank_16-cpu-cores."""
     magnitude: Literal["absolute", "signed"]
     """absolute: |sigma| (released code). signed: sigma, as printed in the paper."""
-    loss_weights: Literal["per_module", "global"]
-    """What weights a value's history. per_module: the orthogonality loss of its own matrix (paper). global: the loss
-    over all matrices (released code)."""
+    loss_weights: Literal["normalised", "per_module", "global"]
+    """What weights a value's history. per_module: the orthogonality loss of its own matrix (paper). normalised: the same,
+    divided by their mean, so that they weight steps and not matrices. global: the loss over all matrices (released
+    code)."""
     edges: Literal["tolerant", "strict"]
     """Pairs of values within 1e-6 of the thresholds beta and gamma, as with a slope of exactly 2. tolerant: they depend
     on each other, on every device. strict: decided in float64 without a slack (code)."""
@@ -59,6 +60,11 @@ class SalientOptions:
 
 
 SALIENT_PRESETS: dict[str, SalientOptions] = {
+    "standard": SalientOptions(
+        schedule="paper", final_prune=True, leaf_influence=1.0, combine="mix", normalisation="robust",
+        magnitude="absolute", loss_weights="normalised", edges="tolerant", apply_at="now", ties="exact",
+        nan_scores="zero", pruned_vectors="zero",
+    ),
     "paper": SalientOptions(
         schedule="paper", final_prune=True, leaf_influence=1.0, combine="mix", normalisation="robust",
         magnitude="absolute", loss_weights="per_module", edges="tolerant", apply_at="now", ties="exact",
@@ -74,7 +80,7 @@ SALIENT_PRESETS: dict[str, SalientOptions] = {
 
 class SalientLoRAConfig(TargetConfig):
     name: Literal["salientlora"] = "salientlora"
-    preset: Literal["paper", "reference"] = "paper"
+    preset: Literal["standard", "paper", "reference"] = "standard"
     """Starting point for the options from `schedule` on, which :class:`SalientOptions` explains. An option that is set
     overrides the preset."""
     initial_warmup: float = Field(0, ge=0)
@@ -97,7 +103,7 @@ class SalientLoRAConfig(TargetConfig):
     combine: Literal["mix", "sum"] | None = None
     normalisation: Literal["printed", "released", "robust"] | None = None
     magnitude: Literal["absolute", "signed"] | None = None
-    loss_weights: Literal["per_module", "global"] | None = None
+    loss_weights: Literal["normalised", "per_module", "global"] | None = None
     edges: Literal["tolerant", "strict"] | None = None
     apply_at: Literal["now", "next_step"] | None = None
     ties: Literal["exact", "threshold"] | None = None
@@ -124,6 +130,10 @@ class SalientLoRAConfig(TargetConfig):
                 "windows grow during training, swap or raise them"
             )
         return self
+
+    @property
+    def keeps_rates(self) -> bool:
+        return self.preset == "reference"
 
     def options(self) -> SalientOptions:
         """The preset's options, overridden by the options that are set explicitly."""

@@ -149,9 +149,7 @@ def test_what_is_dropped_does_not_act() -> None:
     for name in ("adalora", "salientlora-paper-robust", "salientlora-reference-robust"):
         problem = make_problem(SMALL, "equal_energy", 0)
         student = build_student(BY_NAME[name], problem, SMALL, SHORT, 0)
-        parameters = [p for p in student.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0, fused=True)
-        run = PlainTraining(student.adapted, student.method, optimizer)
+        run = PlainTraining(student.adapted, student.method, student.optimizer(0.02))
         steps(run, student, problem, SHORT, 0)
         run.finish()
         for matrix, update_OI in student_updates(student, problem).items():
@@ -163,8 +161,7 @@ def test_every_matrix_that_is_to_grow_is_scored() -> None:
     problem = make_problem(SMALL, "equal_energy", 0)
     student = build_student(BY_NAME["increlora"], problem, SMALL, SHORT, 0)
     assert isinstance(student.method, IncreLoRA)
-    parameters = [p for p in student.model.parameters() if p.requires_grad]
-    run = PlainTraining(student.adapted, student.method, torch.optim.AdamW(parameters, lr=0.02, fused=True))
+    run = PlainTraining(student.adapted, student.method, student.optimizer(0.02))
     steps(run, student, problem, SHORT, 0)
     assert bool((student.method.smoothed_M2 > 0).all())
 
