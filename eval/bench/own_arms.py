@@ -198,5 +198,8 @@ def make_engine(
     if spec.loop != PLAIN:
         return build_engine(adapted, run.train, ds, STEADY_STEPS, device, folding, sigma_ratio=ratio)
     optimizer = optimizer_factory(run.train, fused=device.type == "cuda")
-    groups = [{k: v for k, v in g.items() if k != "name"} for g in parameter_groups(adapted, run.train.lr, run.train.weight_decay, ratio)]
+    groups = [
+        {k: v for k, v in g.items() if k != "name"}
+        for g in parameter_groups(adapted, run.train.lr, run.train.weight_decay, ratio)
+    ]
     return PlainEngine(adapted.trained, groups, optimizer, spec.settings.clip, autocast)

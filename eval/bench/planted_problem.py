@@ -116,7 +116,7 @@ def make_problem(size: ProblemSize, regime: Regime, seed: int) -> Problem:
 def spectrum(size: ProblemSize, regime: Regime, rank: int, full: int, generator: torch.Generator) -> Tensor:
     """Singular values of an update, (rank,) or, for a power law, (full,)."""
     if regime == "power_law":
-        exponent, largest = (torch.rand(2, generator=generator) * torch.tensor([1.2, 0.65]) + torch.tensor([0.3, 0.35]))
+        exponent, largest = torch.rand(2, generator=generator) * torch.tensor([1.2, 0.65]) + torch.tensor([0.3, 0.35])
         return size.update_scale * largest * torch.arange(1, full + 1) ** -exponent
     occupied = sum(r > 0 for r in size.planted)
     energy = size.total / occupied / rank if regime == "equal_energy" and rank else 1.0

@@ -183,9 +183,19 @@ class RunConfig(Strict):
         if self.speed.compaction == "every" and self.method.compactable == "every":
             problem = self.method.compaction_problem("every")
             problems += [problem] if problem else []
+        if self.train.sigma_lr != "auto" and not self.has_singular_values:
+            problems.append(
+                f"train.sigma_lr={self.train.sigma_lr:g} is for singular values, and the adapters of method.name="
+                f"{self.method.name} have none: remove it"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def has_singular_values(self) -> bool:
+        """Whether the method's adapters have a vector of singular values."""
+        return self.method.adapter_form(1, self.adapter.rank, False).penalty_terms > 0
 
     def sigma_ratio(self, layout: RankLayout) -> float:
         """``train.sigma_lr`` as a number, for adapters of ``layout``."""

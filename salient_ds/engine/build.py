@@ -18,9 +18,7 @@ from salient_ds.zero.environment import make_engine
 from salient_ds.zero.internals.clipping import can_fold_clipping, fold_clipping
 
 
-def parameter_groups(
-    adapted: AdaptedModel, lr: float, weight_decay: float, sigma_ratio: float
-) -> list[dict[str, Any]]:
+def parameter_groups(adapted: AdaptedModel, lr: float, weight_decay: float, sigma_ratio: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into two groups: the singular values (no weight decay) and everything else.
 
     The singular values have a group of their own so that they lie side by side in the optimizer's flat buffer. One

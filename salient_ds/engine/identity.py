@@ -19,6 +19,7 @@ from typing import Any
 
 CHANGEABLE: dict[str, tuple[str, ...]] = {
     "train.lr": ("lr", "initial_lr"),
+    "train.sigma_lr": ("lr", "initial_lr"),
     "train.lr_schedule": ("lr", "initial_lr"),
     "train.lr_warmup": ("lr", "initial_lr"),
     "train.weight_decay": ("weight_decay",),
@@ -127,5 +128,7 @@ def completed(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[st
     group = next((g for g in groups if g.get("name") == "factors"), groups[0])
     known = {"lr": group.get("initial_lr", group.get("lr")), "weight_decay": group.get("weight_decay"),
              "betas": group.get("betas"), "eps": group.get("eps")}  # fmt: skip
+    if any(g.get("name") == "singular_values" for g in groups):
+        known["sigma_lr"] = 1.0  # they had the learning rate of the factors
     train = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
     return {**saved, "train": {key: value for key, value in train.items() if value is not None}}

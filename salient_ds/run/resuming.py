@@ -128,10 +128,18 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
         },
         "global_batch_size": config.train.global_batch_size,
         "seed": config.train.seed,
-        "train": {key: train[key] for key in same},
+        "train": {key: train[key] for key in same} | _sigma_lr(config),
         # everything else in the section follows from section train, or is refused, or changes only the rounding
         "optimizer.params": {"bias_correction": optimizer.get("bias_correction", True)},
     }
+
+
+def _sigma_lr(config: RunConfig) -> dict[str, Any]:
+    """``train.sigma_lr``, if there are singular values. It is 1 where "auto" stands for that."""
+    chosen = config.train.sigma_lr
+    if not config.has_singular_values:
+        return {}
+    return {"sigma_lr": 1.0 if chosen == "auto" and config.method.keeps_rates else chosen}
 
 
 _KNOWN_ONCE_BUILT = ("model", "modules", "speed.compaction")

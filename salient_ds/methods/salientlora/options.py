@@ -40,8 +40,8 @@ class SalientOptions:
     magnitude: Literal["absolute", "signed"]
     """absolute: |sigma| (released code). signed: sigma, as printed in the paper."""
     loss_weights: Literal["normalised", "per_module", "global"]
-    """What weights a value's history. per_module: the orthogonality loss of its own matrix (paper). normalised: the same,
-    divided by their mean, so that they weight steps and not matrices. global: the loss over all matrices (released
+    """What weights a value's history. per_module: the orthogonality loss of its own matrix (paper). normalised: the
+    same, divided by its mean, so that it weights steps and not matrices. global: the loss over all matrices (released
     code)."""
     edges: Literal["tolerant", "strict"]
     """Pairs of values within 1e-6 of the thresholds beta and gamma, as with a slope of exactly 2. tolerant: they depend

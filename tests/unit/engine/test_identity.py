@@ -12,8 +12,8 @@ from salient_ds.engine.identity import CHANGEABLE, Difference, compare, complete
 from salient_ds.run.changes import change_problems
 from tests.support.methods import OPTIONS
 
-TRAIN = {"lr": 0.1, "lr_schedule": "linear", "lr_warmup": 0, "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8,
-         "max_grad_norm": 1.0, "precision": "bf16"}  # fmt: skip
+TRAIN = {"lr": 0.1, "sigma_lr": "auto", "lr_schedule": "linear", "lr_warmup": 0, "weight_decay": 0.0,
+         "betas": [0.9, 0.999], "eps": 1e-8, "max_grad_norm": 1.0, "precision": "bf16"}  # fmt: skip
 SAVED: dict[str, Any] = {
     "method": {"name": "salientlora", "target_rank": 3.0}, "adapter": {"rank": 8, "shortcuts": None},
     "total_steps": 24, "data": "abc", "data_settings": {"data.train": "a.json", "data.max_length": 160},
@@ -65,12 +65,12 @@ def test_what_an_old_checkpoint_does_not_record_is_named() -> None:
               {"name": "factors", "lr": 0.05, "initial_lr": 0.1, "weight_decay": 0.2, "betas": (0.9, 0.999),
                "eps": 1e-8}]  # fmt: skip
     differences, unknown = keys(here, completed(old, groups))
-    assert differences == ["train.weight_decay"]
+    assert differences == ["train.sigma_lr", "train.weight_decay"]
     assert [key for key in unknown if key.startswith("train.")] == [
         "train.lr_schedule", "train.lr_warmup", "train.max_grad_norm", "train.precision",
     ]  # fmt: skip
     found = compare(completed(old, groups), here)
-    assert found.refusal(PATH, ()) is not None and found.refusal(PATH, ["train.weight_decay"]) is None
+    assert found.refusal(PATH, ()) is not None and found.refusal(PATH, ["train.weight_decay", "train.sigma_lr"]) is None
     changed = found.changed(["train.weight_decay", "train.lr_schedule", "train.lr"])
     assert changed == [Difference("train.weight_decay", 0.2, 0.0), Difference("train.lr_schedule", None, "linear")]
 
