@@ -47,7 +47,9 @@ Task = tuple[Arm, ProblemSize, Training, Regime, int, float]
 
 def main(
     arms: Annotated[str, typer.Option(help="Students by name, separated by commas; default: all.")] = "",
-    regimes: Annotated[str, typer.Option(help="equal_energy, equal_singular_value, or both.")] = ",".join(REGIMES),
+    regimes: Annotated[str, typer.Option(help="Some of equal_energy, equal_singular_value, power_law.")] = ",".join(
+        REGIMES
+    ),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: the results use 0, 1, ...")] = 5,
     tuning_seed: Annotated[int, typer.Option(min=0, help="Seed for tuning learning rates; not a result seed.")] = 1000,
     lrs: Annotated[str, typer.Option(help="Learning rates to try.")] = "3e-3,1e-2,3e-2",

@@ -210,10 +210,7 @@ class _Checks:
         start = method.adapter_parameters(layout)
         self.facts.update(initial_total=method.initial_total(layout), trainable_start=start)
         if self.run.has_singular_values:
-            self.facts["sigma_ratio"] = ratio = self.run.sigma_ratio(layout)
-            self.report.notes.append(
-                f"singular values learn at {ratio:.3g} x train.lr (train.sigma_lr={self.run.train.sigma_lr})"
-            )
+            self.facts["sigma_ratio"] = self.run.sigma_ratio(layout)
         batch_notes: list[str] = []
         self.guarded(lambda: self._batch_facts(batch_notes))
         steps = self.facts.get("total_steps")

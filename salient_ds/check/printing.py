@@ -91,6 +91,8 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
         table.add_row("batch", f"{train.micro_batch_size} x {per_step} accumulated x {processes} processes")
     if "modules" in facts:
         table.add_row("adapters", f"{run.method.name} on {facts['modules']} matrices, rank {run.adapter.rank}")
+    if "sigma_ratio" in facts:
+        table.add_row("learning rate", f"{run.train.lr:g}, singular values {facts['sigma_ratio']:.3g} times as much")
     if run.speed != SpeedConfig():
         chosen = run.speed.model_dump(exclude_defaults=True)
         table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items()))

@@ -184,10 +184,7 @@ class RunConfig(Strict):
             problem = self.method.compaction_problem("every")
             problems += [problem] if problem else []
         if self.train.sigma_lr != "auto" and not self.has_singular_values:
-            problems.append(
-                f"train.sigma_lr={self.train.sigma_lr:g} is for singular values, and the adapters of method.name="
-                f"{self.method.name} have none: remove it"
-            )
+            problems.append(f"train.sigma_lr is for singular values, method {self.method.name} has none: remove it")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -31,13 +31,8 @@ _ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj
 _GATED = ReleasedNames(
     "model.layers",
     _ATTENTION
-    | {
-        "w1": "mlp.up_proj",
-        "up": "mlp.up_proj",
-        "gate": "mlp.gate_proj",
-        "w2": "mlp.down_proj",
-        "down": "mlp.down_proj",
-    },
+    | {"w1": "mlp.up_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj"}
+    | {"w2": "mlp.down_proj", "down": "mlp.down_proj"},
 )
 ARCHITECTURES = {
     "opt": ReleasedNames(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from salient_ds.config.run import TrainConfig
+from salient_ds.config.run import RunConfig
 from salient_ds.engine import checkpoint
 from salient_ds.engine.build import scheduler_factory
 from salient_ds.engine.checkpoint import compare_with
@@ -149,7 +149,7 @@ def changed(
         engine = scenario.build(before, model, world_size)
         scenario.advance(engine, STOP, global_rank, world_size)
         path = checkpoint.save(engine.state, folder / str(index), settings(before, model), {}, keep=2)
-        change_by_hand(engine, after.config(model).train, after.steps)
+        change_by_hand(engine, after.config(model), after.steps)
         by_hand = outcome(engine, *scenario.advance(engine, TOTAL_STEPS, global_rank, world_size))
         engine.engine.destroy()
         again = scenario.build(after, model, world_size)
@@ -174,16 +174,20 @@ def changed(
     return results
 
 
-def change_by_hand(engine: AllocatingEngine, train: TrainConfig, steps: int) -> None:
+def change_by_hand(engine: AllocatingEngine, config: RunConfig, steps: int) -> None:
     """Give a running engine other hyperparameters, and its schedule for the step it is at."""
+    train, ratio = config.train, config.sigma_ratio(engine.initial_layout)
     optimizer, schedule = basic_optimizer(engine.engine), engine.engine.lr_scheduler
     other = torch.optim.AdamW([torch.zeros(1)], lr=train.lr)
     factor = scheduler_factory(train, steps)(other).lr_lambdas[0]  # type: ignore[attr-defined]
-    schedule.base_lrs = [train.lr for _ in schedule.base_lrs]
+    peaks = {"factors": train.lr, "singular_values": train.lr * ratio}
+    schedule.base_lrs = [peaks[group["name"]] for group in optimizer.param_groups]
     schedule.lr_lambdas = [factor for _ in schedule.lr_lambdas]
     for group in optimizer.param_groups:
         decay = train.weight_decay if group["name"] == "factors" else 0.0
-        group.update(lr=train.lr * factor(engine.step), betas=train.betas, eps=train.eps, weight_decay=decay)
+        group.update(
+            lr=peaks[group["name"]] * factor(engine.step), betas=train.betas, eps=train.eps, weight_decay=decay
+        )
 
 
 def older(global_rank: int, world_size: int, model: Path, path: Path) -> dict[str, Any]:
@@ -191,6 +195,7 @@ def older(global_rank: int, world_size: int, model: Path, path: Path) -> dict[st
     case = Case(1)
     engine = scenario.build(case, model, world_size)
     here = settings(case, model)
+    here["train"]["sigma_lr"] = 1.0  # what all runs had, as far as such a checkpoint tells
     extra = checkpoint.load(engine.state, path, IDENTITY | here)
     step = engine.step
     losses, _ = scenario.advance(engine, TOTAL_STEPS, global_rank, world_size)

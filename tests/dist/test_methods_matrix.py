@@ -175,7 +175,8 @@ def test_allocation_changes_the_run(plain: dict[str, Any], name: str) -> None:
 def test_low_precision_statistics_have_the_scale_of_fp32(tiny_llama: Path) -> None:
     """The loss scale (65536 and more) is out of the gradient that a method sees, at any stage."""
     places = [("fp32", 2), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 2), ("fp16", 3)]
-    cases = [Case(stage, precision, method=METHODS["adalora"], zero=TINY_PARTITIONS if stage == 3 else {})
+    slow = {"sigma_lr": 1.0}  # the faster values learn, the more rounding changes them
+    cases = [Case(stage, precision, method=METHODS["adalora"], zero=TINY_PARTITIONS if stage == 3 else {}, train=slow)
              for precision, stage in places]  # fmt: skip
     reports = spawn(2, methods_worker.statistics_norm, tiny_llama, cases, timeout=300)
     sums = []

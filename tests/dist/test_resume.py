@@ -91,6 +91,7 @@ CHANGED = [
                              "betas": (0.8, 0.95), "eps": 1e-6})),
     (Case(1), Case(1, train={"max_grad_norm": 0.25})),
     (Case(2, train={"lr_schedule": "linear"}), Case(2, train={"lr_schedule": "cosine"})),
+    (Case(2), Case(2, train={"sigma_lr": 1.5})),
 ]  # fmt: skip
 """A run, and what it goes on as after a stop."""
 

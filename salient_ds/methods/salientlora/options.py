@@ -35,8 +35,8 @@ class SalientOptions:
     """printed: none. released: magnitude is normalised per module, influence over all values. robust: percentiles over
     all live values, for both.
 
-    The paper does not state a normalisation. The paper preset uses robust because it recovers planted ranks (recall
-    0.99), while released does not (0.85): eval/records/2026-11-22_planted-rank_16-cpu-cores."""
+    The paper does not state a normalisation. The standard and paper presets use robust because it recovers planted
+    ranks, while released gives rows to matrices that need none: eval/records/*_planted-rank_*."""
     magnitude: Literal["absolute", "signed"]
     """absolute: |sigma| (released code). signed: sigma, as printed in the paper."""
     loss_weights: Literal["normalised", "per_module", "global"]
@@ -82,7 +82,8 @@ class SalientLoRAConfig(TargetConfig):
     name: Literal["salientlora"] = "salientlora"
     preset: Literal["standard", "paper", "reference"] = "standard"
     """Starting point for the options from `schedule` on, which :class:`SalientOptions` explains. An option that is set
-    overrides the preset."""
+    overrides the preset. standard: the paper, with loss weights that cannot decide between matrices. paper: the paper,
+    robustly normalised. reference: the released code."""
     initial_warmup: float = Field(0, ge=0)
     """Steps before allocation starts (n_i). A value below 1 is a fraction of all steps."""
     final_warmup: float = Field(0, ge=0)

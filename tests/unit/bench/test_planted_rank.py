@@ -30,6 +30,16 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 @pytest.mark.parametrize("regime", REGIMES)
 def test_the_planted_ranks_are_exact(regime: Regime) -> None:
     problem = make_problem(SMALL, regime, 3)
+    if regime == "power_law":
+        assert sum(problem.ranks.values()) == SMALL.total
+        spectra = {name: torch.linalg.svdvals(update_OI) for name, update_OI in problem.updates.items()}
+        kept = [values[: problem.ranks[name]] for name, values in spectra.items()]
+        left = [values[problem.ranks[name] :] for name, values in spectra.items()]
+        assert float(torch.cat(kept).min()) > float(torch.cat(left).max())
+        for values in spectra.values():  # a straight line in logarithms
+            slopes = values.log().diff() / torch.arange(1, len(values) + 1).log().diff()
+            torch.testing.assert_close(slopes, slopes[:1].expand(len(slopes)), rtol=1e-3, atol=1e-3)
+        return
     assert sorted(problem.ranks.values()) == [0, 1, 2, 5]
     for name, update_OI in problem.updates.items():
         values = torch.linalg.svdvals(update_OI.double())
