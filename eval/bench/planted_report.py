@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ("student", "lr", "ranks kept", "precision", "recall", "Spearman", "mean difference", "loss",
            "loss - true ranks", "loss - lora", "update error")  # fmt: skip
-_COLOURS = ("#0072b2", "#d55e00")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73")
 REGIME_TEXT = {
     "equal_energy": "all planted updates that are not zero have the same Frobenius norm (norms do not show ranks)",
     "equal_singular_value": "all planted singular values are equal (norms grow with the root of the rank)",
+    "power_law": "updates have full rank and singular values c i^-a, a from 0.3 to 1.5 and c from 0.35 to 1 by matrix "
+    "(no rank is true; the planted ones are those of the largest values of all)",
 }
 
 
@@ -178,7 +180,7 @@ def draw_spearman(rows: Sequence[Row], path: Path) -> None:
         index = regimes.index(row.regime)
         place = arms.index(row.arm) + height * (index - (len(regimes) - 1) / 2)
         first = row.arm == next(other.arm for other in shown if other.regime == row.regime)
-        axes.barh(place, value.mean, height, color=_COLOURS[index % 2], label=row.regime if first else None)
+        axes.barh(place, value.mean, height, color=_COLOURS[index % len(_COLOURS)], label=row.regime if first else None)
         if value.low is not None and value.high is not None:
             axes.plot([value.low, value.high], [place, place], color="black", linewidth=1)
     axes.set_yticks(range(len(arms)), arms)

@@ -27,15 +27,14 @@ def misread_by_peft(modules: Iterable[str], base: Path | str, task_type: str) ->
 
     Args:
         base: checkpoint directory or hub name of the base model. Nothing is found if it is not here, or if transformers
-            cannot build it.
+            cannot build it or has no such rules (before 5.23).
     """
     try:
         model = build_without_weights(local_folder(base), AUTO_CLASSES[task_type])
-    except ValueError:
+        from transformers import conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
+    except (ValueError, ImportError):
         return []
-    from transformers import conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
-
     kind = model.config.model_type
     if conversion_mapping.get_checkpoint_conversion_mapping(kind) is None:
         return []
