@@ -44,6 +44,14 @@ def test_all_gpus_of_the_node(tools: Path) -> None:
     ]
 
 
+def test_changes_are_for_the_training_only(tools: Path) -> None:
+    done = start(tools, "run.yaml", "--change", "train.lr", "train.lr=1", "--change=train.eps", GPUS="1")
+    check, train = done.stdout.splitlines()
+    assert check == "salient-ds check run.yaml train.lr=1 --gpus 1"
+    assert train.endswith("salient_ds.train run.yaml train.lr=1 --resume auto --change train.lr --change=train.eps")
+    assert "--change needs a key" in start(tools, "run.yaml", "--change", GPUS="1").stderr
+
+
 def test_the_example_hostfile_counts_its_slots(tools: Path) -> None:
     done = start(tools, "run.yaml", HOSTFILE=str(LAUNCH / "hostfile.example"), PORT="1234", GPUS="4")
     check, train = done.stdout.splitlines()
