@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import pytest
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, parse_config
+from salient_ds.methods import table
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, register
 from salient_ds.strict import ConfigError
@@ -44,9 +46,13 @@ def run_file(folder: Path, model: Path, data: Path, **method: Any) -> dict[str, 
     }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    register(RandomPruneConfig)
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> Iterator[None]:
+    """The method is known in this file only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "_registered", {})
+        register(RandomPruneConfig)
+        yield
 
 
 @pytest.fixture
@@ -96,7 +102,6 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="module")
 def plain(tiny_llama: Path) -> dict[str, Any]:
-    register(RandomPruneConfig)
     return train_plain(Case(0, method=METHOD), tiny_llama)
 
 
