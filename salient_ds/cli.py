@@ -49,6 +49,12 @@ def check(
     raise typer.Exit(run_check(run, overrides, gpus, as_json))
 
 
+def _launcher_options(hostfile: str | None, master_port: int | None) -> list[str]:
+    """What the deepspeed launcher is told about the nodes."""
+    options = ["--hostfile", hostfile] if hostfile else []
+    return options + (["--master_port", str(master_port)] if master_port else [])
+
+
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],
@@ -68,13 +74,11 @@ def train(
     """Check a run, then start it with the deepspeed launcher."""
     from salient_ds.run.verbs import launch
 
-    launcher = ["--hostfile", hostfile] if hostfile else []
-    launcher += ["--master_port", str(master_port)] if master_port else []
     raise typer.Exit(
         launch(
             run,
             overrides or [],
-            launcher=launcher,
+            launcher=_launcher_options(hostfile, master_port),
             resume=resume,
             changes=change or [],
             overwrite=overwrite,
@@ -105,8 +109,6 @@ def search(
     """Score all modules before training and write a run file that trains only the best of them (HeteroLoRA)."""
     from salient_ds.run.verbs import search as body
 
-    launcher = ["--hostfile", hostfile] if hostfile else []
-    launcher += ["--master_port", str(master_port)] if master_port else []
     options = SearchOptions(
         proxy=proxy,
         batches=batches,
@@ -117,7 +119,7 @@ def search(
         rank=rank,
         output=output,
     )
-    raise typer.Exit(body(run, overrides or [], options, launcher, gpus))
+    raise typer.Exit(body(run, overrides or [], options, _launcher_options(hostfile, master_port), gpus))
 
 
 @app.command("convert-toml")

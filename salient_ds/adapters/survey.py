@@ -57,11 +57,6 @@ def survey(model: nn.Module, shape_of: ShapeOf = whole_shape) -> Adaptable:
     return Adaptable(linears, tuple(towers), _experts(model, towers, shape_of), unfit)
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that :func:`survey` lists, by path."""
-    return {path: linear(model, path) for path in survey(model).linears}
-
-
 def linear(model: nn.Module, path: str) -> nn.Linear:
     """The linear layer of that path."""
     module = model.get_submodule(path)

@@ -37,11 +37,6 @@ class BaseFiles:
         """File names in sorted order, which is the order of their numbers."""
         return sorted(set(self.file_of.values()))
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of all weight files on disk."""
-        return sum((self.folder / name).stat().st_size for name in self.shards)
-
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, in the stored dtype."""
         path = self.folder / self.file_of[key]

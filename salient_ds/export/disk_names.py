@@ -15,7 +15,7 @@ from salient_ds.export.base_files import locate_by_suffix, some
 from salient_ds.models.meta_model import build_without_weights
 from salient_ds.strict import nearest
 
-AUTO_CLASSES = {
+CLASS_OF_TASK_TYPE = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -52,7 +52,7 @@ def locate_weights(modules: Iterable[str], keys: Iterable[str], folder: Path, ta
     """
     modules, keys = list(modules), list(keys)
     try:
-        model = build_without_weights(folder, AUTO_CLASSES[task_type])
+        model = build_without_weights(folder, CLASS_OF_TASK_TYPE[task_type])
     except ValueError:
         return locate_by_suffix(modules, keys)
     _refuse_shared(model, modules)

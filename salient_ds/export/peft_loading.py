@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from salient_ds.export.base_files import local_folder, some
-from salient_ds.export.disk_names import AUTO_CLASSES
+from salient_ds.export.disk_names import CLASS_OF_TASK_TYPE
 from salient_ds.models.meta_model import build_without_weights
 
 _MEANS_EXPERTS: dict[str, tuple[str, ...]] = {
@@ -30,7 +30,7 @@ def misread_by_peft(modules: Iterable[str], base: Path | str, task_type: str) ->
             cannot build it or has no such rules (before 5.23).
     """
     try:
-        model = build_without_weights(local_folder(base), AUTO_CLASSES[task_type])
+        model = build_without_weights(local_folder(base), CLASS_OF_TASK_TYPE[task_type])
         from transformers import conversion_mapping
         from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
     except (ValueError, ImportError):

@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from salient_ds.export.disk_names import CLASS_OF_TASK_TYPE
 from salient_ds.export.meta import RECORD_FILE
 
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 Inputs = Mapping[str, Tensor]
 Reference = Tensor | Callable[[Inputs], Tensor]
 """Logits of the training model for the same inputs, or a function that computes them."""
@@ -77,9 +72,9 @@ def load_model(path: Path | str, task_type: str, dtype: torch.dtype | str) -> nn
     """
     import transformers
 
-    if task_type not in AUTO_CLASSES:
-        raise ValueError(f"task_type={task_type!r} is unknown: use one of {', '.join(AUTO_CLASSES)}")
-    auto: Any = getattr(transformers, AUTO_CLASSES[task_type])
+    if task_type not in CLASS_OF_TASK_TYPE:
+        raise ValueError(f"task_type={task_type!r} is unknown: use one of {', '.join(CLASS_OF_TASK_TYPE)}")
+    auto: Any = getattr(transformers, CLASS_OF_TASK_TYPE[task_type])
     model: nn.Module = auto.from_pretrained(str(path), dtype=dtype)
     return model
 

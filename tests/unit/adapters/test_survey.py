@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from salient_ds.adapters.adaptable import Adaptable
-from salient_ds.adapters.survey import linear_modules, survey
+from salient_ds.adapters.survey import survey
+from tests.support.linears import linear_modules
 from tests.support.tiny_architectures import tiny_config
 
 

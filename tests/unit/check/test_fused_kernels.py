@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from salient_ds.adapters.survey import linear_modules
 from salient_ds.adapters.targets import match_targets
 from salient_ds.check.memory import estimate
 from salient_ds.check.preflight import preflight
@@ -22,6 +21,7 @@ from salient_ds.config.speed import SpeedConfig, compiles, speed_problems
 from salient_ds.models import kernels as fused_kernels
 from salient_ds.models.kernels import apply_kernels, kernel_problems, loss_only, model_types
 from salient_ds.strict import ConfigError
+from tests.support.linears import linear_modules
 from tests.support.methods import OPTIONS
 from tests.unit.check.test_memory import config, work
 from tests.unit.check.test_preflight import make, only_problem, settings  # noqa: F401

@@ -49,7 +49,7 @@ def test_names_that_only_differ_by_prefix(tmp_path: Path) -> None:
 def test_every_linear_layer_is_found_and_loads_from_there(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from salient_ds.adapters.survey import linear_modules
+    from tests.support.linears import linear_modules
 
     folder = saved(kind, tmp_path)
     stored = load_file(folder / "model.safetensors")
