@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from salient_ds.adapters.bank import PackedModel
-from salient_ds.adapters.forms import HasForm, Wrapping
+from salient_ds.adapters.forms import AdapterForm, HasForm, Wrapping
 from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
+from salient_ds.adapters.rank_pattern import ranks_of
 from salient_ds.adapters.ranked_linear import RankedLinear
 from salient_ds.adapters.survey import ShapeOf, linear, survey, whole_shape
 from salient_ds.adapters.targets import is_shortcut
@@ -95,13 +96,15 @@ def inject(
 
     Raises:
         ValueError: ``adapter.target_modules`` matches no linear layer; the message lists the available names. It may be
-            empty only if ``adapter.shortcuts`` is set.
+            empty only if ``adapter.shortcuts`` is set. Or a key of ``adapter.rank_pattern`` names no matrix.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     found, names, notes = survey(model, shape_of), [], []
     if adapter.shortcuts is None or adapter.target_modules:
         names, notes = found.select(adapter.target_modules), found.notes(adapter.target_modules)
+    ranks = ranks_of(names, adapter.rank, adapter.rank_pattern)
+    names = [name for name in names if ranks[name]]
     form = method.adapter_form(len(names), adapter.rank, in_flight)
     terms, penalty = form.penalty_terms, None
     if terms:
@@ -111,8 +114,9 @@ def inject(
     adapters: dict[str, RankedLinear] = {}
     for slot, name in enumerate(names):
         wrapping = Wrapping(
-            rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, init_std=adapter.init_std,
-            generator=module_generator(seed, name), penalty=penalty, scores=scores, dtype=dtype, device=device,
+            rank=ranks[name], alpha=alpha_of(ranks[name], adapter, form), dropout=adapter.dropout,
+            init_std=adapter.init_std, generator=module_generator(seed, name), penalty=penalty, scores=scores,
+            dtype=dtype, device=device,
         )  # fmt: skip
         wrapped = form.wrap(linear(model, name), wrapping)
         if penalty is not None:
@@ -123,6 +127,13 @@ def inject(
         setattr(model.get_submodule(parent), child, wrapped)
         adapters[name] = wrapped
     return AdaptedModel(model, adapters, layout_of(adapters), penalty, scores, notes=tuple(notes))
+
+
+def alpha_of(rank: int, adapter: AdapterConfig, form: AdapterForm) -> float:
+    """The numerator that gives a matrix of ``rank`` rows the scaling of one with ``adapter.rank`` rows."""
+    if rank == adapter.rank:
+        return adapter.alpha
+    return adapter.alpha * form.scaling(1.0, adapter.rank) / form.scaling(1.0, rank)
 
 
 def layout_of(adapters: Mapping[str, RankedLinear]) -> RankLayout:

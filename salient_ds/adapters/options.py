@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -43,9 +43,14 @@ class AdapterConfig(Strict):
     """The layers to adapt: names (the ends of module paths), one regular expression as "re:...", or "all-linear"."""
     rank: int = Field(gt=0)
     """Initial rank r of every adapted matrix. With IncreLoRA: the largest rank that a matrix may grow to."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}
+    """Initial ranks of single matrices, by the end of their module path, such as {"q_proj": 4, "layers.0.mlp.up_proj":
+    16}. The longest name counts, "*" means all others (default: `rank`), and rank 0 leaves a matrix out. In a run file
+    also a path: a finished run, an adapter, PEFT's adapter_config.json or a search's rank_pattern.json, whose ranks a
+    LoRA is then trained with."""
     alpha: float = Field(32.0, gt=0)
-    """Numerator of the scaling: the update is (alpha / r) B diag(E) A. r stays the initial rank even after rows are
-    pruned. With IncreLoRA, r is the current rank."""
+    """Numerator of the scaling: the update is (alpha / r) B diag(E) A. r is `rank`, for every matrix of `rank_pattern`
+    and after rows are pruned. With IncreLoRA, r is the current rank."""
     shortcuts: ShortcutConfig | None = None
     """Trainable shortcut connections (methods heterolora and lora). Default: none."""
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -126,7 +126,7 @@ def workload(
     work = Workload(
         base_parameters=base_parameters,
         adapted=tuple(zip(layout.out_features, layout.in_features, strict=True)),
-        rank=run.adapter.rank,
+        rank=ceil(layout.total / max(1, len(layout.ranks))),
         trainable=method.adapter_parameters(layout),
         statistics=method.statistics_bytes(layout),
         event=method.event_bytes(layout),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from salient_ds.adapters.adaptable import Adaptable
+from salient_ds.adapters.rank_pattern import ranks_of
 from salient_ds.adapters.targets import select_shortcuts, shortcut_candidates
 from salient_ds.check.report import Report
 from salient_ds.config.run import RunConfig
@@ -17,18 +18,21 @@ def target_layout(run: RunConfig, adaptable: Adaptable, report: Report) -> RankL
     Adds the facts modules and shortcuts, and notes on layers that one could expect and are left out.
 
     Raises:
-        ValueError: ``adapter.target_modules`` or ``adapter.shortcuts`` matches nothing.
+        ValueError: ``adapter.target_modules``, ``adapter.rank_pattern`` or ``adapter.shortcuts`` matches nothing.
     """
     rank, wanted = run.adapter.rank, run.adapter.target_modules
     linears: _Modules = []
     if wanted or not run.adapter.shortcuts:
-        linears = [(name, adaptable.linears[name], rank) for name in adaptable.select(wanted)]
+        ranks = ranks_of(adaptable.select(wanted), rank, run.adapter.rank_pattern)
+        linears = [(name, adaptable.linears[name], rank) for name, rank in ranks.items() if rank]
         report.notes.extend(adaptable.notes(wanted))
     modules = linears + _shortcuts(run, adaptable, report)
     report.facts["modules"] = len(modules)
-    narrow = [(name, shape) for name, shape, _ in linears if rank > min(shape)]
+    if run.adapter.rank_pattern:
+        report.facts["rank_pattern"] = f"{sum(rank for _, _, rank in linears)} rows in {len(linears)} of {len(ranks)}"
+    narrow = [(name, shape, rank) for name, shape, rank in linears if rank > min(shape)]
     if narrow:
-        name, (tall, wide) = narrow[0]
+        name, (tall, wide), rank = narrow[0]
         report.notes.append(
             f"adapter.rank={rank} is above the smaller side of {len(narrow)} of {len(linears)} matrices "
             f"({name} is {tall} x {wide}): the surplus adds nothing there"

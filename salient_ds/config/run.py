@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
+from salient_ds.adapters.rank_pattern import RankFileError, with_ranks_of_file
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
@@ -185,6 +186,11 @@ class RunConfig(Strict):
             problems += [problem] if problem else []
         if self.train.sigma_lr != "auto" and not self.has_singular_values:
             problems.append(f"train.sigma_lr is for singular values, method {self.method.name} has none: remove it")
+        if self.adapter.rank_pattern and self.method.grows:
+            problems.append(
+                f"adapter.rank_pattern gives initial ranks, but method {self.method.name} starts every matrix at the "
+                "same one and lets it grow: remove the pattern, or use method.name=lora"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -275,15 +281,17 @@ def parse_config(data: dict[str, Any], base: Path | None = None) -> RunConfig:
     """Validate a plain mapping of sections.
 
     Args:
-        base: folder in which a relative DeepSpeed JSON is looked for, if it is not in the working directory.
+        base: folder in which relative paths are looked for, if they are not in the working directory.
 
     Raises:
         ConfigError: lists every problem found.
     """
     try:
-        config = RunConfig.model_validate(data)
+        config = RunConfig.model_validate(with_ranks_of_file(data, base))
     except ValidationError as error:
         raise ConfigError(describe_errors(error, data)) from error
+    except RankFileError as error:
+        raise ConfigError([str(error)]) from error
     found = Path(config.deepspeed)
     if not found.is_file() and base is not None and (base / found).is_file():
         config = config.model_copy(update={"deepspeed": str((base / found).resolve())})

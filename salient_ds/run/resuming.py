@@ -119,7 +119,7 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
     optimizer = (ds_config.get("optimizer") or {}).get("params", {})
     return {
         "method": method.model_dump(mode="json", by_alias=True),
-        "adapter": config.adapter.model_dump(mode="json"),
+        "adapter": _adapter(config),
         "total_steps": total_steps,
         "data": inputs.train.fingerprint(),
         DATA_SETTINGS: {
@@ -132,6 +132,12 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
         # everything else in the section follows from section train, or is refused, or changes only the rounding
         "optimizer.params": {"bias_correction": optimizer.get("bias_correction", True)},
     }
+
+
+def _adapter(config: RunConfig) -> dict[str, Any]:
+    """Section ``adapter``. Without ranks of single matrices it is what older versions recorded."""
+    section = config.adapter.model_dump(mode="json")
+    return section if config.adapter.rank_pattern else {k: v for k, v in section.items() if k != "rank_pattern"}
 
 
 def _sigma_lr(config: RunConfig) -> dict[str, Any]:
