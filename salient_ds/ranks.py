@@ -180,6 +180,16 @@ class WorkShare:
     """Replaces a tensor by its sum over all processes, in place."""
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """What a rotation into singular bases found about each row (float64, CPU). Equal on every process."""
+
+    sigma_N: Tensor
+    """Singular values of B A, falling within each matrix, without the adapter's scaling; 0 for pruned rows."""
+    curvature_N: Tensor
+    """Estimated cost of removing the row, see :class:`salient_ds.salience.rotation.Rotated`."""
+
+
 ReadShard = Callable[[str, Part], "Tensor"]
 """``read(stat, part)`` returns the saved statistic for exactly the elements of ``part``, shape (..., numel)."""
 

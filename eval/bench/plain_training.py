@@ -15,8 +15,9 @@ from torch import Tensor
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.engine.decisions import Decisions
 from salient_ds.heterolora.probing import ProbeScores, ProbingMethod
-from salient_ds.methods.duties import Method, ScoringMethod
-from salient_ds.ranks import AdamSettings, Event, Part, RankDecision, initial_decision
+from salient_ds.methods.duties import Method, RotatingMethod, ScoringMethod, SummingMethod
+from salient_ds.ranks import AdamSettings, Event, Part, RankDecision, Spectrum, initial_decision
+from salient_ds.salience.rotation import Factors, rotate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -130,6 +131,8 @@ class PlainTraining:
         if scores is not None and scores.armed and self._scoring is not None:
             scores.disarm()
             self._scoring.take_scores(scores.score_M, step)
+        if isinstance(self.method, SummingMethod) and self.method.sums_at(step):
+            self.method.take_sums(self.method.step_contribution(), step)
         self.method.end_step(step, norms_M2)
         event = self._events.get(step)
         if event is not None:
@@ -145,10 +148,31 @@ class PlainTraining:
         return dict(zip(self.adapted.adapters, self.decisions.latest.ranks(self.adapted.layout), strict=True))
 
     def _allocate(self, event: Event) -> None:
+        if isinstance(self.method, RotatingMethod) and self.method.rotates_at(event):
+            self.method.take_spectrum(self._rotate())
         decision = self.method.allocate(self.method.contribution(), event, self.decisions.latest)
         if decision is not self.decisions.latest:
             self.decisions.take(decision)
             self.taken.append(decision)
+
+    def _rotate(self) -> Spectrum:
+        """Rotate the live rows of every adapter into the singular basis of its product."""
+        layout = self.adapted.layout
+        sigma_N, curvature_N = torch.zeros(2, layout.total, dtype=torch.float64)
+        masks = self.decisions.latest.mask_N.split(list(layout.ranks))
+        for adapter, mask_R, first in zip(self.adapted.adapters.values(), masks, layout.offsets, strict=False):
+            rows_r = mask_R.nonzero().view(-1)
+            A, B = (adapter.factors()[name].parameter for name in "AB")
+            states = [{name: self.optimizer.state[p][name] for name in MOMENTS} for p in (A, B)]
+            of_A = {name: value[rows_r] for name, value in states[0].items()}
+            of_B = {name: value[:, rows_r] for name, value in states[1].items()}
+            rotated = rotate(Factors(A.data[rows_r], B.data[:, rows_r], of_A, of_B))
+            new = rotated.factors
+            A.data[rows_r], B.data[:, rows_r] = new.A_rI, new.B_Or
+            for name in MOMENTS:
+                states[0][name][rows_r], states[1][name][:, rows_r] = new.moments_A[name], new.moments_B[name]
+            sigma_N[first + rows_r], curvature_N[first + rows_r] = rotated.sigma_r, rotated.curvature_r
+        return Spectrum(sigma_N, curvature_N)
 
     def hold(self, decision: RankDecision) -> None:
         """Nothing to do here: :meth:`after_optimizer` reads the held decision itself."""

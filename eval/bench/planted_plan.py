@@ -122,6 +122,10 @@ ARMS: tuple[Arm, ...] = (
     Arm("adalora", "adalora", "prune"),
     Arm("lora2", "lora2", "prune"),
     Arm("increlora", "increlora", "grow"),
+    *(
+        Arm(f"spectral-{name}", "spectral", "prune", {"score": score})
+        for name, score in (("energy", "energy"), ("curvature", "curvature"), ("gate", "gate_fisher"))
+    ),
     Arm("salientlora", "salientlora", "prune"),
     *(
         Arm(f"salientlora-paper-{how}", "salientlora", "prune", {"preset": "paper", "normalisation": how})

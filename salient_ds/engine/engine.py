@@ -16,7 +16,7 @@ from salient_ds.engine.loss_check import LossCheck
 from salient_ds.engine.reports import EventReport, MicroBatch, NonFiniteLoss, StepReport
 from salient_ds.engine.shards import ShardMap
 from salient_ds.engine.state import AllocationState
-from salient_ds.methods.duties import Method, ScoringMethod, SharingMethod
+from salient_ds.methods.duties import Method, ScoringMethod, SharingMethod, SummingMethod
 from salient_ds.ranks import Event, RankLayout
 from salient_ds.zero.collectives import average, share_of_work, world
 from salient_ds.zero.internals.engine_state import loss_scale
@@ -123,6 +123,8 @@ class AllocatingEngine:
             if scores is not None and isinstance(self.method, ScoringMethod):
                 average(scores)
                 self.method.take_scores(scores, self.step)
+            if isinstance(self.method, SummingMethod) and self.method.sums_at(self.step):
+                self.method.take_sums(self.state.summed(self.method.step_contribution()), self.step)
             self.method.end_step(self.step, None if penalty is None else penalty.norms_M2)
             event = self._events.get(self.step)
             if event is not None:

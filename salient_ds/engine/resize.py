@@ -95,7 +95,7 @@ def collect(shards: ShardMap, stay_n: Tensor, device: torch.device) -> Collected
     Works factor by factor, so that no more than one factor is ever held with the rows that do not stay.
     """
     masks = [part.to(device) for part in stay_n.split(list(shards.rank_layout.ranks))]
-    moments = _moment_names(shards)
+    moments = shards.moment_names()
     found: Collected = {}
     for name, shape in shards.shapes.items():
         owned = shards.owned.get(name)
@@ -156,13 +156,3 @@ def _survivors(whole: Tensor, owned: Owned, mask_R: Tensor) -> Tensor:
     if axis is None:
         return whole
     return whole.view(owned.address.shape).index_select(axis, mask_R.nonzero().view(-1)).reshape(-1).clone()
-
-
-def _moment_names(shards: ShardMap) -> tuple[str, ...]:
-    """Names of the optimizer's moments: the same on every process, even on one that owns no element."""
-    mine = next((tuple(sorted(shards.moments(f))) for f in shards.layout.fragments), ())
-    everyone: list[Any] = [mine]
-    if world().world_size > 1:
-        everyone = [None] * world().world_size
-        dist.all_gather_object(everyone, mine)
-    return max(everyone, key=len)

@@ -14,6 +14,7 @@ from torch import Tensor
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.adapters.ranked_linear import FactorAddress
 from salient_ds.ranks import AdamSettings, Part, RankLayout
+from salient_ds.zero.collectives import from_everyone
 from salient_ds.zero.internals.engine_state import basic_optimizer
 from salient_ds.zero.internals.layouts import BufferLayout, Fragment, copies, full_numel, full_shape, read_layout
 
@@ -172,6 +173,11 @@ class ShardMap:
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
         """Live slices of the optimizer's elementwise state ("exp_avg", "exp_avg_sq"); empty before the first step."""
         return _moments(basic_optimizer(self.engine), self.layout.buffers[fragment.buffer], fragment)
+
+    def moment_names(self) -> tuple[str, ...]:
+        """Names of the optimizer's moments: the same on every process, even on one that owns no element. Collective."""
+        mine = next((tuple(sorted(self.moments(f))) for f in self.layout.fragments), ())
+        return max(from_everyone(mine), key=len)
 
     def copies(self, owned: Owned) -> Iterator[tuple[Tensor, int]]:
         """Training-precision copies of a factor on this process as (live slice, first element) pairs."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.engine.decisions import Decisions
 from salient_ds.engine.reports import EventReport
+from salient_ds.engine.rotation import rotate_adapters
 from salient_ds.engine.shards import LocalView, ShardMap
-from salient_ds.methods.duties import Method
+from salient_ds.methods.duties import Method, RotatingMethod
 from salient_ds.ranks import Event, RankDecision, RankLayout, initial_decision
 from salient_ds.zero.collectives import all_equal, packed_sum, world
 from salient_ds.zero.internals.engine_state import basic_optimizer
@@ -105,6 +106,10 @@ class AllocationState:
             if id(self.shards.layout.buffers[index]) in stepped:
                 yield index, view
 
+    def summed(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum what the processes' methods contribute. Where nothing is partitioned, only the main process's counts."""
+        return packed_sum(parts, not self.shards.replicated or world().global_rank == 0, self.device)
+
     def allocate(self, event: Event) -> EventReport | None:
         """Combine the statistics of all processes, decide, and apply the decision.
 
@@ -117,8 +122,9 @@ class AllocationState:
             RuntimeError: on all processes, if their decisions differ.
         """
         began = time.perf_counter()
-        contribute = not self.shards.replicated or world().global_rank == 0
-        statistics = packed_sum(self.method.contribution(), contribute, self.device)
+        if isinstance(self.method, RotatingMethod) and self.method.rotates_at(event):
+            self.method.take_spectrum(rotate_adapters(self.shards, self.decisions.latest.mask_N, self.device))
+        statistics = self.summed(self.method.contribution())
         gathered = time.perf_counter()
         decision = self.method.allocate(statistics, event, self.decisions.latest)
         if not all_equal(decision.digest(), self.device):

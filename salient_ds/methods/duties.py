@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView, WorkShare
+from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, Spectrum, StepView, WorkShare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +104,36 @@ class ScoringMethod(Protocol):
 
     def take_scores(self, score_M: Tensor, step: int) -> None:
         """Receive the scores of an applied step, equal on every process. Called before :meth:`Method.end_step`."""
+        ...
+
+
+@runtime_checkable
+class RotatingMethod(Protocol):
+    """A method whose adapters B A are rotated into their singular bases before some events."""
+
+    def rotates_at(self, event: Event) -> bool:
+        """Whether to rotate before ``event`` is decided."""
+        ...
+
+    def take_spectrum(self, spectrum: Spectrum) -> None:
+        """Receive what the rotation found, equal on every process. Called before :meth:`Method.contribution`."""
+        ...
+
+
+@runtime_checkable
+class SummingMethod(Protocol):
+    """A method that needs sums over all processes not only at events, but after some steps too."""
+
+    def sums_at(self, step: int) -> bool:
+        """Whether this step is one of them. The same on every process."""
+        ...
+
+    def step_contribution(self) -> dict[str, Tensor]:
+        """Full-size tensors with this process's part of the step and zeros elsewhere."""
+        ...
+
+    def take_sums(self, sums: dict[str, Tensor], step: int) -> None:
+        """Receive the sums over all processes. Called before :meth:`Method.end_step`."""
         ...
 
 

@@ -18,6 +18,7 @@ BUILT_IN = (
     "salient_ds.methods.lora2.options:LoRA2Config",
     "salient_ds.methods.increlora.options:IncreLoRAConfig",
     "salient_ds.heterolora.options:HeteroLoRAConfig",
+    "salient_ds.methods.spectral.options:SpectralConfig",
     "salient_ds.methods.lora.options:LoRAConfig",
 )
 ENTRY_POINTS = "salient_ds.methods"

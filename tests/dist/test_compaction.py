@@ -18,7 +18,13 @@ NOTHING = {"compaction": "none"}
 LAST = {"compaction": "last"}
 EVERY = {"compaction": "every"}
 DELAYED = SALIENT | {"apply_at": "next_step"}
-MASKED = [Case(2, speed=NOTHING), Case(2, "bf16", speed=NOTHING), Case(2, method=DELAYED, speed=NOTHING)]
+SPECTRAL = {"name": "spectral", "target_rank": 2, "prune_at": [5, 13]}  # rotated again after it was compacted
+MASKED = [
+    Case(2, speed=NOTHING),
+    Case(2, "bf16", speed=NOTHING),
+    Case(2, method=DELAYED, speed=NOTHING),
+    Case(2, method=SPECTRAL, speed=NOTHING),
+]
 COMPACTED = [
     (Case(0, speed=EVERY), 0),
     (Case(1, speed=LAST), 0),
@@ -31,6 +37,9 @@ COMPACTED = [
     (Case(2, method=DELAYED, speed=LAST), 2),
     (Case(2, speed=EVERY | {"compaction_multiple": 2}), 0),
     (Case(3, speed=LAST | {"compaction_multiple": 4}), 0),
+    (Case(0, method=SPECTRAL, speed=EVERY), 3),
+    (Case(2, method=SPECTRAL, speed=EVERY | {"compaction_multiple": 2}), 3),
+    (Case(3, method=SPECTRAL, speed=EVERY | {"zero3": "sharded_base"}), 3),
 ]  # fmt: skip
 
 

@@ -26,7 +26,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora-paper": {"name": "adalora", "preset": "paper"} | CUBIC,
     # events after steps 6, 11 and, the phase being over, 14
     "lora2": {"name": "lora2", "inner_width": 3} | CUBIC | {"interval": 5},
+    "spectral": {"name": "spectral", "target_rank": 2, "prune_at": [5, 9, 13]},
+    "spectral-curvature": {"name": "spectral", "target_rank": 2, "score": "curvature", "prune_at": 6},
+    # rotates after steps 6 and 10; the checkpoint after step 7 lies in a window
+    "spectral-gate": {"name": "spectral", "target_rank": 2, "score": "gate_fisher", "window": 3, "prune_at": [9, 13]},
 }
+DECISIONS = {"spectral-curvature": 1, "spectral-gate": 4}
 ALLOCATING = [name for name in METHODS if not name.startswith("lora-") and name != "lora"]
 PLACES: dict[str, dict[str, Any]] = {
     "stage0": {"stage": 0},
@@ -34,7 +39,12 @@ PLACES: dict[str, dict[str, Any]] = {
     "stage2": {"stage": 2},
     "stage3": {"stage": 3, "zero": TINY_PARTITIONS},
 }
-FEWER = {"lora-svd": ["stage0", "stage3"], "adalora-paper": ["stage0", "stage2", "stage3"]}
+FEWER = {
+    "lora-svd": ["stage0", "stage3"],
+    "adalora-paper": ["stage0", "stage2", "stage3"],
+    "spectral-curvature": ["stage1", "stage2"],
+    "spectral-gate": ["stage0", "stage2", "stage3"],
+}
 CELLS = [(method, place) for method in METHODS for place in FEWER.get(method, PLACES)]
 EXTRA = {
     ("adalora", "stage3, pieces of 40"): Case(
@@ -45,6 +55,10 @@ EXTRA = {
         method=METHODS["adalora-paper"],
     ),
     ("lora2", "stage2, offloaded"): Case(2, zero={"offload_optimizer": OFFLOAD}, method=METHODS["lora2"]),
+    ("spectral", "stage2, offloaded"): Case(2, zero={"offload_optimizer": OFFLOAD}, method=METHODS["spectral"]),
+    ("spectral-gate", "stage3, pieces of 40"): Case(
+        3, zero=TINY_PARTITIONS | {"sub_group_size": 40}, method=METHODS["spectral-gate"]
+    ),
 }  # fmt: skip
 TWO = {(m, p): Case(method=METHODS[m], **PLACES[p]) for m, p in CELLS} | EXTRA
 ONE = {(m, p): case for (m, p), case in TWO.items() if m not in FEWER and (m, p) not in EXTRA}
@@ -124,37 +138,45 @@ def test_resumed_equals_uninterrupted(results: Matrix, processes: str, key: tupl
 @each_cell
 def test_final_budget(results: Matrix, processes: str, key: tuple[str, str]) -> None:
     """Exactly the target; what was dropped is zero in master and copies, and only that."""
+    plain_factors = key[0].startswith("spectral")
     for report in results[processes][key]:
         if key[0] not in ALLOCATING:
             assert report["decisions"] == []
             continue
         final = report["decisions"][-1]
-        assert len(report["decisions"]) == 3
+        assert len(report["decisions"]) == DECISIONS.get(key[0], 3)
         assert (final.total, final.budget, final.hold, final.step < TOTAL_STEPS) == (TARGET, TARGET, True, True)
         masks = final.mask_N.split([5] * 6)
         seen = 0
         for entry in report["whole"]["state"]["fragments"]:
             part = entry["part"]
-            if part.factor == "E":
-                mask = masks[part.module][part.lo : part.lo + part.numel]
-                assert torch.equal(entry["master"] != 0, mask)
+            if part.factor == "E" or plain_factors:
+                mask = of_elements(masks[part.module], part.factor, part.shape)
+                assert torch.equal(entry["master"] != 0, mask[part.lo : part.lo + part.numel])
                 seen += part.numel
-        for module, factor, _, lo, copy in report["whole"]["state"]["copies"]:
-            if factor == "E":
-                assert torch.equal(copy != 0, masks[module][lo : lo + copy.numel()])
+        for module, factor, shape, lo, copy in report["whole"]["state"]["copies"]:
+            if factor == "E" or plain_factors:
+                assert torch.equal(copy != 0, of_elements(masks[module], factor, shape)[lo : lo + copy.numel()])
         assert seen or processes == "2"
+
+
+def of_elements(mask_R: torch.Tensor, factor: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A mask over rows as one over all elements of a flattened factor."""
+    return (mask_R if factor != "A" else mask_R.unsqueeze(1)).expand(shape).reshape(-1)
 
 
 @each_cell
 def test_export_of_the_end_and_of_the_middle(
     results: Matrix, plain: dict[str, Any], processes: str, key: tuple[str, str]
 ) -> None:
-    """The last checkpoint folds into pairs of the final ranks; between events, all rows are still in force."""
+    """The last checkpoint folds into pairs of the final ranks; rows that may grow back are still in force before."""
     expected = plain[key[0]]
+    middle = [d for d in expected["decisions"] if d.step <= 7 and d.hold][-1:]
+    ranks_then = middle[0].ranks(expected["adapted"].layout) if middle else [5] * 6
     final = expected["decisions"][-1:] or [None]
     ranks = final[0].ranks(expected["adapted"].layout) if final[0] is not None else [5] * 6
     for report in results[processes][key]:
-        assert report["exported_ranks"] == [5] * 6
+        assert report["exported_ranks"] == ranks_then
         assert [rank for rank, _ in report["exported"]] == [rank for rank in ranks if rank]
         adapters = [a for a, rank in zip(expected["adapted"].adapters.values(), ranks, strict=True) if rank]
         for (_, update_OI), adapter in zip(report["exported"], adapters, strict=True):
@@ -169,7 +191,9 @@ def test_export_of_the_end_and_of_the_middle(
 def test_allocation_changes_the_run(plain: dict[str, Any], name: str) -> None:
     """The comparisons above would notice a method that does nothing: decisions differ between methods."""
     digests = {m: tuple(d.digest() for d in plain[m]["decisions"]) for m in METHODS}
-    assert len(digests[name]) == 3 and all(digests[name] != d for m, d in digests.items() if m != name)
+    assert len(digests[name]) == DECISIONS.get(name, 3) and all(
+        digests[name] != d for m, d in digests.items() if m != name
+    )
 
 
 def test_low_precision_statistics_have_the_scale_of_fp32(tiny_llama: Path) -> None:

@@ -85,7 +85,7 @@ def test_errors_are_those_of_any_method(tmp_path: Path, tiny_llama: Path, tiny_a
     assert preflight(late).problems == ["method.prune_at=17 is after the last of 16 steps: lower it, or train longer"]
     every = run_file(tmp_path, tiny_llama, tiny_alpaca) | {"speed": {"compaction": "every"}}
     (problem,) = preflight(parse_config(every)).problems
-    assert problem == "speed.compaction=every works with salientlora, not with random_prune: use last"
+    assert problem == "speed.compaction=every works with salientlora, spectral, not with random_prune: use last"
 
 
 def _train(global_rank: int, world_size: int, model: Path, folder: Path) -> list[dict[str, Any]]:

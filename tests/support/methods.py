@@ -9,6 +9,7 @@ from salient_ds.methods.lora.options import LoRAConfig
 from salient_ds.methods.lora2.options import LoRA2Config
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.salientlora.options import SalientLoRAConfig
+from salient_ds.methods.spectral.options import SpectralConfig
 
 OPTIONS: dict[str, MethodConfig] = {
     "salientlora": SalientLoRAConfig(target_rank=2),
@@ -17,4 +18,5 @@ OPTIONS: dict[str, MethodConfig] = {
     "lora2": LoRA2Config(target_rank=2),
     "increlora": IncreLoRAConfig(target_rank=2, top_h=1),
     "heterolora": HeteroLoRAConfig(),
+    "spectral": SpectralConfig(target_rank=2),
 }

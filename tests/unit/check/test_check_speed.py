@@ -23,7 +23,7 @@ from tests.unit.check.test_memory import config, work
         ({"compaction": "last", "packing": "none"}, "salientlora", 2, "compaction=last needs packed"),
         ({"growth": "in_flight"}, "salientlora", 2, "growth=in_flight works with methods .*, not with salientlora"),
         ({"growth": "in_flight", "zero3": "partitioned"}, "increlora", 3, "growth=in_flight needs packed adapters"),
-        ({"compaction": "every"}, "adalora", 2, "compaction=every works with salientlora, not with adalora"),
+        ({"compaction": "every"}, "adalora", 2, "compaction=every works with salientlora, spectral, not with adalora"),
         ({"compile_layers": True, "zero3": "partitioned"}, "lora", 3, "compile_layers does not work .*partitioned"),
     ],
 )  # fmt: skip

@@ -1,0 +1,124 @@
+"""Rotates all adapters into their singular bases during training: masters, copies and moments, on any sharding.
+
+Shape legend: N = rows that exist now, R = rows of one matrix, r = live rows of one matrix, O/I = out/in features.
+
+Matrix after matrix, the two factors and their moments are summed over processes (every element has one owner). One
+process rotates them (:mod:`salient_ds.salience.rotation`) and sends the result to all. The matrices are divided over
+the processes. Because everyone gets the same numbers, copies agree on processes with different hardware.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from salient_ds.engine.shards import Owned, ShardMap
+from salient_ds.ranks import Spectrum
+from salient_ds.salience.rotation import Factors, rotate
+from salient_ds.zero.collectives import world
+
+AHEAD = 8
+"""Matrices per process whose factors are in memory at once."""
+
+
+@torch.no_grad()
+def rotate_adapters(shards: ShardMap, mask_N: Tensor, device: torch.device) -> Spectrum:
+    """Rotate the live rows of every adapter. The adapters' products do not change.
+
+    Collective: all processes call it with the same mask, between two steps. Afterwards the rows of a matrix are in the
+    order of falling singular values.
+
+    Args:
+        mask_N: live rows (bool, CPU).
+
+    Returns:
+        What was found about each row; equal on every process.
+    """
+    masks = mask_N.split(list(shards.rank_layout.ranks))
+    kinds = ("master", *shards.moment_names())
+    pairs = _pairs(shards)
+    global_rank, world_size = world()
+    found_2N = torch.zeros(2, len(mask_N), dtype=torch.float64, device=device)
+    for start in range(0, len(pairs), AHEAD * world_size):
+        group = list(enumerate(pairs))[start : start + AHEAD * world_size]
+        flats = {index: _gather(shards, pair, kinds, device) for index, pair in group}
+        for index, (A, _) in group:
+            if index % world_size == global_rank:  # all processes rotate at the same time, each its own matrices
+                first = shards.rank_layout.offsets[A.module]
+                live_r = masks[A.module].nonzero().view(-1).to(device)
+                found_2N[:, first + live_r] = _rotate_one(flats[index], pairs[index], kinds, live_r)
+        for index, pair in group:
+            if world_size > 1:
+                dist.broadcast(flats[index], src=index % world_size)
+            _write(shards, pair, kinds, flats[index])
+    if world_size > 1:
+        dist.all_reduce(found_2N)
+    sigma_N, curvature_N = found_2N.cpu()
+    return Spectrum(sigma_N, curvature_N)
+
+
+def _pairs(shards: ShardMap) -> list[tuple[Owned, Owned]]:
+    """The two factors of every adapter, in the order of the layout."""
+    found: dict[int, dict[str, Owned]] = {}
+    for owned in shards.owned.values():
+        found.setdefault(owned.module, {})[owned.factor] = owned
+    for factors in found.values():
+        assert set(factors) == {"A", "B"}, "only adapters B A can be rotated"
+    return [(found[module]["A"], found[module]["B"]) for module in sorted(found)]
+
+
+def _pieces(pair: tuple[Owned, Owned], kinds: tuple[str, ...]) -> Iterator[tuple[Owned, str, int, int]]:
+    """(factor, kind, first element, last element + 1) of everything that one matrix's flat tensor holds."""
+    offset = 0
+    for owned in pair:
+        for kind in kinds:
+            yield owned, kind, offset, offset + owned.numel
+            offset += owned.numel
+
+
+def _gather(shards: ShardMap, pair: tuple[Owned, Owned], kinds: tuple[str, ...], device: torch.device) -> Tensor:
+    """Both factors of a matrix with their moments, whole and flat, fp32."""
+    flat = torch.zeros(len(kinds) * sum(owned.numel for owned in pair), dtype=torch.float32, device=device)
+    for owned, kind, first, _ in _pieces(pair, kinds):
+        for fragment in shards.by_name.get(owned.name, []):
+            source = shards.master(fragment) if kind == "master" else shards.moments(fragment)[kind]
+            flat[first + fragment.lo : first + fragment.lo + fragment.numel] = source.to(device)
+    if world().world_size > 1 and not shards.replicated:
+        dist.all_reduce(flat)
+    return flat
+
+
+def _rotate_one(flat: Tensor, pair: tuple[Owned, Owned], kinds: tuple[str, ...], live_r: Tensor) -> Tensor:
+    """Rotate the live rows of one matrix in place. Returns their singular values and curvatures, (2, r) float64."""
+    if len(live_r) == 0:
+        return torch.zeros(2, 0, dtype=torch.float64, device=flat.device)
+    views = {
+        (owned.factor, kind): flat[first:last].view(owned.address.shape)
+        for owned, kind, first, last in _pieces(pair, kinds)
+    }
+    chosen = {key: view.index_select(0 if key[0] == "A" else 1, live_r) for key, view in views.items()}
+    moments = {factor: {kind: chosen[factor, kind] for kind in kinds[1:]} for factor in "AB"}
+    rotated = rotate(Factors(chosen["A", "master"], chosen["B", "master"], moments["A"], moments["B"]))
+    new = rotated.factors
+    for factor, master, others in (("A", new.A_rI, new.moments_A), ("B", new.B_Or, new.moments_B)):
+        for kind in kinds:
+            value = master if kind == "master" else others[kind]
+            views[factor, kind].index_copy_(0 if factor == "A" else 1, live_r, value)
+    return torch.stack([rotated.sigma_r, rotated.curvature_r])
+
+
+def _write(shards: ShardMap, pair: tuple[Owned, Owned], kinds: tuple[str, ...], flat: Tensor) -> None:
+    """Write this process's elements of one matrix into masters, moments and copies."""
+    for owned, kind, first, last in _pieces(pair, kinds):
+        whole = flat[first:last]
+        assert len(whole) == math.prod(owned.address.shape)
+        for fragment in shards.by_name.get(owned.name, []):
+            target = shards.master(fragment) if kind == "master" else shards.moments(fragment)[kind]
+            target.copy_(whole[fragment.lo : fragment.lo + fragment.numel])
+        if kind == "master":
+            for copy, lo in shards.copies(owned):
+                copy.copy_(whole[lo : lo + copy.numel()])

@@ -1,0 +1,1 @@
+"""Spectral: plain factors, cut once by their singular values."""

@@ -1,0 +1,78 @@
+"""The method spectral: its events, what it refuses, what it keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from salient_ds.methods.spectral.method import Spectral
+from salient_ds.methods.spectral.options import SpectralConfig
+from salient_ds.ranks import Event, RankLayout, Spectrum, initial_decision
+
+LAYOUT = RankLayout(("a", "b"), (4, 4), (6, 8), (6, 5))
+
+
+def events(total_steps: int = 100, **options: Any) -> list[tuple[int, int]]:
+    config = SpectralConfig.model_validate({"target_rank": 1} | options)
+    return [(event.step, event.total_rank) for event in config.events(LAYOUT, total_steps)]
+
+
+def test_one_event_by_fraction_or_step() -> None:
+    assert events(prune_at=0.3) == events(prune_at=[30]) == [(30, 2)]
+
+
+def test_several_events_shrink_by_one_factor() -> None:
+    assert events(prune_at=[10, 20]) == [(10, 4), (20, 2)]
+
+
+def test_gate_fisher_rotates_before_its_window() -> None:
+    found = SpectralConfig(target_rank=1, score="gate_fisher", prune_at=[30], window=10).events(LAYOUT, 100)
+    assert found == [Event(20, 8, 20, 1), Event(30, 2, 21, 10)]
+
+
+def test_no_event_if_nothing_is_to_be_removed() -> None:
+    assert events(target_rank=4) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_at": [20, 10]}, "event at step 10 does not fit between step 20 and the end of training at step 100"),
+        ({"prune_at": [200]}, "event at step 200 does not fit"),
+        ({"prune_at": [0.0]}, "event at step 0"),
+        ({"prune_at": [10.5]}, "neither a whole number of steps nor a fraction"),
+        ({"score": "gate_fisher", "prune_at": [10], "window": 10}, r"after a window of 10 steps \(method.window\)"),
+        ({"target_rank": 5}, "above the initial total"),
+    ],
+)
+def test_impossible_schedules(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        events(**options)
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"method\.prune_at is empty"):
+        SpectralConfig(target_rank=1, prune_at=[])
+
+
+def decide(score: str, sigma_N: list[float], curvature_N: list[float]) -> list[bool]:
+    method = Spectral(SpectralConfig.model_validate({"target_total": 3, "score": score}), LAYOUT, 100)
+    method.take_spectrum(Spectrum(torch.tensor(sigma_N).double(), torch.tensor(curvature_N).double()))
+    found = method.allocate({}, method.events[-1], initial_decision(method.policy, LAYOUT))
+    assert found.total == 3
+    kept: list[bool] = found.mask_N.tolist()
+    return kept
+
+
+def test_one_threshold_over_all_matrices() -> None:
+    sigma, curvature = [9.0, 8, 7, 1, 6, 5, 4, 3], [1.0, 1, 1, 1, 2, 3, 4, 1]
+    assert decide("energy", sigma, curvature) == [True, True, True] + [False] * 5
+    assert decide("curvature", sigma, curvature) == [False] * 4 + [True, True, True, False]
+
+
+def test_scores_that_are_not_finite_name_the_matrix() -> None:
+    with pytest.raises(ValueError, match=r"scores of rows of 1 matrices \(b\) were not finite at step 40"):
+        decide("energy", [1.0] * 7 + [float("nan")], [1.0] * 8)
