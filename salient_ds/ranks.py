@@ -145,6 +145,10 @@ class StepView(Protocol):
         """All singular values of the view at once: global row indices (n,) int64 and fp32 values (n,)."""
         ...
 
+    def sigma_grad(self) -> Tensor:
+        """The gradients of :meth:`sigma`'s values that the step used (n,)."""
+        ...
+
 
 @dataclass(frozen=True)
 class AdamSettings:

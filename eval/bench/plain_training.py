@@ -48,6 +48,9 @@ class WholeView:
     def sigma(self) -> tuple[Tensor, Tensor]:
         return self._rows_N, torch.cat([self.value(part) for part in self.parts if part.factor == "E"])
 
+    def sigma_grad(self) -> Tensor:
+        return torch.cat([self.grad(part) for part in self.parts if part.factor == "E"])
+
     def moments(self, part: Part) -> dict[str, Tensor]:
         state = self._optimizer.state.get(self._parameters[part], {})
         return {name: state[name].view(-1) for name in MOMENTS if name in state}

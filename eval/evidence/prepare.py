@@ -98,7 +98,7 @@ def write_smollm2(gguf: Path, out: Path) -> None:
     found: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = found.config.to_dict()
     config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model: Any = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict({name: value.clone() for name, value in found.state_dict().items()})
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(out / "smollm2")

@@ -112,6 +112,14 @@ class LocalView:
         pieces = self.sigma_slices()
         return self.rows_n, torch.cat(pieces) if pieces else self.rows_n.to(torch.float32)
 
+    def sigma_grad(self) -> Tensor:
+        pieces = []
+        for index, off, numel in self._runs:
+            grad = self._buffers[index].grad
+            assert grad is not None, "gradients are only there inside the optimizer's step"
+            pieces.append(_slice(grad, off, numel))
+        return torch.cat(pieces) if pieces else self.rows_n.to(torch.float32)
+
     def sigma_slices(self) -> list[Tensor]:
         """Live slices of the masters. Concatenated, they are the values of :meth:`sigma`."""
         return [_slice(self._buffers[b].data, off, numel) for b, off, numel in self._runs]

@@ -193,6 +193,10 @@ class TargetConfig(MethodConfig):
     """Mean rank per matrix at the end of allocation."""
     target_total: int | None = Field(None, gt=0)
     """Alternative to target_rank: the total number of singular values that are kept."""
+    budget_unit: Literal["ranks", "parameters"] = "ranks"
+    """What the target counts. ranks: rows of all matrices alike. parameters: as many parameters as adapters of that
+    mean rank have if it is the same everywhere; rows are then compared by their gain per parameter, so the total rank
+    may differ from the target."""
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -206,6 +210,12 @@ class TargetConfig(MethodConfig):
             return self.target_total
         assert self.target_rank is not None
         return round(self.target_rank * num_matrices)
+
+    def event_notes(self, events: Sequence[Event], target: int) -> list[str]:
+        """A note that the total ranks of ``budget_unit: parameters`` are those of uniform adapters."""
+        if self.budget_unit == "ranks" or not events:
+            return []
+        return ["method.budget_unit=parameters: total ranks are those of uniform adapters with as many parameters"]
 
     def problems(self, adapter: AdapterConfig) -> list[str]:
         """Reports a ``target_rank`` above ``adapter.rank``."""

@@ -60,12 +60,23 @@ class AllocationPlan:
         """r = N - T / T_f (N - target), the sum of ranks that belongs to the window length T."""
         return self.initial_total - (window / self.window_final) * (self.initial_total - self.target_total)
 
+    def total_after(self, progress: float) -> float:
+        """The sum of ranks after a fraction ``progress`` of the phase: r at the window of that time.
+
+        With a fixed window, T_i = T_f, this r would be the target at once. Then it is what r tends to for short first
+        windows, T_i -> 0: target + (N - target)(1 - progress)^3.
+        """
+        if self.window_initial < self.window_final:
+            return self.total_at(self.window_at(progress))
+        return self.target_total + (self.initial_total - self.target_total) * (1 - progress) ** 3
+
 
 def paper_schedule(plan: AllocationPlan, final_prune: bool = True) -> list[Event]:
     """Events as the paper means them (Ke et al., NeurIPS 2024: adaptive length of the time window).
 
     Let n = step - n_i, with T(n) and r(n) as in :class:`AllocationPlan`. The first event comes at n = T_i. After an
-    event at n, the next one comes T(n) steps (rounded) later. The budget is r(n), rounded down.
+    event at n, the next one comes T(n) steps (rounded) later. The budget is r(n), rounded down
+    (:meth:`AllocationPlan.total_after`).
 
     With ``final_prune`` the last event falls on the end of the phase, and its budget is the target. A regular event
     less than T_i steps before it is merged into it.
@@ -79,8 +90,9 @@ def paper_schedule(plan: AllocationPlan, final_prune: bool = True) -> list[Event
     events: list[Event] = []
     start, n = 1, plan.window_initial
     while n <= plan.phase_steps:
-        window = plan.window_at(n / plan.phase_steps)
-        budget = min(int(plan.total_at(window)), events[-1].total_rank if events else plan.initial_total)
+        progress = n / plan.phase_steps
+        window = plan.window_at(progress)
+        budget = min(int(plan.total_after(progress)), events[-1].total_rank if events else plan.initial_total)
         step = plan.initial_warmup + n
         events.append(Event(step, max(budget, plan.target_total), plan.initial_warmup + start, n - start + 1))
         start, n = n + 1, n + max(1, round(window))

@@ -54,3 +54,34 @@ def score_at_cut(score_N: Tensor, mask_N: Tensor, live_N: Tensor) -> float:
     """Highest score among the live values that are dropped, for the log; NaN if all of them stay."""
     gone = score_N[live_N.to(score_N.device) & ~mask_N]
     return float(gone.max()) if len(gone) else float("nan")
+
+
+def select_within(score_N: Tensor, cost_N: Tensor, budget: float, live_N: Tensor) -> Tensor:
+    """Keep live values in the order of :func:`select_exact`, as long as their costs fit into ``budget``.
+
+    A value that no longer fits is skipped, and cheaper ones after it are tried. So what is left of the budget at the
+    end is less than the cheapest skipped value costs.
+
+    Args:
+        cost_N: cost of each value, above 0.
+
+    Returns:
+        bool (N,), on the scores' device.
+    """
+    live_N, cost_N = live_N.to(score_N.device), cost_N.to(score_N.device)
+    count = int(live_N.sum())
+    order_N = torch.argsort(
+        torch.where(live_N & ~score_N.isnan(), score_N, float("-inf")), descending=True, stable=True
+    )
+    order_N = order_N[torch.argsort(live_N[order_N].to(torch.uint8), descending=True, stable=True)][:count]
+    spent_N = cost_N[order_N].double().cumsum(0)
+    first = int((spent_N <= budget).sum())
+    chosen = order_N[:first].tolist()
+    left = budget - (float(spent_N[first - 1]) if first else 0.0)
+    for row, cost in zip(order_N[first:].tolist(), cost_N[order_N[first:]].tolist(), strict=True):
+        if cost <= left:
+            chosen.append(row)
+            left -= cost
+    mask_N = torch.zeros_like(live_N)
+    mask_N[torch.tensor(chosen, dtype=torch.int64, device=mask_N.device)] = True
+    return mask_N

@@ -63,6 +63,20 @@ def update(state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: fl
     return state
 
 
+def update_squares(state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: float) -> Smoothed:
+    """Take in one step, in place: Ibar <- beta1 Ibar + (1 - beta1)(w g)^2, and Ubar is 1.
+
+    The product is then the "gate Fisher" of a weight: how fast the loss changes if it is scaled, squared and averaged.
+    """
+    squares = torch._foreach_mul(values, grads)
+    torch._foreach_mul_(squares, squares)
+    torch._foreach_mul_(state.sensitivity, beta1)
+    torch._foreach_add_(state.sensitivity, squares, alpha=1 - beta1)
+    for ones in state.uncertainty:
+        ones.fill_(1.0)
+    return state
+
+
 def row_scores(state: Smoothed, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
     """Every part with its share of the mean of Ibar Ubar over each rank's elements, (R,) float64.
 

@@ -26,6 +26,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora-paper": {"name": "adalora", "preset": "paper"} | CUBIC,
     # events after steps 6, 11 and, the phase being over, 14
     "lora2": {"name": "lora2", "inner_width": 3} | CUBIC | {"interval": 5},
+    "adalora-gate": {"name": "adalora", "score": "gate_fisher"} | CUBIC,
+    "salientlora-gate": {
+        "name": "salientlora",
+        "score": "gate_fisher",
+        "target_rank": 2,
+        "window_initial": 3,
+        "window_final": 5,
+        "initial_warmup": 2,
+        "final_warmup": 2,
+    },
     "spectral": {"name": "spectral", "target_rank": 2, "prune_at": [5, 9, 13]},
     "spectral-curvature": {"name": "spectral", "target_rank": 2, "score": "curvature", "prune_at": 6},
     # rotates after steps 6 and 10; the checkpoint after step 7 lies in a window
@@ -42,6 +52,8 @@ PLACES: dict[str, dict[str, Any]] = {
 FEWER = {
     "lora-svd": ["stage0", "stage3"],
     "adalora-paper": ["stage0", "stage2", "stage3"],
+    "adalora-gate": ["stage0", "stage3"],
+    "salientlora-gate": ["stage0", "stage2", "stage3"],
     "spectral-curvature": ["stage1", "stage2"],
     "spectral-gate": ["stage0", "stage2", "stage3"],
 }

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from salient_ds.methods.adalora.options import SensitivityConfig
 from salient_ds.methods.base import modules_of_rows, refuse_non_finite
+from salient_ds.methods.budget_rule import BudgetRule
 from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
 from salient_ds.salience import sensitivity
-from salient_ds.salience.select import reference_threshold, score_at_cut, select_exact, select_threshold
+from salient_ds.salience.select import reference_threshold, score_at_cut, select_threshold
 from salient_ds.salience.sensitivity import Smoothed
 
 
@@ -29,6 +30,7 @@ class AdaLoRA:
 
     Every process smooths the elements it owns. An event sums N float64 numbers over the processes; other steps
     communicate nothing. Until the last event, the state takes twice the memory of the observed fp32 masters.
+    ``score: gate_fisher`` observes E alone and smooths (weight * gradient)^2.
 
     Where paper and released code disagree, :class:`SensitivityOptions` decides. Differs from both: if the target is
     the initial total, there is no event and no statistic (LoRA in SVD form). The released code fails in that case.
@@ -46,6 +48,7 @@ class AdaLoRA:
         self.config = config
         self.layout = layout
         self.options = config.options()
+        self._rule = BudgetRule(config, layout)
         self.events: Sequence[Event] = config.events(layout, total_steps)
         self.needs_before = self.options.moment == "paper"
         self._views: list[StepView] = []
@@ -104,9 +107,10 @@ class AdaLoRA:
         score_N = statistics["score"].float()
         bad = modules_of_rows(self.layout, ~score_N.isfinite())
         refuse_non_finite("sensitivity scores", self.layout.modules, bad, f"at step {event.step}")
+        score_N = self._rule.per_parameter(score_N, self.layout)
         everyone_N = torch.ones_like(score_N, dtype=torch.bool)
         if self.options.ties == "exact":
-            mask_N = select_exact(score_N, event.total_rank, everyone_N)
+            mask_N = self._rule.select(score_N, event, everyone_N, self.layout)
             threshold = score_at_cut(score_N, mask_N, everyone_N)
         else:
             mask_N = select_threshold(score_N, event.total_rank)
@@ -160,10 +164,14 @@ class AdaLoRA:
         values = [view.value(part) for part in parts]
         state = self._state.get(view.key) or sensitivity.init(values)
         grads = [view.grad(part) for part in parts]
-        self._state[view.key] = sensitivity.update(state, values, grads, self.config.beta1, self.config.beta2)
+        if self.config.score == "gate_fisher":
+            self._state[view.key] = sensitivity.update_squares(state, values, grads, self.config.beta1)
+        else:
+            self._state[view.key] = sensitivity.update(state, values, grads, self.config.beta1, self.config.beta2)
 
     def _observed(self, view: StepView) -> list[Part]:
-        return [part for part in view.parts if part.factor in self.factors]
+        factors = ("E",) if self.config.score == "gate_fisher" else self.factors
+        return [part for part in view.parts if part.factor in factors]
 
     def _pending(self, step: int) -> bool:
         """Whether an event comes after ``step``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,9 @@ from salient_ds.ranks import Event, RankLayout
 from salient_ds.salience.budget import AllocationPlan
 from salient_ds.salience.cubic_budget import cubic_schedule
 from salient_ds.steps import steps_or_fraction
+
+if TYPE_CHECKING:
+    from salient_ds.adapters.options import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,35 @@ class SensitivityConfig(TargetConfig):
     the paper. reference: as in the released code. `moment` and `ties` override the preset if they are set."""
     target_rank: float | None = Field(None, gt=0)
     """Mean rank per matrix at the end of allocation. If equal to adapter.rank, nothing is pruned (LoRA in SVD form)."""
-    initial_warmup: float = Field(0, ge=0)
-    """Steps before the budget starts to fall (t_i). A value below 1 is a fraction of all steps."""
-    final_warmup: float = Field(0, ge=0)
-    """Steps at the end with fixed ranks (t_f). A value below 1 is a fraction of all steps."""
+    initial_warmup: float | None = Field(None, ge=0)
+    """Steps before the budget starts to fall (t_i). A value below 1 is a fraction of all steps. Default: 0.1, so that
+    learning has begun; 0 with the presets paper and reference."""
+    final_warmup: float | None = Field(None, ge=0)
+    """Steps at the end with fixed ranks (t_f). A value below 1 is a fraction of all steps. Default: 0.3, so that the
+    run recovers from the last event; 0 with the presets paper and reference."""
     interval: int = Field(10, ge=1)
     """Steps between allocations (Delta_T). The AdaLoRA paper uses 1, 10 or 100, by task."""
     beta1: float = Field(0.85, gt=0, lt=1)
     """Decay of the smoothed sensitivity."""
     beta2: float = Field(0.85, gt=0, lt=1)
     """Decay of the smoothed uncertainty, the deviation from the smoothed sensitivity."""
+    score: Literal["triplet", "gate_fisher"] = "triplet"
+    """What singular values are kept for. triplet: sensitivity times uncertainty of a value and its vectors (paper).
+    gate_fisher: the moving average (beta1) of (sigma dL/dsigma)^2, which needs one number per singular value."""
     moment: Literal["paper", "reference"] | None = None
     ties: Literal["exact", "threshold"] | None = None
 
     packable: ClassVar[bool] = True
     compactable: ClassVar[Literal["never", "last", "every"]] = "last"
+
+    def problems(self, adapter: AdapterConfig) -> list[str]:
+        """As :meth:`TargetConfig.problems`, and a budget in parameters that the released code's ties cannot keep."""
+        found = super().problems(adapter)
+        if self.budget_unit == "parameters" and self.options().ties == "threshold":
+            found.append(
+                "method.budget_unit=parameters needs method.ties=exact (threshold comes from the preset, if not set)"
+            )
+        return found
 
     @property
     def keeps_rates(self) -> bool:
@@ -69,6 +86,11 @@ class SensitivityConfig(TargetConfig):
         """The preset's options, overridden by the options that are set explicitly."""
         preset = SENSITIVITY_PRESETS[self.preset]
         return SensitivityOptions(self.moment or preset.moment, self.ties or preset.ties)
+
+    def _warmup(self, chosen: float | None, standard: float) -> float:
+        if chosen is not None:
+            return chosen
+        return standard if self.preset == "standard" else 0.0
 
     def plan(self, layout: RankLayout, total_steps: int) -> AllocationPlan:
         """The numbers behind the events: totals and warm-ups.
@@ -80,8 +102,8 @@ class SensitivityConfig(TargetConfig):
             total_steps=total_steps,
             initial_total=layout.total,
             target_total=self.wanted_total(len(layout.ranks)),
-            initial_warmup=steps_or_fraction(self.initial_warmup, total_steps),
-            final_warmup=steps_or_fraction(self.final_warmup, total_steps),
+            initial_warmup=steps_or_fraction(self._warmup(self.initial_warmup, 0.1), total_steps),
+            final_warmup=steps_or_fraction(self._warmup(self.final_warmup, 0.3), total_steps),
         )
 
     def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
@@ -94,7 +116,7 @@ class SensitivityConfig(TargetConfig):
 
     def scored_elements(self, layout: RankLayout) -> int:
         """Number of elements whose sensitivity is smoothed."""
-        return self.adapter_parameters(layout)
+        return layout.total if self.score == "gate_fisher" else self.adapter_parameters(layout)
 
     def statistics_bytes(self, layout: RankLayout) -> int:
         """Two moving averages per scored element. ``moment: paper`` also counts the weights before the step."""

@@ -15,6 +15,7 @@ from salient_ds.ranks import Event, RankLayout
 from salient_ds.steps import steps_or_fraction
 
 if TYPE_CHECKING:
+    from salient_ds.adapters.options import AdapterConfig
     from salient_ds.methods.duties import Method
     from salient_ds.salience.learning_rate import RatePlan
 
@@ -122,6 +123,13 @@ class IncreLoRAConfig(TargetConfig):
             add=self.rows_added(len(layout.ranks)),
             exact=self.ties == "exact",
         )
+
+    def problems(self, adapter: AdapterConfig) -> list[str]:
+        """As :meth:`TargetConfig.problems`, and a budget in parameters: growth counts rows, whatever they cost."""
+        found = super().problems(adapter)
+        if self.budget_unit == "parameters":
+            found.append("method.budget_unit=parameters works with methods that prune, not with increlora: remove it")
+        return found
 
     def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:
         """One event every ``interval`` steps until the target is reached."""

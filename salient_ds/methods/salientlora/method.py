@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from salient_ds.methods.base import modules_of_rows, refuse_non_finite
+from salient_ds.methods.budget_rule import BudgetRule
 from salient_ds.methods.salientlora.options import SalientLoRAConfig, SalientOptions
 from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView, WorkShare
 from salient_ds.salience import score
 from salient_ds.salience.budget import leading_losses
 from salient_ds.salience.influence import REFERENCE_EPSILON, influence
-from salient_ds.salience.select import reference_threshold, score_at_cut, select_exact, select_threshold
+from salient_ds.salience.select import reference_threshold, score_at_cut, select_threshold
 from salient_ds.salience.trajectory import Trajectory
 
 
@@ -41,6 +42,7 @@ class SalientLoRA:
         self.config = config
         self.layout = layout
         self.options: SalientOptions = config.options()
+        self._rule = BudgetRule(config, layout)
         self.policy = mask_policy(self.options)
         self.events: Sequence[Event] = config.events(layout, total_steps)
         self._event_steps = [event.step for event in self.events]
@@ -79,11 +81,13 @@ class SalientLoRA:
         """Nothing to observe: the window holds values after the step."""
 
     def observe(self, view: StepView, step: int) -> None:
-        """Record the view's singular values if ``step`` lies in a window."""
+        """Record the view's singular values if ``step`` lies in a window; for gate_fisher, times their gradients."""
         event = self._enter(step)
         if event is None or step < event.window_start:
             return
         rows_n, values_n = view.sigma()
+        if self.config.score == "gate_fisher":
+            values_n = values_n * view.sigma_grad()
         self._device = values_n.device
         self._trajectory.append(view.key, rows_n, values_n, event.window)
 
@@ -123,8 +127,8 @@ class SalientLoRA:
             score_N = self._scores(window_NT, list(self.layout.ranks))
         else:
             score_N = torch.full(live_N.shape, float("-inf"), dtype=torch.float64, device=window_NT.device)
-            score_N[live_N] = self._scores(window_NT[live_N], previous.ranks(self.layout))
-        mask_N, threshold = self._select(score_N, live_N, event.total_rank)
+            score_N[live_N] = self._scores(window_NT[live_N], previous.ranks(self.layout), live_N)
+        mask_N, threshold = self._select(score_N, live_N, event)
         return RankDecision(event.step, event.total_rank, mask_N.cpu(), threshold)
 
     def local_state(self) -> Iterator[tuple[str, Part, Tensor]]:
@@ -176,8 +180,13 @@ class SalientLoRA:
         assert len(values_tn) == recorded
         self._trajectory.restore(view.key, rows_n, values_tn, window)
 
-    def _scores(self, window_LT: Tensor, sizes: list[int]) -> Tensor:
-        """Scores (L,) of the given rows. Matrix k owns ``sizes[k]`` of them."""
+    def _scores(self, window_LT: Tensor, sizes: list[int], live_N: Tensor | None = None) -> Tensor:
+        """Scores (L,) of the given rows. Matrix k owns ``sizes[k]`` of them; ``live_N``: which they are (None: all)."""
+        cost_L = self._rule.cost(self.layout).to(window_LT.device)
+        cost_L = cost_L if live_N is None else cost_L[live_N]
+        if self.config.score == "gate_fisher":
+            gain_L = window_LT.double().square().mean(1)
+            return gain_L / cost_L if self._rule.parameters else gain_L
         options, reference = self.options, self.reference_numerics
         norms_TM2 = torch.stack(self._losses[: window_LT.shape[1]]).to(window_LT.device)
         norms_TM2 = norms_TM2.float() if reference else norms_TM2.double()
@@ -186,6 +195,8 @@ class SalientLoRA:
         if options.loss_weights == "normalised":
             weights_KT = weights_KT / weights_KT.mean(1, keepdim=True)
         magnitude_L = score.magnitude(window_LT, weights_KT, sizes, options.magnitude == "signed")
+        if self._rule.parameters:  # the gain is the square of a singular value
+            magnitude_L = magnitude_L / cost_L.sqrt()
         influence_L = influence(
             window_LT,
             self.config.beta,
@@ -198,9 +209,10 @@ class SalientLoRA:
         terms = score.normalise(magnitude_L, influence_L, options.normalisation, sizes, "nan" if reference else "zero")
         return score.combine(*terms, options.combine, self.config.lambda_)
 
-    def _select(self, score_N: Tensor, live_N: Tensor, budget: int) -> tuple[Tensor, float]:
+    def _select(self, score_N: Tensor, live_N: Tensor, event: Event) -> tuple[Tensor, float]:
+        budget = event.total_rank
         if self.options.ties == "exact":
-            mask_N = select_exact(score_N, budget, live_N)
+            mask_N = self._rule.select(score_N, event, live_N, self.layout)
             return mask_N, score_at_cut(score_N, mask_N, live_N)
         ranked_N = torch.ones_like(live_N) if self.reference_numerics else live_N
         mask_N = torch.zeros_like(live_N)

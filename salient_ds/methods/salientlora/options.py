@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,9 @@ from salient_ds.methods.options import TargetConfig
 from salient_ds.ranks import Event, RankLayout
 from salient_ds.salience.budget import AllocationPlan, paper_schedule, reference_schedule
 from salient_ds.steps import steps_or_fraction
+
+if TYPE_CHECKING:
+    from salient_ds.adapters.options import AdapterConfig
 
 _EVENT_BYTES_PER_VALUE = 24
 _EVENT_BLOCK = 256 * 2**20
@@ -84,14 +87,20 @@ class SalientLoRAConfig(TargetConfig):
     """Starting point for the options from `schedule` on, which :class:`SalientOptions` explains. An option that is set
     overrides the preset. standard: the paper, with loss weights that cannot decide between matrices. paper: the paper,
     robustly normalised. reference: the released code."""
-    initial_warmup: float = Field(0, ge=0)
-    """Steps before allocation starts (n_i). A value below 1 is a fraction of all steps."""
-    final_warmup: float = Field(0, ge=0)
-    """Steps after allocation ends. A value below 1 is a fraction of all steps."""
+    initial_warmup: float | None = Field(None, ge=0)
+    """Steps before allocation starts (n_i). A value below 1 is a fraction of all steps. Default: 0.1, so that learning
+    has begun; 0 with the presets paper and reference."""
+    final_warmup: float | None = Field(None, ge=0)
+    """Steps after allocation ends. A value below 1 is a fraction of all steps. Default: 0.3, so that the run recovers
+    from the last event; 0 with the presets paper and reference."""
     window_initial: int = Field(10, ge=2)
     """Length of the first window in steps (T_i)."""
     window_final: int = Field(200, ge=2)
-    """Length that windows grow to, in steps (T_f)."""
+    """Length that windows grow to, in steps (T_f). If it equals `window_initial`, all windows have that length."""
+    score: Literal["salience", "gate_fisher"] = "salience"
+    """What singular values are kept for. salience: magnitude and influence (SalientLoRA). gate_fisher: the mean of
+    (sigma dL/dsigma)^2 over the window; of the options below, those about magnitude, influence and losses then mean
+    nothing."""
     beta: float = Field(0.9, gt=0, le=1)
     """Smallest correlation of two singular values' histories that makes a dependency."""
     gamma: float = 2.0
@@ -132,6 +141,16 @@ class SalientLoRAConfig(TargetConfig):
             )
         return self
 
+    def problems(self, adapter: AdapterConfig) -> list[str]:
+        """As :meth:`TargetConfig.problems`, and a budget in parameters that the released code's choices cannot keep."""
+        found, options = super().problems(adapter), self.options()
+        if self.budget_unit == "parameters" and (options.ties != "exact" or options.normalisation == "released"):
+            found.append(
+                "method.budget_unit=parameters needs method.ties=exact and a method.normalisation other than released, "
+                "which compares shares within a matrix (both come from the preset, if they are not set)"
+            )
+        return found
+
     @property
     def keeps_rates(self) -> bool:
         return self.preset == "reference"
@@ -145,6 +164,11 @@ class SalientLoRAConfig(TargetConfig):
             chosen[field.name] = getattr(preset, field.name) if own is None else own
         return SalientOptions(**chosen)
 
+    def _warmup(self, chosen: float | None, standard: float) -> float:
+        if chosen is not None:
+            return chosen
+        return standard if self.preset == "standard" else 0.0
+
     def plan(self, layout: RankLayout, total_steps: int) -> AllocationPlan:
         """The numbers behind the events: totals, warm-ups, windows.
 
@@ -155,8 +179,8 @@ class SalientLoRAConfig(TargetConfig):
             total_steps=total_steps,
             initial_total=layout.total,
             target_total=self.wanted_total(len(layout.ranks)),
-            initial_warmup=steps_or_fraction(self.initial_warmup, total_steps),
-            final_warmup=steps_or_fraction(self.final_warmup, total_steps),
+            initial_warmup=steps_or_fraction(self._warmup(self.initial_warmup, 0.1), total_steps),
+            final_warmup=steps_or_fraction(self._warmup(self.final_warmup, 0.3), total_steps),
             window_initial=self.window_initial,
             window_final=self.window_final,
         )
@@ -198,9 +222,11 @@ class SalientLoRAConfig(TargetConfig):
 
     def event_notes(self, events: Sequence[Event], target: int) -> list[str]:
         """A note if the last event does not reach the target, as with the released code's schedule."""
+        notes = super().event_notes(events, target)
         if not events or events[-1].total_rank <= target:
-            return []
+            return notes
         return [
+            *notes,
             f"the last event leaves {events[-1].total_rank} ranks, above the target {target}: "
-            "set method.final_prune=true to end at the target"
+            "set method.final_prune=true to end at the target",
         ]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from salient_ds.methods.base import BaseMethod, modules_of_rows, refuse_non_finite
+from salient_ds.methods.budget_rule import BudgetRule
 from salient_ds.methods.spectral.options import SpectralConfig
 from salient_ds.ranks import Event, RankDecision, RankLayout, ReadShard, Spectrum, StepView
-from salient_ds.salience.select import score_at_cut, select_exact
+from salient_ds.salience.select import score_at_cut
 from salient_ds.salience.sensitivity import row_means
 
 
@@ -37,6 +38,7 @@ class Spectral(BaseMethod):
     def __init__(self, config: SpectralConfig, layout: RankLayout, total_steps: int) -> None:
         super().__init__(config, layout, total_steps)
         self.config = config
+        self._rule = BudgetRule(config, layout)
         self._spectrum: Spectrum | None = None
         self._gate_N: Tensor | None = None
         self._squares_N = torch.zeros(layout.total, dtype=torch.float64)
@@ -94,7 +96,8 @@ class Spectral(BaseMethod):
         score_N = self._scores(event)
         bad = modules_of_rows(self.layout, ~score_N.isfinite())
         refuse_non_finite("scores of rows", self.layout.modules, bad, f"at step {event.step}")
-        mask_N = select_exact(score_N, event.total_rank, previous.mask_N)
+        score_N = self._rule.per_parameter(score_N, self.layout)
+        mask_N = self._rule.select(score_N, event, previous.mask_N, self.layout)
         threshold = score_at_cut(score_N, mask_N, previous.mask_N)
         self._spectrum = None
         return RankDecision(event.step, event.total_rank, mask_N, threshold)

@@ -305,3 +305,13 @@ def test_every_option_makes_a_difference(name: str) -> None:
             seen.add((tuple(digests(run)), tuple(cuts(run)), method_of(run).policy))
         differs |= len(seen) == len(choices()[name])
     assert differs
+
+
+def test_default_warmups_leave_room_to_learn_and_to_recover() -> None:
+    def bounds(preset: str, **chosen: float) -> tuple[int, int]:
+        plan = SalientLoRAConfig.model_validate({"target_total": TARGET, "preset": preset} | chosen).plan(LAYOUT, 200)
+        return plan.initial_warmup, plan.final_warmup
+
+    assert bounds("standard") == (20, 60)
+    assert bounds("paper") == bounds("reference") == (0, 0)
+    assert bounds("standard", initial_warmup=0, final_warmup=5) == (0, 5)

@@ -56,6 +56,17 @@ def check_events(events: list[Event], plan: AllocationPlan, first_step: int, las
         assert after.total_rank <= before.total_rank
 
 
+def test_a_fixed_window_falls_along_the_limit_of_short_windows() -> None:
+    """T_i = T_f: budgets fall step by step, and are those of a first window that is short beside the last one."""
+    fixed = AllocationPlan(1000, 4800, 600, window_initial=50, window_final=50)
+    totals = [event.total_rank for event in paper_schedule(fixed)]
+    assert len(totals) == 20 and totals[0] > 4000 and totals[-1] == 600
+    assert all(before >= after for before, after in pairwise(totals))
+    short = AllocationPlan(1000, 4800, 600, window_initial=1, window_final=1_000_000)
+    for progress in (0.05, 0.5, 0.95):
+        assert fixed.total_after(progress) == pytest.approx(short.total_after(progress), abs=0.1)
+
+
 def test_paper_schedule_ends_at_exactly_the_target() -> None:
     for plan in random_plans(400, seed=1):
         events = paper_schedule(plan)
