@@ -40,9 +40,7 @@ def sweep(path: str, *, dry_run: bool, jobs: int | None, worker: bool, overwrite
     wrong = [flag for flag, on in (("--dry-run", dry_run), ("--overwrite", overwrite), ("--jobs", jobs is not None))
              if on and worker]  # fmt: skip
     if wrong:
-        print_problems(
-            [f"{wrong[0]} does nothing with --worker, one process of a sweep: leave one of them out"]
-        )
+        print_problems([f"{wrong[0]} does nothing with --worker, one process of a sweep: leave one of them out"])
         return USAGE_ERROR
     spec_path = Path(path)
     try:
