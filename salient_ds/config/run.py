@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
+from salient_ds.adapters.options import AdapterConfig
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
@@ -212,11 +212,11 @@ def _fields_at(loc: tuple[Any, ...], data: Any, root: type[BaseModel]) -> list[s
             return []
         if part in model.model_fields:
             model = model.model_fields[part].annotation
-            if ShortcutConfig in get_args(model):  # ... | None
-                model = ShortcutConfig
+            inside = [part for part in get_args(model) if isinstance(part, type) and issubclass(part, BaseModel)]
+            model = inside[0] if len(inside) == 1 else model  # ... | None
             if model is MethodConfig:
                 model = methods().get(data.get("method", {}).get("name"), None)
-    return list(model.model_fields) if model is not None else []
+    return list(getattr(model, "model_fields", []))
 
 
 def describe_errors(error: ValidationError, data: dict[str, Any], root: type[BaseModel] = RunConfig) -> list[str]:

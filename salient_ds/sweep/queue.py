@@ -93,8 +93,8 @@ class Queue:
     def _state(self, path: Path) -> _State | None:
         """State of a claim; None if it vanished meanwhile."""
         try:
-            touched, owner = path.stat().st_mtime, json.loads(path.read_text())
-        except (OSError, ValueError):
+            touched, owner = path.stat().st_mtime, dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
             return None
         released = touched == 0
         dead = owner.get("machine") == me()["machine"] and not _runs(owner.get("pid"), owner.get("started"))

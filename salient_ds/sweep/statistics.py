@@ -63,7 +63,7 @@ class Difference:
         return len(self.values)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"n": self.n}
+        return asdict(self) | {"seeds": list(self.seeds), "values": list(self.values), "n": self.n}
 
 
 def paired(

@@ -78,8 +78,15 @@ class Worker:
         Returns:
             The exit status: 0, or :data:`INTERRUPTED`.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, self.ask_to_stop) for number in numbers]
+        try:
+            return self._until_all_ended()
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _until_all_ended(self) -> int:
         while not self.should_stop():
             outcomes = self.folder.outcomes()
             plans = plan(self.spec, outcomes)
