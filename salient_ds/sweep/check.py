@@ -15,7 +15,6 @@ from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.strict import ConfigError
 from salient_ds.sweep.arms import job_run
 from salient_ds.sweep.folder import SweepFolder
-from salient_ds.sweep.plan import Job
 from salient_ds.sweep.spec import SweepSpec
 
 SIZES = ("total_steps", "trainable_end", "target_total", "checkpoint_bytes")
@@ -46,9 +45,9 @@ def check_sweep(spec: SweepSpec, runs: Mapping[str, Mapping[str, Any]], folder: 
     seen: set[str] = set()
     for name, run in runs.items():
         data = json.dumps([run.get("data"), run.get("model")], sort_keys=True, default=str)
-        first = Job(name, spec.rates(name)[0], spec.seeds.tune[0], "tune")
+        nowhere = folder.path / "runs" / name / "unused"  # runs of other processes may be at work in real directories
         try:
-            config = parse_config(job_run(run, first.lr, first.seed, folder.run_directory(first)))
+            config = parse_config(job_run(run, spec.rates(name)[0], spec.seeds.tune[0], nowhere))
         except ConfigError as error:
             found.problems += [f"arm {name!r}: {problem}" for problem in error.problems]
             continue
@@ -57,7 +56,7 @@ def check_sweep(spec: SweepSpec, runs: Mapping[str, Mapping[str, Any]], folder: 
         if not report.problems:
             seen.add(data)
         found.problems += [f"arm {name!r}: {problem}" for problem in report.problems + _held_out(config)]
-        found.notes += [f"arm {name!r}: {note}" for note in report.notes if not _about_directory(note)]
+        found.notes += [f"arm {name!r}: {note}" for note in report.notes]
         found.facts[name] = {key: report.facts[key] for key in SIZES if key in report.facts}
     found.notes = _merged(found.notes)
     found.notes += _budget_notes(configs, found.facts)
@@ -70,10 +69,6 @@ def _held_out(config: RunConfig) -> list[str]:
     if config.data.eval is None and not config.data.eval_size:
         return ["no held-out data, so no learning rate can be chosen: set data.eval or data.eval_size"]
     return []
-
-
-def _about_directory(note: str) -> bool:
-    return note.startswith("output_dir=")
 
 
 def _merged(notes: list[str]) -> list[str]:
