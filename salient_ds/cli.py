@@ -122,6 +122,24 @@ def search(
     raise typer.Exit(body(run, overrides or [], options, _launcher_options(hostfile, master_port), gpus))
 
 
+@app.command()
+def sweep(
+    spec: Annotated[str, typer.Argument(metavar="SPEC.yaml", help="Sweep file: arms, learning rates, seeds.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the plan and start nothing.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=0, help="Processes at once on this machine (default: as the sweep file says).")
+    ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Be one more process of a sweep that was started elsewhere.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete the runs of arms that have changed.")] = False,
+) -> None:
+    """Tune learning rates of several arms on one seed, then compare the arms on fresh seeds."""
+    from salient_ds.sweep.command import sweep as body
+
+    raise typer.Exit(body(spec, dry_run=dry_run, jobs=jobs, worker=worker, overwrite=overwrite))
+
+
 @app.command("convert-toml")
 def convert_toml(
     lora: Annotated[str, typer.Argument(metavar="LORA.toml", help="LoRA settings of the released HeteroLoRA code.")],

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
+from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.rank_pattern import RankFileError, with_ranks_of_file
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
 from salient_ds.methods.options import MethodConfig
@@ -210,29 +210,29 @@ class RunConfig(Strict):
         return speed_plan(self.speed, self.method, stage, self.adapter.shortcuts is not None)
 
 
-def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
+def _fields_at(loc: tuple[Any, ...], data: Any, root: type[BaseModel]) -> list[str]:
     """Field names of the section that holds the unknown key at ``loc`` (union tags in ``loc`` are skipped)."""
-    model: Any = RunConfig
+    model: Any = root
     for part in loc[:-1]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             return []
         if part in model.model_fields:
             model = model.model_fields[part].annotation
-            if ShortcutConfig in get_args(model):  # ... | None
-                model = ShortcutConfig
+            inside = [part for part in get_args(model) if isinstance(part, type) and issubclass(part, BaseModel)]
+            model = inside[0] if len(inside) == 1 else model  # ... | None
             if model is MethodConfig:
                 model = methods().get(data.get("method", {}).get("name"), None)
-    return list(model.model_fields) if model is not None else []
+    return list(getattr(model, "model_fields", []))
 
 
-def describe_errors(error: ValidationError, data: dict[str, Any]) -> list[str]:
-    """One sentence per pydantic error, with the dotted key, the value and the remedy."""
+def describe_errors(error: ValidationError, data: dict[str, Any], root: type[BaseModel] = RunConfig) -> list[str]:
+    """One sentence per pydantic error, with the dotted key, the value and the remedy. ``root``: the validated model."""
     problems: list[str] = []
     for item in error.errors():
         loc = item["loc"]
         key = ".".join(str(part) for part in loc)
         if item["type"] == "extra_forbidden":
-            known = _fields_at(loc, data)
+            known = _fields_at(loc, data, root)
             hint = did_you_mean(str(loc[-1]), known) or f"known keys: {', '.join(sorted(known))}"
             problems.append(f"unknown key {key!r}: {hint}")
         elif item["type"] == "unknown_method":
@@ -256,13 +256,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: lists every problem found, not only the first.
     """
+    return parse_config(read_yaml(path, overrides), base=Path(path).parent)
+
+
+def read_yaml(path: str | Path, overrides: list[str] | None = None, what: str = "run file") -> dict[str, Any]:
+    """Read a YAML file of sections and apply dotted overrides, unvalidated. Messages call the file ``what``.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is not of the form key=value.
+    """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     path = Path(path)
     if not path.is_file():
-        raise ConfigError([f"run file {str(path)!r} does not exist (working directory: {Path.cwd()})"])
+        raise ConfigError([f"{what} {str(path)!r} does not exist (working directory: {Path.cwd()})"])
     wrong = [item for item in overrides or [] if not re.match(r"[^=\s]+=", item)]
     if wrong:
         raise ConfigError([f"override {item!r} is not of the form key=value" for item in wrong])
@@ -271,10 +280,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         if not isinstance(loaded, DictConfig):
             raise ConfigError([f"{path} holds no mapping of sections (model:, adapter:, ...) at its top level"])
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
-        data = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError([f"cannot read {path}: {error}"]) from error
-    return parse_config(data, base=path.parent)  # type: ignore[arg-type]
 
 
 def parse_config(data: dict[str, Any], base: Path | None = None) -> RunConfig:

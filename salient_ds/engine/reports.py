@@ -74,3 +74,7 @@ class NonFiniteLoss(RuntimeError):
     def __init__(self, step: int, indices: list[int]) -> None:
         self.step, self.indices = step, indices
         super().__init__(f"the loss of step {step} is not finite; rows of the training data: {indices}")
+
+
+class Diverged(ValueError):
+    """A run cannot go on because its numbers are not finite. The message says how a user can continue."""

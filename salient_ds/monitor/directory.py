@@ -77,6 +77,12 @@ class RunDirectory:
         # of an older version, which left no mark
         return (self.adapter / "salient_ds.json").is_file() and self.summary.is_file()
 
+    def close(self) -> None:
+        """Unlock the directory before the process ends. Nothing may be written to it afterwards."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
 
 def _replace(path: Path, text: str) -> None:
     """Write a file all or nothing."""

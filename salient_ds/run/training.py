@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from salient_ds.config.run import RunConfig
 from salient_ds.data.sampler import StepSampler
 from salient_ds.engine.checkpoint import kept_rows, load, save
-from salient_ds.engine.reports import NonFiniteLoss, StepReport
+from salient_ds.engine.reports import Diverged, NonFiniteLoss, StepReport
 from salient_ds.engine.shard_files import CheckpointError
 from salient_ds.methods.duties import ReportingMethod, ScoringMethod
 from salient_ds.models.fingerprint import base_identity
@@ -25,7 +25,7 @@ from salient_ds.monitor.run_log import RunLog
 from salient_ds.run.assemble import assemble
 from salient_ds.run.export import export_run
 from salient_ds.run.fits import refuse_misfits
-from salient_ds.run.inputs import evaluation_batches, load_inputs, micro_batches, probe_data
+from salient_ds.run.inputs import Inputs, evaluation_batches, load_inputs, micro_batches, probe_data
 from salient_ds.run.resuming import (
     Start,
     accept,
@@ -53,9 +53,22 @@ class Counters:
 class Training:
     """One training run, as this process takes part in it."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        *,
+        read_inputs: Callable[[RunConfig, Any], Inputs] = load_inputs,
+        after_step: Callable[[Training, StepReport], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            read_inputs: reads the data of the configuration with the tokenizer.
+            after_step: called after every applied step, once it is logged and saved. It may raise to end the run.
+        """
         self.config = config
         self.device = device
+        self.read_inputs, self.after_step = read_inputs, after_step
         self.global_rank, self.world_size = world()
         self.is_main = self.global_rank == 0
         self.counters = Counters()
@@ -82,7 +95,8 @@ class Training:
         Raises:
             RunDirectoryError: the run directory cannot be used.
             CheckpointError: a checkpoint cannot be written or read.
-            ValueError: the run cannot start or continue, for example because its loss is not finite.
+            Diverged: the loss, or the gradients of many steps in a row, are not finite.
+            ValueError: the run cannot start or continue.
         """
         self.open_directory(resume, overwrite)
         self.load_data()
@@ -103,7 +117,7 @@ class Training:
         """Load tokenizer and data, and compute the number of steps and the settings for DeepSpeed."""
         refuse_packing(self.config)
         self.tokenizer = load_tokenizer(self.config.model)
-        self.inputs = load_inputs(self.config, self.tokenizer)
+        self.inputs = self.read_inputs(self.config, self.tokenizer)
         self.total_steps = self.inputs.total_steps(self.config)
         train = self.config.train
         self.sampler = StepSampler(len(self.inputs.train), train.global_batch_size, train.seed)
@@ -215,6 +229,8 @@ class Training:
                     bar.message(self.evaluate())
                 if train.save_every and engine.step % train.save_every == 0 and not last:
                     self.save()
+                if self.after_step is not None:
+                    self.after_step(self, report)
         if engine.step > self.start.step or not self.directory.summary.exists():
             self.log.summary(bar)
 
@@ -222,11 +238,11 @@ class Training:
         try:
             report = self.engine.train_step(batches, targets)
         except NonFiniteLoss as error:
-            raise ValueError(f"{error}; {ways_on(self.directory.checkpoints)}, or look at those rows") from error
+            raise Diverged(f"{error}; {ways_on(self.directory.checkpoints)}, or look at those rows") from error
         self.counters.batches += 1
         self.counters.skipped_in_a_row = self.counters.skipped_in_a_row + 1 if report.skipped else 0
         if self.counters.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise ValueError(
+            raise Diverged(
                 f"{self.counters.skipped_in_a_row} steps in a row were skipped because of non-finite gradients (bound: "
                 f"train.max_skipped_steps) after step {self.engine.step}; {ways_on(self.directory.checkpoints)}, look "
                 "at the data, or begin again with train.precision=bf16"

@@ -1,0 +1,1 @@
+"""Tune learning rates and compare arms: many runs, one queue, one page."""
