@@ -129,8 +129,8 @@ class LoraFolder:
         self.weights = WeightFile(folder)
         self.pairs = self._paired()
         self._check_ranks()
-        self.modules = list(self.pairs)
-        """Paths of the adapted modules in the base model, in the order of the file."""
+        self.modules = sorted(self.pairs, key=_natural)
+        """Paths of the adapted modules in the base model. Layer 2 comes before layer 10."""
         self.embeddings = {name for name, pair in self.pairs.items() if pair.embedding}
         self.companions: Path | None = self.place
         factors = {entry.name for pair in self.pairs.values() for entry in (pair.A, pair.B)}
@@ -217,6 +217,10 @@ class LoraFolder:
                 f"{self.weights.path} and {CONFIG_FILE} state different ranks, so the scale is unknown: {some(wrong)}; "
                 "are the files from the same adapter?"
             )
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -167,6 +167,7 @@ def _percent(share: float) -> str:
 def _print_report(source: LoraSource, shrinkage: Shrinkage, out: Path) -> None:
     from rich.console import Console
 
+    from salient_ds.export.disk_names import CLASS_OF_TASK_TYPE
     from salient_ds.export.peft_loading import peft_warning
 
     console = Console(highlight=False, soft_wrap=True)
@@ -180,7 +181,8 @@ def _print_report(source: LoraSource, shrinkage: Shrinkage, out: Path) -> None:
         console.print(_worst_table(worst))
     console.print(str(out), markup=False)
     base, task = source.config.get("base_model_name_or_path"), source.config.get("task_type")
-    warning = peft_warning([m.name for m in shrinkage.modules if m.after], base, task) if base and task else None
+    kept = [module.name for module in shrinkage.modules if module.after]
+    warning = peft_warning(kept, base, task) if base and task in CLASS_OF_TASK_TYPE else None
     if warning is not None:
         print(warning, file=sys.stderr, flush=True)
 
