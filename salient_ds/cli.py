@@ -195,6 +195,45 @@ def export(
 
 
 @app.command()
+def shrink(
+    adapter: Annotated[str, typer.Argument(help="PEFT LoRA adapter, whoever trained it; or a run directory.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    rank: Annotated[float | None, typer.Option(help="Mean rank per module to keep; may be a fraction.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of the squared singular values to keep, such as 0.99.")
+    ] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="Number of adapter parameters to keep at most: 5M, 300k or 5000000.")
+    ] = None,
+    uniform: Annotated[bool, typer.Option(help="Cut every module to the same rank (the baseline).")] = False,
+    form: Annotated[
+        str, typer.Option(help="peft (each module at its own rank) or padded (all at one rank, for llama.cpp).")
+    ] = "peft",
+    pad_to: Annotated[
+        str | None, typer.Option(help='Rank of form padded: a number, or "vllm" for the next one that vLLM accepts.')
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the factors: float32, bfloat16 or float16 (default: as stored).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
+) -> None:
+    """Cut a trained LoRA adapter to lower ranks, by one threshold over the singular values of all modules (PARA)."""
+    from salient_ds.run.exits import print_problems
+    from salient_ds.run.shrink import ShrinkOptions
+    from salient_ds.run.shrink import shrink as body
+
+    for name, value, allowed in (
+        ("form", form, ("peft", "padded")),
+        ("dtype", dtype, (None, "float32", "bfloat16", "float16")),
+    ):
+        if value not in allowed:
+            print_problems([f"--{name} {value!r} is unknown: choose {', '.join(filter(None, allowed))}"])
+            raise typer.Exit(2)
+    options = ShrinkOptions(rank, energy, parameters, uniform, form, pad_to, dtype, overwrite)
+    raise typer.Exit(body(adapter, output, options))
+
+
+@app.command()
 def show(run: Annotated[str, typer.Argument(help="Run directory.")]) -> None:
     """Show the allocation events of a run and the rank that every matrix kept."""
     from salient_ds.run.verbs import show as body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ _LAYOUTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("trainer_state.json", "adapter_config.json", "salient_ds.json")
 _LISTED = 8  # names shown in an error before "and N more"
 
 
@@ -158,3 +161,14 @@ def head_tensors(base: Path | str, heads: Iterable[str]) -> dict[str, Tensor]:
     files = open_base(base)
     pattern = re.compile(rf"(?:{'|'.join(map(re.escape, heads))})\.")
     return {key: files.read(key) for key in files.file_of if pattern.match(key)}
+
+
+def copy_all_but_weights(source: Path, folder: Path) -> None:
+    """Copy the files of a directory that belong to a model or its tokenizer: settings, vocabulary, templates, code."""
+    for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
+        skipped = path.name in _NOT_COPIED or path.name.startswith(".") or path.name.endswith(".index.json")
+        if path.is_file() and not skipped:
+            shutil.copyfile(path, folder / path.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, folder / templates.name)

@@ -7,7 +7,6 @@ Without another data type, everything that is not adapted stays identical bit fo
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,15 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from salient_ds.export.atomic import atomic_directory
-from salient_ds.export.base_files import BaseFiles, open_base
+from salient_ds.export.base_files import BaseFiles, copy_all_but_weights, open_base
 from salient_ds.export.disk_names import locate_weights
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.merged_shards import Changes, bytes_as, read_header, write_shard
 from salient_ds.export.meta import ExportMeta, write_json, write_record
 from salient_ds.export.peft_format import check_factors
 
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("trainer_state.json", "adapter_config.json", "salient_ds.json")
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -101,13 +98,7 @@ def write_merged(
 
 def copy_companions(files: BaseFiles, folder: Path, config_updates: Mapping[str, Any]) -> None:
     """Copy the files of the base directory that belong to the model or the tokenizer, except for weights."""
-    for source in sorted({path for pattern in _COPIED for path in files.folder.glob(pattern)}):
-        skipped = source.name in _NOT_COPIED or source.name.startswith(".") or source.name.endswith(".index.json")
-        if source.is_file() and not skipped:
-            shutil.copyfile(source, folder / source.name)
-    templates = files.folder / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+    copy_all_but_weights(files.folder, folder)
     if config_updates:
         write_json(folder / "config.json", {**files.config(), **config_updates})
 

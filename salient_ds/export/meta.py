@@ -76,14 +76,18 @@ def write_record(
         "task_type": meta.task_type,
         "base_model_name_or_path": base,
         "dtype": dtype,
-        "total_rank": sum(item.rank for item in factors),
-        "ranks": {item.name: item.rank for item in factors},
+        **rank_entries({item.name: item.rank for item in factors}),
         "template": dict(meta.template) if meta.template is not None else None,
         "source_run": meta.source_run,
         "versions": dict(meta.versions),
         **(more or {}),
     }
     write_json(folder / RECORD_FILE, record)
+
+
+def rank_entries(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """How a record states the ranks of all modules, 0 included."""
+    return {"total_rank": sum(ranks.values()), "ranks": dict(ranks)}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

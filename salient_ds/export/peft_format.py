@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,8 +73,9 @@ def write_peft(
     for pair in pairs:
         tensors |= _named(pair, dtype)
     base_name = meta.base_name(base)
-    config = _config(pairs, rank, form, meta, base_name, saved_modules)
-    config["exclude_modules"] = _shadowed([item.name for item in factors], pairs) or None
+    ranks = {pair.name: pair.rank for pair in pairs}
+    config = _config(ranks, rank, form, meta, base_name, saved_modules)
+    config["exclude_modules"] = shadowed([item.name for item in factors], ranks) or None
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     with atomic_directory(target, overwrite, size, protected=(base, meta.source_run)) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -136,51 +137,71 @@ def _padded_pairs(factors: Sequence[AdapterFactors], rank: int) -> list[LoraPair
 def _named(pair: LoraPair, dtype: torch.dtype) -> dict[str, Tensor]:
     out = {}
     for letter, value in (("A", pair.A_rI), ("B", pair.B_Or)):
-        cast = value.to(dtype).contiguous()
-        if not cast.isfinite().all():
-            raise ValueError(
-                f"lora_{letter} of {pair.name!r} reaches {value.abs().max():.3g}, too large for {dtype}: "
-                "export as float32 or bfloat16"
-            )
-        out[f"base_model.model.{pair.name}.lora_{letter}.weight"] = cast
+        out[f"base_model.model.{pair.name}.lora_{letter}.weight"] = as_stored(value, dtype, pair.name, letter)
     return out
 
 
+def as_stored(factor: Tensor, dtype: torch.dtype, module: str, letter: str) -> Tensor:
+    """A factor ("A" or "B") in the type that it is stored in.
+
+    Raises:
+        ValueError: a value does not fit into the type.
+    """
+    cast = factor.to(dtype).contiguous()
+    if not cast.isfinite().all():
+        raise ValueError(
+            f"lora_{letter} of {module!r} reaches {factor.abs().max():.3g}, too large for {dtype}: "
+            "export as float32 or bfloat16"
+        )
+    return cast
+
+
 def _config(
-    pairs: Sequence[LoraPair],
+    ranks: Mapping[str, int],
     rank: int,
     form: str,
     meta: ExportMeta,
     base_name: str,
     saved_modules: list[str],
 ) -> dict[str, Any]:
-    # PEFT takes the first pattern that matches the end of a module path. Deeper paths come first, so that
-    # "model.layers.0.q" does not match in place of "vision.model.layers.0.q".
-    deepest_first = sorted(pairs, key=lambda pair: -pair.name.count("."))
-    pattern = {re.escape(pair.name): pair.rank for pair in deepest_first} if form == "peft" else {}
     return {
         "peft_type": "LORA",
         "task_type": meta.task_type,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": [pair.name for pair in pairs],
+        **rank_fields(ranks, rank, form),
         "modules_to_save": saved_modules or None,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
         "use_dora": False,
     }
 
 
-def _shadowed(modules: Sequence[str], pairs: Sequence[LoraPair]) -> list[str]:
+def rank_fields(ranks: Mapping[str, int], rank: int, form: str) -> dict[str, Any]:
+    """The fields of adapter_config.json that state modules, their ranks and scales (all of them 1).
+
+    Args:
+        ranks: module -> rank, for the modules that are in the file.
+        rank: the largest of them, or that which all are padded to.
+    """
+    # PEFT takes the first pattern that matches the end of a module path. Deeper paths come first, so that
+    # "model.layers.0.q" does not match in place of "vision.model.layers.0.q".
+    deepest_first = sorted(ranks, key=lambda name: -name.count("."))
+    pattern = {re.escape(name): ranks[name] for name in deepest_first} if form == "peft" else {}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": list(ranks),
+        "init_lora_weights": True,
+        "use_rslora": False,
+    }
+
+
+def shadowed(modules: Sequence[str], kept: Collection[str]) -> list[str]:
     """Left-out modules that PEFT would adapt nevertheless, because their path ends with that of an adapted module."""
-    kept = {pair.name for pair in pairs}
     return [n for n in modules if n not in kept and any(n.endswith(f".{name}") for name in kept)]
 
 

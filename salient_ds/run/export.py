@@ -53,8 +53,8 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def read_factors(checkpoint: Path) -> list[AdapterFactors]:
-    """All adapters of a checkpoint as fp32 CPU tensors, with the mask of the rows that count.
+class CheckpointFactors:
+    """The adapters of a checkpoint, read one at a time as fp32 CPU tensors, with the mask of the rows that count.
 
     Before the last event of a method that lets dropped rows grow back (AdaLoRA, LoRA^2), all rows count. While
     IncreLoRA still grows, its reserve rows (singular values of 1e-5) do not.
@@ -62,15 +62,31 @@ def read_factors(checkpoint: Path) -> list[AdapterFactors]:
     Raises:
         CheckpointError: a file does not have the content that was written.
     """
-    reader = ShardReader(checkpoint)
-    adapters = reader.manifest["adapters"]
-    shared = reader.shared()
-    latest = shared["latest"]
-    masks = latest["mask_N"].split([item["rank"] for item in adapters])
-    return [
-        _factors(reader, item, mask if latest["hold"] or _drops_masked(item) else mask | True)
-        for item, mask in zip(adapters, masks, strict=True)
-    ]
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._reader = ShardReader(checkpoint)
+        adapters = self._reader.manifest["adapters"]
+        latest = self._reader.shared()["latest"]
+        masks = latest["mask_N"].split([item["rank"] for item in adapters])
+        self._found = {
+            item["name"]: (item, mask if latest["hold"] or _drops_masked(item) else mask | True)
+            for item, mask in zip(adapters, masks, strict=True)
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of all adapted modules, shortcuts included."""
+        return list(self._found)
+
+    def read(self, name: str) -> AdapterFactors:
+        """One adapter."""
+        return _factors(self._reader, *self._found[name])
+
+
+def read_factors(checkpoint: Path) -> list[AdapterFactors]:
+    """All adapters of a checkpoint (:class:`CheckpointFactors`)."""
+    adapters = CheckpointFactors(checkpoint)
+    return [adapters.read(name) for name in adapters.names]
 
 
 def _drops_masked(item: dict[str, Any]) -> bool:
@@ -87,6 +103,20 @@ def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> A
     if "aa" in item["factors"]:
         A, B = two_scale_pair(A, B, read("aa"), read("bb"))
     return AdapterFactors(item["name"], A, sigma, B, mask, item["scaling"])
+
+
+def checkpoint_facts(run: Path, checkpoint: Path) -> tuple[dict[str, Any], ExportMeta]:
+    """The configuration of a checkpoint's run, and what an export of it records."""
+    folder = run if (run / "run.yaml").is_file() else checkpoint.parent.parent
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    facts = json.loads((folder / "run.json").read_text())
+    meta = ExportMeta(
+        method=config["method"]["name"],
+        task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
+        source_run=str(checkpoint),
+        template=facts["template"],
+    )
+    return config, meta
 
 
 def export_run(
@@ -116,15 +146,7 @@ def export_run(
         ValueError: the export is not possible as asked; the message gives the remedy.
     """
     chosen = checkpoint or newest_checkpoint(run)
-    folder = run if (run / "run.yaml").is_file() else chosen.parent.parent
-    config = yaml.safe_load((folder / "run.yaml").read_text())
-    facts = json.loads((folder / "run.json").read_text())
-    meta = ExportMeta(
-        method=config["method"]["name"],
-        task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
-        source_run=str(chosen),
-        template=facts["template"],
-    )
+    config, meta = checkpoint_facts(run, chosen)
     factors, place = read_factors(chosen), base or config["model"]["path"]
     norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
     if form is None:

@@ -57,6 +57,15 @@ def factored_singular_values(A_rI: Tensor, B_Or: Tensor) -> Tensor:
     return S_r
 
 
+def numerical_rank(S_r: Tensor, wide: int, tall: int) -> int:
+    """How many singular values of a (tall, wide) matrix rounding can tell from zero, given them in descending order.
+
+    The bound is the usual one: eps * max(wide, tall) * the largest value (eps of float64).
+    """
+    bound = torch.finfo(torch.float64).eps * max(wide, tall) * S_r[:1].double()
+    return int((S_r.double() > bound).sum())
+
+
 def _balanced(A_rI: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor]:
     """The factors in float64, checked, with each row of A about as long as its column of B.
 

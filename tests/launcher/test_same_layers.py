@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import load_config
 from salient_ds.run.export import export_run
+from salient_ds.run.shrink import ShrinkOptions, shrink
 from tests.launcher.runs import alone, write_run
 from tests.support.tiny_architectures import tiny_config
 
@@ -65,6 +67,24 @@ def test_check_training_and_export(
     assert len(trained) == count and written["target_modules"] == trained
     merged = export_run(tmp_path / "run", "merged", tmp_path / "merged")
     assert (merged / "model.safetensors").is_file()
+    shrink_both(tmp_path / "run", tmp_path)
+
+
+def shrink_both(run: Path, folder: Path) -> None:
+    """``salient-ds shrink`` of a run and of its exported adapter are the same adapter."""
+    for source, out in ((run, "from_run"), (run / "adapter", "from_adapter")):
+        assert shrink(str(source), str(folder / out), ShrinkOptions(rank=1)) == 0
+    one, other = (load_file(folder / out / "adapter_model.safetensors") for out in ("from_run", "from_adapter"))
+    assert one.keys() == other.keys() and len(one) > 2
+    for key in (key for key in one if "lora_A" in key):
+        update, expected = (t[key.replace("lora_A", "lora_B")] @ t[key] for t in (one, other))
+        assert (update - expected).abs().max() < 1e-5 * expected.abs().max()
+    records = [json.loads((folder / out / "salient_ds.json").read_text()) for out in ("from_run", "from_adapter")]
+    assert records[0]["ranks"] == records[1]["ranks"] and sum(records[0]["ranks"].values()) == len(records[0]["ranks"])
+    for key in ("method", "template", "task_type", "base_model_name_or_path", "source_run"):
+        assert records[0][key] == records[1][key] is not None, key
+    assert list(records[0]["shrink"]["sha256"]) == ["manifest.json"]
+    assert shrink(str(run), str(run / "checkpoints" / "step-00000002" / "x"), ShrinkOptions(rank=1)) == 1
 
 
 def test_a_table_that_is_too_short_is_noticed_without_a_check_before(

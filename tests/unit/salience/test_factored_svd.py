@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from salient_ds.salience.factored_svd import factored_singular_values, factored_svd
+from salient_ds.salience.factored_svd import factored_singular_values, factored_svd, numerical_rank
 
 SHAPES = [(4, 9, 7), (1, 5, 3), (7, 7, 7), (8, 5, 6), (8, 6, 5), (8, 3, 20), (8, 20, 3), (5, 1, 1)]
 """r, I, O: thin, square, and r above I, above O, above both."""
@@ -111,3 +111,15 @@ def test_bad_input(function) -> None:
         spoiled[0, 0] = bad
         with pytest.raises(ValueError, match=r"factor B \(7, 4\) holds NaN or infinity"):
             function(A_rI, spoiled)
+
+
+def test_numerical_rank() -> None:
+    A_rI, B_Or = draw(6, 9, 7)
+    assert numerical_rank(factored_singular_values(A_rI, B_Or), 9, 7) == 6
+    A_rI[4] = A_rI[0] - 2 * A_rI[1]
+    A_rI[5] = 1e-6 * A_rI[5]
+    assert numerical_rank(factored_singular_values(A_rI.double(), B_Or), 9, 7) == 6, "fp32 rounding of a row counts"
+    A_rI = A_rI.double()
+    A_rI[4] = A_rI[0] - 2 * A_rI[1]
+    assert numerical_rank(factored_singular_values(A_rI, B_Or), 9, 7) == 5
+    assert numerical_rank(factored_singular_values(A_rI * 0, B_Or), 9, 7) == 0
