@@ -110,16 +110,46 @@ def _get(run: Mapped, key: tuple[str, ...]) -> Any:
     return None if holder is None else holder.get(key[-1])
 
 
-def job_run(arm_run: Mapping[str, Any], lr: float, seed: int, output_dir: Path) -> Mapped:
-    """The run file of one run of an arm."""
-    train = arm_run.get("train")
-    section = train if isinstance(train, Mapping) else {}
-    return {"output_dir": str(output_dir)} | dict(arm_run) | {"train": dict(section) | {"lr": lr, "seed": seed}}
+def job_run(arm_run: Mapping[str, Any], lr: float, seed: int, output_dir: Path, held_out: Path | None = None) -> Mapped:
+    """The run file of one run of an arm. ``held_out`` replaces the held-out data of the arm."""
+    run = {"output_dir": str(output_dir)} | dict(arm_run)
+    run["train"] = _section(run, "train") | {"lr": lr, "seed": seed}
+    if held_out is not None:
+        run["data"] = _section(run, "data") | {"eval": str(held_out)}
+    return run
 
 
-def fingerprint(run: Mapping[str, Any]) -> Mapped:
-    """Everything that the runs of an arm depend on: its sections, with files replaced by digests of their contents."""
+def fresh_data(spec: SweepSpec, spec_path: Path) -> Path | None:
+    """The held-out file of runs on fresh seeds, if the sweep file names one.
+
+    Raises:
+        ConfigError: it is neither in the working directory nor beside the sweep file.
+    """
+    if spec.fresh_eval is None:
+        return None
+    for place in (Path(spec.fresh_eval).expanduser(), spec_path.parent / spec.fresh_eval):
+        if place.is_file():
+            return place.resolve()
+    raise ConfigError([
+        f"fresh_eval={spec.fresh_eval!r} does not exist, neither in {Path.cwd()} nor in {spec_path.parent.resolve()}: "
+        "correct it"
+    ])  # fmt: skip
+
+
+def _section(run: Mapping[str, Any], name: str) -> Mapped:
+    found = run.get(name)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def fingerprint(run: Mapping[str, Any], held_out: Path | None = None) -> Mapped:
+    """Everything that the runs of an arm depend on: its sections, with files replaced by digests of their contents.
+
+    Args:
+        held_out: the data that runs on fresh seeds are judged on, if they have their own.
+    """
     found = copy.deepcopy(dict(run))
+    if held_out is not None:
+        found["fresh_eval"] = f"sha256:{_digest(str(held_out))}"
     for key in _FILES:
         holder, value = _holder(found, key), _get(found, key)
         if holder is not None and isinstance(value, str) and Path(value).is_file():

@@ -12,7 +12,7 @@ from typing import Any
 
 from salient_ds.run.exits import RUN_ERROR, USAGE_ERROR, print_problems
 from salient_ds.strict import ConfigError
-from salient_ds.sweep.arms import arm_runs, fingerprint
+from salient_ds.sweep.arms import arm_runs, fingerprint, fresh_data
 from salient_ds.sweep.check import check_sweep
 from salient_ds.sweep.folder import SweepFolder
 from salient_ds.sweep.machine import Crew, places
@@ -50,14 +50,16 @@ def sweep(path: str, *, dry_run: bool, jobs: int | None, worker: bool, overwrite
         folder = SweepFolder(Path(spec.output_dir))
         runs = arm_runs(spec, spec_path)
         found = check_sweep(spec, runs, folder)
-        problems = found.problems or _changed(folder, runs, overwrite)
+        held_out = fresh_data(spec, spec_path)
+        prints = {name: fingerprint(run, held_out) for name, run in runs.items()}
+        problems = found.problems or _changed(folder, prints, overwrite)
         if problems:
             raise ConfigError(problems)
         print_plan(spec, folder, spec_path, runs, found, commands=dry_run)
         if dry_run:
             return 0
         with folder.lock():
-            return _lead(spec, spec_path, folder, runs, jobs)
+            return _lead(spec, spec_path, folder, runs, prints, jobs)
     except ConfigError as error:
         print_problems(error.problems)
         count = len(error.problems)
@@ -65,9 +67,9 @@ def sweep(path: str, *, dry_run: bool, jobs: int | None, worker: bool, overwrite
         return RUN_ERROR
 
 
-def _changed(folder: SweepFolder, runs: Runs, overwrite: bool) -> list[str]:
-    """Arms whose earlier runs cannot stand beside new ones, one sentence each."""
-    changed = folder.changed_arms({name: fingerprint(run) for name, run in runs.items()})
+def _changed(folder: SweepFolder, prints: Runs, overwrite: bool) -> list[str]:
+    """Arms whose earlier runs cannot stand beside new ones, one sentence each. ``prints``: fingerprints by arm."""
+    changed = folder.changed_arms(prints)
     return [] if overwrite else [
         f"arm {name!r} was run with other settings ({'; '.join(lines[:4])}{'; ...' if len(lines) > 4 else ''}): set "
         "them back, rename the arm, choose another output_dir, or delete its runs with --overwrite"
@@ -75,10 +77,9 @@ def _changed(folder: SweepFolder, runs: Runs, overwrite: bool) -> list[str]:
     ]  # fmt: skip
 
 
-def _lead(spec: SweepSpec, spec_path: Path, folder: SweepFolder, runs: Runs, jobs: int | None) -> int:
+def _lead(spec: SweepSpec, spec_path: Path, folder: SweepFolder, runs: Runs, prints: Runs, jobs: int | None) -> int:
     """Start the workers and wait for every run."""
     here = places(spec, jobs)
-    prints = {name: fingerprint(run) for name, run in runs.items()}
     again = {"failed"} if spec.stop is not None else {"failed", "stopped"}
     folder.begin(prints, replaced=folder.changed_arms(prints), again=again)
     crew = Crew(spec_path, here, folder.path / "queue" / "workers.log")

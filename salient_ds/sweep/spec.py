@@ -157,6 +157,9 @@ class SweepSpec(Strict):
     """Learning rates of every arm that gives none itself."""
     seeds: Seeds = Seeds()
     """Seeds for tuning, and fresh ones for the comparison."""
+    fresh_eval: str | None = None
+    """Held-out data of the runs on fresh seeds: test rows that chose no learning rate. Default: `data.eval` of the run
+    file, which then judges what it has chosen."""
     metric: Metric = Metric(name="loss", better="lower")
     """Name of the held-out metric; or its `name` and what is `better`: lower or higher."""
     baseline: str | None = None

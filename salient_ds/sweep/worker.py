@@ -17,7 +17,7 @@ import yaml
 from salient_ds.config.run import RunConfig, load_config
 from salient_ds.run.exits import RUN_ERROR, print_problems
 from salient_ds.strict import ConfigError
-from salient_ds.sweep.arms import arm_runs, fingerprint, job_run
+from salient_ds.sweep.arms import arm_runs, fingerprint, fresh_data, job_run
 from salient_ds.sweep.folder import SweepFolder, write_whole
 from salient_ds.sweep.plan import Job, Outcome, plan, waiting
 from salient_ds.sweep.queue import Claim, Heartbeat, Queue
@@ -53,8 +53,9 @@ class Worker:
         """
         self.spec, self.folder = spec, folder
         self.arms = arm_runs(spec, spec_path)
+        self.fresh_data = fresh_data(spec, spec_path)
         known = folder.saved().get("arms")
-        changed = folder.changed_arms({name: fingerprint(run) for name, run in self.arms.items()})
+        changed = folder.changed_arms({name: fingerprint(run, self.fresh_data) for name, run in self.arms.items()})
         if known is None or changed or set(self.arms) - set(known):
             raise ConfigError(
                 [f"{folder.path} was not started with these arms: start salient-ds sweep without --worker first"]
@@ -124,7 +125,8 @@ class Worker:
 
     def _write_run(self, job: Job) -> Path:
         path = self.folder.run_file(job)
-        run = job_run(self.arms[job.arm], job.lr, job.seed, self.folder.run_directory(job))
+        held_out = self.fresh_data if job.phase == "fresh" else None
+        run = job_run(self.arms[job.arm], job.lr, job.seed, self.folder.run_directory(job), held_out)
         hint = f"# salient-ds train {path} --gpus 1\n"
         write_whole(path, hint + yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
         return path
