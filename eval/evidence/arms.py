@@ -17,26 +17,35 @@ WIDE = 8
 """Rank that pruning methods begin with."""
 
 
-def arms(rank: int, wide: int) -> dict[str, Any]:
-    """Name -> overrides of the base run."""
+def arms(rank: int, wide: int, found: list[Path]) -> dict[str, Any]:
+    """Name -> overrides of the base run. ``found``: files of ranks that LoRA is trained with."""
 
     def uniform(rank: int, **method: Any) -> dict[str, Any]:
         return {"adapter": {"rank": rank, "alpha": 2 * rank}, "method": {"name": "lora"} | method}
+
+    def retrained(path: Path) -> dict[str, Any]:
+        return {"adapter": {"rank": 1, "alpha": 2, "rank_pattern": str(path)}, "method": {"name": "lora"}}
 
     def pruned(name: str, **options: Any) -> dict[str, Any]:
         budget = {"name": name, "target_rank": rank, "budget_unit": "parameters"}
         return {"adapter": {"rank": wide, "alpha": 2 * wide}, "method": budget | options}
 
     windows = {"window_initial": 5, "window_final": 30}  # for runs of a few hundred steps
+    often = [round(0.1 + 0.05 * k, 2) for k in range(11)]  # eleven events from 0.1 to 0.6
     return {
         "lora": uniform(rank),
         "lora-wide": uniform(wide),
         "svd-lora": uniform(rank, form="svd"),
         "spectral-energy": pruned("spectral", score="energy"),
         "spectral-curvature": pruned("spectral", score="curvature"),
+        "spectral-curvature-5": pruned("spectral", score="curvature", prune_at=often[::2][:5]),
+        "spectral-curvature-11": pruned("spectral", score="curvature", prune_at=often),
+        "spectral-gate-5": pruned("spectral", score="gate_fisher", window=10, prune_at=often[::2][:5]),
         "salientlora": pruned("salientlora", **windows),
+        "salientlora-gate": pruned("salientlora", score="gate_fisher", **windows),
         "adalora": pruned("adalora"),
-    }
+        "adalora-gate": pruned("adalora", score="gate_fisher"),
+    } | {f"lora-ranks-of-{path.stem.removeprefix('ranks-')}": retrained(path) for path in found}
 
 
 def main(
@@ -47,10 +56,12 @@ def main(
     per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 10,
     only: Annotated[str, typer.Option(help="Arms, separated by commas; default: all.")] = "",
     lrs: Annotated[str, typer.Option(help="Learning rates.")] = "1e-3,2e-3,4e-3,8e-3",
+    widen: Annotated[int, typer.Option(help="Further rates on either side.")] = 2,
+    ranks: Annotated[list[Path] | None, typer.Option(help="Files of ranks to train LoRA with.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("/tmp/runs"),
 ) -> None:
     """Write one sweep file."""
-    chosen = arms(rank, WIDE)
+    chosen = arms(rank, WIDE, [path.resolve() for path in ranks or []])
     if only:
         chosen = {name: chosen[name] for name in only.split(",")}
     data = Path("evid/data").resolve()
@@ -64,7 +75,7 @@ def main(
         "arms": chosen,
         "baseline": "lora",
         "lr": [float(lr) for lr in lrs.split(",")],
-        "widen": 2,
+        "widen": widen,
         "stop": {"after": 0.25, "factor": 1.3},
         "seeds": {"tune": [100], "fresh": list(range(1, seeds + 1))},
         "fresh_eval": str(data / f"{task}-test.jsonl"),

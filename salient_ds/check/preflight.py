@@ -219,7 +219,8 @@ class _Checks:
         rows, batch = self.facts.get("rows"), self.run.train.global_batch_size
         epoch = None if rows is None else steps_per_epoch(rows, batch)
         target = method.final_total(layout, steps)
-        end = method.adapter_parameters(layout, [target / len(layout.ranks)] * len(layout.ranks))
+        ranks = list(layout.ranks) if target == layout.total else [target / len(layout.ranks)] * len(layout.ranks)
+        end = method.adapter_parameters(layout, ranks)
         self.facts.update(target_total=target, trainable_end=end)
         if method.counts_epochs and epoch is None:
             self.report.notes.append("the events follow from the length of an epoch, known when data is loaded")

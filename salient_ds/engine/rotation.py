@@ -23,6 +23,9 @@ from salient_ds.zero.collectives import world
 
 AHEAD = 8
 """Matrices per process whose factors are in memory at once."""
+SMALL = 2**20
+"""Factors with fewer elements are rotated on the CPU: on a GPU, a decomposition of a small matrix takes longer than the
+copies to the host and back."""
 
 
 @torch.no_grad()
@@ -101,14 +104,16 @@ def _rotate_one(flat: Tensor, pair: tuple[Owned, Owned], kinds: tuple[str, ...],
         for owned, kind, first, last in _pieces(pair, kinds)
     }
     chosen = {key: view.index_select(0 if key[0] == "A" else 1, live_r) for key, view in views.items()}
+    if len(flat) // len(kinds) < SMALL:
+        chosen = {key: value.cpu() for key, value in chosen.items()}
     moments = {factor: {kind: chosen[factor, kind] for kind in kinds[1:]} for factor in "AB"}
     rotated = rotate(Factors(chosen["A", "master"], chosen["B", "master"], moments["A"], moments["B"]))
     new = rotated.factors
     for factor, master, others in (("A", new.A_rI, new.moments_A), ("B", new.B_Or, new.moments_B)):
         for kind in kinds:
             value = master if kind == "master" else others[kind]
-            views[factor, kind].index_copy_(0 if factor == "A" else 1, live_r, value)
-    return torch.stack([rotated.sigma_r, rotated.curvature_r])
+            views[factor, kind].index_copy_(0 if factor == "A" else 1, live_r, value.to(flat.device))
+    return torch.stack([rotated.sigma_r, rotated.curvature_r]).to(flat.device)
 
 
 def _write(shards: ShardMap, pair: tuple[Owned, Owned], kinds: tuple[str, ...], flat: Tensor) -> None:

@@ -68,6 +68,8 @@ def update_squares(state: Smoothed, values: list[Tensor], grads: list[Tensor], b
 
     The product is then the "gate Fisher" of a weight: how fast the loss changes if it is scaled, squared and averaged.
     """
+    if not values:
+        return state
     squares = torch._foreach_mul(values, grads)
     torch._foreach_mul_(squares, squares)
     torch._foreach_mul_(state.sensitivity, beta1)
