@@ -21,10 +21,12 @@ from salient_ds.ranks import Spectrum
 from salient_ds.salience.rotation import Factors, rotate
 from salient_ds.zero.collectives import world
 
-AHEAD = 8
-"""Matrices per process whose factors are in memory at once."""
+Pair = tuple[Owned, Owned]
+"""The factors A and B of one matrix."""
+GROUP = 2**25
+"""Elements, moments included, that are gathered on each process at once (128 MiB); a larger matrix goes alone."""
 SMALL = 2**20
-"""Factors with fewer elements are rotated on the CPU: on a GPU, a decomposition of a small matrix takes longer than the
+"""Matrices with fewer elements are rotated on the CPU: on a GPU, a decomposition of a small one takes longer than the
 copies to the host and back."""
 
 
@@ -43,28 +45,50 @@ def rotate_adapters(shards: ShardMap, mask_N: Tensor, device: torch.device) -> S
     """
     masks = mask_N.split(list(shards.rank_layout.ranks))
     kinds = ("master", *shards.moment_names())
-    pairs = _pairs(shards)
     global_rank, world_size = world()
-    found_2N = torch.zeros(2, len(mask_N), dtype=torch.float64, device=device)
-    for start in range(0, len(pairs), AHEAD * world_size):
-        group = list(enumerate(pairs))[start : start + AHEAD * world_size]
-        flats = {index: _gather(shards, pair, kinds, device) for index, pair in group}
-        for index, (A, _) in group:
-            if index % world_size == global_rank:  # all processes rotate at the same time, each its own matrices
-                first = shards.rank_layout.offsets[A.module]
-                live_r = masks[A.module].nonzero().view(-1).to(device)
-                found_2N[:, first + live_r] = _rotate_one(flats[index], pairs[index], kinds, live_r)
-        for index, pair in group:
+    found_2N = torch.zeros(2, len(mask_N), dtype=torch.float64)
+    for group in _groups(_pairs(shards), len(kinds), world_size):
+        sizes = [len(kinds) * sum(owned.numel for owned in pair) for _, pair in group]
+        whole = torch.cat([_gather(shards, pair, kinds, device) for _, pair in group])
+        # all processes rotate at the same time, each its own matrices
+        mine = [(pair, flat) for (index, pair), flat in zip(group, whole.split(sizes), strict=True)
+                if index % world_size == global_rank]  # fmt: skip
+        small = [(pair, flat) for pair, flat in mine if len(flat) < SMALL * len(kinds)]
+        host = torch.cat([flat for _, flat in small]).cpu() if small else whole.new_zeros(0)  # one copy for all of them
+        on_host = host.split([len(flat) for _, flat in small])
+        large = [item for item in mine if all(item[1] is not flat for _, flat in small)]
+        for pair, flat in [*zip((pair for pair, _ in small), on_host, strict=True), *large]:
+            first, live_r = shards.rank_layout.offsets[pair[0].module], masks[pair[0].module].nonzero().view(-1)
+            found_2N[:, first + live_r] = _rotate_one(flat, pair, kinds, live_r.to(flat.device)).cpu()
+        for (_, flat), rotated in zip(small, host.to(device).split([len(flat) for _, flat in small]), strict=True):
+            flat.copy_(rotated)
+        for (index, pair), flat in zip(group, whole.split(sizes), strict=True):
             if world_size > 1:
-                dist.broadcast(flats[index], src=index % world_size)
-            _write(shards, pair, kinds, flats[index])
+                dist.broadcast(flat, src=index % world_size)
+            _write(shards, pair, kinds, flat)
     if world_size > 1:
-        dist.all_reduce(found_2N)
-    sigma_N, curvature_N = found_2N.cpu()
-    return Spectrum(sigma_N, curvature_N)
+        gathered_2N = found_2N.to(device)
+        dist.all_reduce(gathered_2N)
+        found_2N = gathered_2N.cpu()
+    return Spectrum(*found_2N)
 
 
-def _pairs(shards: ShardMap) -> list[tuple[Owned, Owned]]:
+def _groups(pairs: list[Pair], kinds: int, world_size: int) -> Iterator[list[tuple[int, Pair]]]:
+    """Consecutive matrices with their numbers, as many as may be gathered at once."""
+    group: list[tuple[int, Pair]] = []
+    filled = 0
+    for index, pair in enumerate(pairs):
+        size = kinds * sum(owned.numel for owned in pair)
+        if group and filled + size > GROUP * world_size:
+            yield group
+            group, filled = [], 0
+        group.append((index, pair))
+        filled += size
+    if group:
+        yield group
+
+
+def _pairs(shards: ShardMap) -> list[Pair]:
     """The two factors of every adapter, in the order of the layout."""
     found: dict[int, dict[str, Owned]] = {}
     for owned in shards.owned.values():
@@ -74,7 +98,7 @@ def _pairs(shards: ShardMap) -> list[tuple[Owned, Owned]]:
     return [(found[module]["A"], found[module]["B"]) for module in sorted(found)]
 
 
-def _pieces(pair: tuple[Owned, Owned], kinds: tuple[str, ...]) -> Iterator[tuple[Owned, str, int, int]]:
+def _pieces(pair: Pair, kinds: tuple[str, ...]) -> Iterator[tuple[Owned, str, int, int]]:
     """(factor, kind, first element, last element + 1) of everything that one matrix's flat tensor holds."""
     offset = 0
     for owned in pair:
@@ -83,7 +107,7 @@ def _pieces(pair: tuple[Owned, Owned], kinds: tuple[str, ...]) -> Iterator[tuple
             offset += owned.numel
 
 
-def _gather(shards: ShardMap, pair: tuple[Owned, Owned], kinds: tuple[str, ...], device: torch.device) -> Tensor:
+def _gather(shards: ShardMap, pair: Pair, kinds: tuple[str, ...], device: torch.device) -> Tensor:
     """Both factors of a matrix with their moments, whole and flat, fp32."""
     flat = torch.zeros(len(kinds) * sum(owned.numel for owned in pair), dtype=torch.float32, device=device)
     for owned, kind, first, _ in _pieces(pair, kinds):
@@ -95,7 +119,7 @@ def _gather(shards: ShardMap, pair: tuple[Owned, Owned], kinds: tuple[str, ...],
     return flat
 
 
-def _rotate_one(flat: Tensor, pair: tuple[Owned, Owned], kinds: tuple[str, ...], live_r: Tensor) -> Tensor:
+def _rotate_one(flat: Tensor, pair: Pair, kinds: tuple[str, ...], live_r: Tensor) -> Tensor:
     """Rotate the live rows of one matrix in place. Returns their singular values and curvatures, (2, r) float64."""
     if len(live_r) == 0:
         return torch.zeros(2, 0, dtype=torch.float64, device=flat.device)
@@ -104,19 +128,17 @@ def _rotate_one(flat: Tensor, pair: tuple[Owned, Owned], kinds: tuple[str, ...],
         for owned, kind, first, last in _pieces(pair, kinds)
     }
     chosen = {key: view.index_select(0 if key[0] == "A" else 1, live_r) for key, view in views.items()}
-    if len(flat) // len(kinds) < SMALL:
-        chosen = {key: value.cpu() for key, value in chosen.items()}
     moments = {factor: {kind: chosen[factor, kind] for kind in kinds[1:]} for factor in "AB"}
     rotated = rotate(Factors(chosen["A", "master"], chosen["B", "master"], moments["A"], moments["B"]))
     new = rotated.factors
     for factor, master, others in (("A", new.A_rI, new.moments_A), ("B", new.B_Or, new.moments_B)):
         for kind in kinds:
             value = master if kind == "master" else others[kind]
-            views[factor, kind].index_copy_(0 if factor == "A" else 1, live_r, value.to(flat.device))
-    return torch.stack([rotated.sigma_r, rotated.curvature_r]).to(flat.device)
+            views[factor, kind].index_copy_(0 if factor == "A" else 1, live_r, value)
+    return torch.stack([rotated.sigma_r, rotated.curvature_r])
 
 
-def _write(shards: ShardMap, pair: tuple[Owned, Owned], kinds: tuple[str, ...], flat: Tensor) -> None:
+def _write(shards: ShardMap, pair: Pair, kinds: tuple[str, ...], flat: Tensor) -> None:
     """Write this process's elements of one matrix into masters, moments and copies."""
     for owned, kind, first, last in _pieces(pair, kinds):
         whole = flat[first:last]
