@@ -58,6 +58,9 @@ def sweep(path: str, *, dry_run: bool, jobs: int | None, worker: bool, overwrite
             return 0
         with folder.lock():
             return _lead(spec, spec_path, folder, runs, jobs)
+    except OSError as error:
+        print_problems([f"cannot use {error.filename or 'a file'}: {error.strerror or error}"])
+        return RUN_ERROR
     except ConfigError as error:
         print_problems(error.problems)
         count = len(error.problems)
@@ -84,6 +87,8 @@ def _lead(spec: SweepSpec, spec_path: Path, folder: SweepFolder, runs: Runs, job
     crew = Crew(spec_path, here, folder.path / "queue" / "workers.log")
     stop = _Stop()
     with stop, Line() as line:
+        if here.jobs == 0:
+            line.message(f"waiting for processes of salient-ds sweep {spec_path} --worker")
         try:
             crew.start(_at_once(spec, folder))
             left = _follow(spec, folder, crew, line, stop)
@@ -92,7 +97,7 @@ def _lead(spec: SweepSpec, spec_path: Path, folder: SweepFolder, runs: Runs, job
                 line.message("stopping: workers save a checkpoint and end (Ctrl-C again: at once)")
             crew.stop() if stop.asked < 2 else crew.kill()
     result = write_report(spec, folder, runs)
-    print_result(result, folder, crew.log_tail() if left else [])
+    print_result(result, folder, (crew.log_tail() or ["they said nothing"]) if left else [])
     if stop.asked:
         print(f"stopped: salient-ds sweep {spec_path} continues", file=sys.stderr)
         return INTERRUPTED
