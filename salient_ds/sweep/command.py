@@ -53,7 +53,7 @@ def sweep(path: str, *, dry_run: bool, jobs: int | None, worker: bool, overwrite
         problems = found.problems or _changed(folder, runs, overwrite)
         if problems:
             raise ConfigError(problems)
-        print_plan(spec, folder, spec_path, runs, found, commands=dry_run)
+        print_plan(spec, folder, spec_path, runs, found, _again(spec), commands=dry_run)
         if dry_run:
             return 0
         with folder.lock():
@@ -78,12 +78,16 @@ def _changed(folder: SweepFolder, runs: Runs, overwrite: bool) -> list[str]:
     ]  # fmt: skip
 
 
+def _again(spec: SweepSpec) -> set[str]:
+    """Statuses of earlier runs that are tried again: failed ones, and stopped ones once ``stop`` is gone."""
+    return {"failed"} if spec.stop is not None else {"failed", "stopped"}
+
+
 def _lead(spec: SweepSpec, spec_path: Path, folder: SweepFolder, runs: Runs, jobs: int | None) -> int:
     """Start the workers and wait for every run."""
     here = places(spec, jobs)
     prints = {name: fingerprint(run) for name, run in runs.items()}
-    again = {"failed"} if spec.stop is not None else {"failed", "stopped"}
-    folder.begin(prints, replaced=folder.changed_arms(prints), again=again)
+    folder.begin(prints, replaced=folder.changed_arms(prints), again=_again(spec))
     crew = Crew(spec_path, here, folder.path / "queue" / "workers.log")
     stop = _Stop()
     with stop, Line() as line:

@@ -233,9 +233,10 @@ def load_spec(path: str | Path) -> SweepSpec:
     try:
         return SweepSpec.model_validate(data)
     except ValidationError as error:
-        raise ConfigError([_in_arm(problem) for problem in describe_errors(error, data, SweepSpec)]) from error
+        raise ConfigError([_as_written(problem) for problem in describe_errors(error, data, SweepSpec)]) from error
 
 
-def _in_arm(problem: str) -> str:
-    """The problem with keys as the file has them: an arm's overrides stand right in the arm there."""
+def _as_written(problem: str) -> str:
+    """The problem with keys as the file has them: an arm's overrides, for example, stand right in the arm there."""
+    problem = re.sub(r"^(\w+)\.(?:constrained-int|literal\[[^]]*\])=", r"\1=", problem)  # names of a union's members
     return problem.replace(".overrides", "", 1) if problem.startswith(("arms.", "overrides.")) else problem

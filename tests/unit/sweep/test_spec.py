@@ -64,6 +64,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
         ({"arms": {"a": ["adapter.rank=1", "adapter.rank=2"]}}, "'adapter.rank' is given twice"),
         ({"overrides": {"lr": [1]}}, "overrides.lr: learning rates of all arms are the sweep's own lr"),
         ({"overrides": {"trian.max_steps": 1}}, "unknown key 'trian.max_steps': did you mean 'train'?"),
+        ({"jobs": "many"}, "jobs='many': Input should be 'auto'"),
         ({"arms": {"a": 3}}, "an arm is a mapping of overrides or a list of key=value, not 3"),
     ],
 )
