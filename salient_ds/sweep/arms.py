@@ -41,7 +41,7 @@ def arm_runs(spec: SweepSpec, spec_path: Path) -> dict[str, Mapped]:
         ConfigError: the base run file cannot be read.
     """
     place = find_run(spec, spec_path)
-    base = read_yaml(place)
+    base = apply(read_yaml(place), spec.overrides)
     return {name: with_absolute_paths(apply(base, arm), place.parent) for name, arm in spec.arms.items()}
 
 

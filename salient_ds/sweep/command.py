@@ -55,11 +55,14 @@ def sweep(path: str, *, dry_run: bool, jobs: int | None, worker: bool, overwrite
         problems = found.problems or _changed(folder, prints, overwrite)
         if problems:
             raise ConfigError(problems)
-        print_plan(spec, folder, spec_path, runs, found, commands=dry_run)
+        print_plan(spec, folder, spec_path, runs, found, _again(spec), commands=dry_run)
         if dry_run:
             return 0
         with folder.lock():
             return _lead(spec, spec_path, folder, runs, prints, jobs)
+    except OSError as error:
+        print_problems([f"cannot use {error.filename or 'a file'}: {error.strerror or error}"])
+        return RUN_ERROR
     except ConfigError as error:
         print_problems(error.problems)
         count = len(error.problems)
@@ -77,14 +80,20 @@ def _changed(folder: SweepFolder, prints: Runs, overwrite: bool) -> list[str]:
     ]  # fmt: skip
 
 
+def _again(spec: SweepSpec) -> set[str]:
+    """Statuses of earlier runs that are tried again: failed ones, and stopped ones once ``stop`` is gone."""
+    return {"failed"} if spec.stop is not None else {"failed", "stopped"}
+
+
 def _lead(spec: SweepSpec, spec_path: Path, folder: SweepFolder, runs: Runs, prints: Runs, jobs: int | None) -> int:
     """Start the workers and wait for every run."""
     here = places(spec, jobs)
-    again = {"failed"} if spec.stop is not None else {"failed", "stopped"}
-    folder.begin(prints, replaced=folder.changed_arms(prints), again=again)
+    folder.begin(prints, replaced=folder.changed_arms(prints), again=_again(spec))
     crew = Crew(spec_path, here, folder.path / "queue" / "workers.log")
     stop = _Stop()
     with stop, Line() as line:
+        if here.jobs == 0:
+            line.message(f"waiting for processes of salient-ds sweep {spec_path} --worker")
         try:
             crew.start(_at_once(spec, folder))
             left = _follow(spec, folder, crew, line, stop)
@@ -93,7 +102,7 @@ def _lead(spec: SweepSpec, spec_path: Path, folder: SweepFolder, runs: Runs, pri
                 line.message("stopping: workers save a checkpoint and end (Ctrl-C again: at once)")
             crew.stop() if stop.asked < 2 else crew.kill()
     result = write_report(spec, folder, runs)
-    print_result(result, folder, crew.log_tail() if left else [])
+    print_result(result, folder, (crew.log_tail() or ["they said nothing"]) if left else [])
     if stop.asked:
         print(f"stopped: salient-ds sweep {spec_path} continues", file=sys.stderr)
         return INTERRUPTED

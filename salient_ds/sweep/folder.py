@@ -154,9 +154,11 @@ class SweepFolder:
         try:
             os.link(draft, path)
         except FileExistsError:
-            return False
+            if outcome.key in self.outcomes():
+                return False
+            draft.replace(path)  # what was there is damaged
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return True
 
     def log_tail(self, job: Job, lines: int = 5) -> list[str]:

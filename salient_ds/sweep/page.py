@@ -8,7 +8,7 @@ from typing import Any
 from salient_ds.sweep import plots
 from salient_ds.sweep.spec import lr_text
 
-_FIRST = "report.html.j2"
+_TEMPLATE = "report.html.j2"
 
 
 def to_html(found: dict[str, Any]) -> str:
@@ -30,7 +30,7 @@ def to_html(found: dict[str, Any]) -> str:
         "differences": plots.differences(found["comparisons"], metric, found["baseline"]),
     }
     pictures = {name: plots.data_uri(figure) for name, figure in figures.items() if figure is not None}
-    return environment.get_template(_FIRST).render(s=found, metric=metric, pictures=pictures)
+    return environment.get_template(_TEMPLATE).render(s=found, metric=metric, pictures=pictures)
 
 
 def number(value: float | None) -> str:

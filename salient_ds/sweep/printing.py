@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -23,15 +23,17 @@ def print_plan(
     spec_path: Path,
     runs: Mapping[str, Any],
     found: SweepCheck,
+    again: Collection[str],
     commands: bool,
 ) -> None:
     """Print how many runs there are and what is done already.
 
     Args:
         runs: arms by name.
+        again: statuses of runs that will be tried again.
         commands: also print the command of every run that is known and not done.
     """
-    outcomes = folder.outcomes()
+    outcomes = {key: outcome for key, outcome in folder.outcomes().items() if outcome.status not in again}
     plans = plan(spec, outcomes)
     for note in found.notes:
         print(f"note: {note}")

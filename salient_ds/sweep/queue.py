@@ -116,11 +116,6 @@ class Queue:
         probe.unlink()
         return now
 
-    def forget(self, item: str) -> None:
-        """Delete all claims of an item that nobody owns any more."""
-        for path in _claims(self.folder, item):
-            path.unlink(missing_ok=True)
-
 
 @dataclass(frozen=True)
 class _State:

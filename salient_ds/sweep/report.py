@@ -12,7 +12,7 @@ from typing import Any
 
 import salient_ds
 from salient_ds.sweep.folder import SweepFolder, write_whole
-from salient_ds.sweep.plan import ArmPlan, Outcome, expected_runs, plan
+from salient_ds.sweep.plan import ArmPlan, Job, Outcome, expected_runs, plan
 from salient_ds.sweep.spec import SweepSpec, lr_text
 from salient_ds.sweep.statistics import Difference, paired, spread, with_holm
 
@@ -54,8 +54,6 @@ def _diverged_afresh(outcome: Outcome) -> bool:
 
 
 def _failure(folder: SweepFolder, outcome: Outcome) -> dict[str, Any]:
-    from salient_ds.sweep.plan import Job
-
     job = Job(outcome.arm, outcome.lr, outcome.seed, outcome.phase)
     return {
         "run": str(folder.run_directory(job).relative_to(folder.path)), "status": outcome.status,

@@ -24,6 +24,8 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 WIDEN = 3
 """Further learning rates on either side of an arm's grid with ``widen: true``."""
 
+Rates = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,79}")
 
 
@@ -33,7 +35,7 @@ class Arm(Strict):
     overrides: dict[str, Any] = {}
     """Dotted keys of the run file with their values, or whole sections (a mapping), which replace those of the base.
     `method.name` with another name than the base's drops the base's other options of `method`."""
-    lr: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(None, min_length=1)
+    lr: Rates | None = None
     """Learning rates of this arm. Default: `lr` of the sweep."""
 
     @model_validator(mode="before")
@@ -151,9 +153,11 @@ class SweepSpec(Strict):
     sweep file."""
     output_dir: str
     """Folder for everything that the sweep writes."""
+    overrides: Arm = Arm()
+    """What all arms replace in the run file, such as its length or its held-out data. Written like an arm."""
     arms: dict[str, Arm] = Field(min_length=1)
     """Name of an arm -> what it replaces in the run file."""
-    lr: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(None, min_length=1)
+    lr: Rates | None = None
     """Learning rates of every arm that gives none itself."""
     seeds: Seeds = Seeds()
     """Seeds for tuning, and fresh ones for the comparison."""
@@ -183,6 +187,8 @@ class SweepSpec(Strict):
     @model_validator(mode="after")
     def _agree(self) -> SweepSpec:
         problems = []
+        if self.overrides.lr is not None:
+            problems.append("overrides.lr: learning rates of all arms are the sweep's own lr, move them there")
         for name, arm in self.arms.items():
             if not _NAME.fullmatch(name):
                 problems.append(
@@ -230,8 +236,10 @@ def load_spec(path: str | Path) -> SweepSpec:
     try:
         return SweepSpec.model_validate(data)
     except ValidationError as error:
-        raise ConfigError([_in_arm(problem) for problem in describe_errors(error, data, SweepSpec)]) from error
+        raise ConfigError([_as_written(problem) for problem in describe_errors(error, data, SweepSpec)]) from error
 
 
-def _in_arm(problem: str) -> str:
-    return problem.replace(".overrides", "", 1) if problem.startswith("arms.") else problem
+def _as_written(problem: str) -> str:
+    """The problem with keys as the file has them: an arm's overrides, for example, stand right in the arm there."""
+    problem = re.sub(r"^(\w+)\.(?:constrained-int|literal\[[^]]*\])=", r"\1=", problem)  # names of a union's members
+    return problem.replace(".overrides", "", 1) if problem.startswith(("arms.", "overrides.")) else problem

@@ -8,6 +8,7 @@ where therefore depends on the order of the runs. A run that ends best of its ar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import deque
@@ -87,7 +88,9 @@ class Watch:
     def _others(self, step: int) -> dict[str, float]:
         mine, found = self._path(step).name, {}
         for path in self.folder.glob(f"{self.job.arm}~lr-*~seed-{self.job.seed}~step-{step}.json"):
-            if path.name != mine:
+            if path.name == mine:
+                continue
+            with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: as if it were not there
                 row = json.loads(path.read_text())
                 found[f"{row['lr']:g}"] = float(row["loss"])
         return found

@@ -62,6 +62,9 @@ def test_a_whole_file(tmp_path: Path) -> None:
         ({"arms": {"a": {"methd.name": "lora"}}}, "unknown key 'methd.name': did you mean 'method'?"),
         ({"arms": {"a": ["adapter.rank"]}}, "'adapter.rank' is not of the form key=value"),
         ({"arms": {"a": ["adapter.rank=1", "adapter.rank=2"]}}, "'adapter.rank' is given twice"),
+        ({"overrides": {"lr": [1]}}, "overrides.lr: learning rates of all arms are the sweep's own lr"),
+        ({"overrides": {"trian.max_steps": 1}}, "unknown key 'trian.max_steps': did you mean 'train'?"),
+        ({"jobs": "many"}, "jobs='many': Input should be 'auto'"),
         ({"arms": {"a": 3}}, "an arm is a mapping of overrides or a list of key=value, not 3"),
     ],
 )
@@ -99,6 +102,16 @@ def test_the_run_file_of_a_run(tmp_path: Path) -> None:
     run = job_run(run_of(), 2e-3, 4, tmp_path / "here")
     assert run["output_dir"] == str(tmp_path / "here")
     assert run["train"] == {"max_steps": 20, "lr": 2e-3, "seed": 4}
+
+
+def test_overrides_of_all_arms_come_first(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(BASE))
+    common = {"train.max_steps": 9, "adapter.rank": 5, "method.name": "adalora"}
+    path = spec_file(tmp_path, overrides=common, arms={"a": {"adapter.rank": 2}, "b": {"method.name": "lora"}})
+    runs = arm_runs(load_spec(path), path)
+    assert [run["adapter"]["rank"] for run in runs.values()] == [2, 5]
+    assert [run["method"]["name"] for run in runs.values()] == ["adalora", "lora"]
+    assert all(run["train"] == {"max_steps": 9} for run in runs.values())
 
 
 def test_local_paths_are_absolute_and_files_count_by_content(tmp_path: Path) -> None:

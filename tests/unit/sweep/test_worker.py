@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -51,9 +52,13 @@ def begun(path: Path) -> tuple[SweepSpec, SweepFolder, Mapping[str, Any]]:
     return spec, folder, runs
 
 
-def work(rank: int, world: int, path: Path) -> int:
+def work(rank: int, world: int, path: Path) -> tuple[int, list[str]]:
+    """Exit status of a worker, and what of its runs is still in memory."""
     spec = load_spec(path)
-    return Worker(spec, path, SweepFolder(Path(spec.output_dir))).work()
+    status = Worker(spec, path, SweepFolder(Path(spec.output_dir))).work()
+    gc.collect()
+    heavy = ("Training", "AllocatingEngine", "DeepSpeedEngine", "LlamaForCausalLM")
+    return status, [type(thing).__name__ for thing in gc.get_objects() if type(thing).__name__ in heavy]
 
 
 def alone(rank: int, world: int, run_file: Path, target: Path) -> None:
@@ -72,7 +77,7 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 def test_a_sweep_in_one_process(tmp_path: Path, tiny_llama: Path, tiny_alpaca: Path) -> None:
     path = prepare(tmp_path, tiny_llama, tiny_alpaca)
     spec, folder, runs = begun(path)
-    assert spawn_apart(work, (path,)) == [0]
+    assert spawn_apart(work, (path,)) == [(0, [])]
     outcomes = folder.outcomes()
     assert {outcome.status for outcome in outcomes.values()} == {"finished"} and len(outcomes) == 5 + 3
     result = write_report(spec, folder, runs)
@@ -132,3 +137,5 @@ def test_outcomes_that_are_not_whole_are_left_out(tmp_path: Path) -> None:
     folder.put(Outcome("a", 1e-3, 0, "tune", "finished"))
     (folder.outcome_folder / "b~lr-0.001~seed-0.json").write_text('{"arm": "b"')
     assert list(folder.outcomes()) == ["a~lr-0.001~seed-0"]
+    again = Outcome("b", 1e-3, 0, "tune", "finished")
+    assert folder.put(again) and not folder.put(again) and len(folder.outcomes()) == 2
