@@ -77,6 +77,10 @@ def test_nothing_cut_is_the_same_adapter(ragged: Path, out: Path, form: str) -> 
     assert verify_peft(out, build("llama"), INPUTS, logits_with(ragged)) < EXACT
     before, after = dense_updates(ragged), dense_updates(out)
     assert all((after[name] - value).abs().max() < 1e-6 * value.abs().max() for name, value in before.items())
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (ragged, out))
+    for key in (key for key in old if "lora_A" in key):
+        exponent_rI = torch.log2(new[key][: len(old[key])] / old[key])
+        assert torch.equal(exponent_rI, exponent_rI.round()), "the factors are the old ones, times powers of two"
 
 
 @pytest.mark.parametrize("form", ["peft", "padded"])
@@ -274,3 +278,35 @@ def test_opening_reads_no_values(ragged: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(WeightFile, "read", lambda *_: pytest.fail("a tensor was read"))
     assert len(LoraFolder(ragged).modules) == 14
+
+
+class Nested(torch.nn.Module):
+    """The path of one module is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+        self.vision = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(32, 32)])})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.vision["layers"][0](self.layers[0](x))
+
+
+@pytest.mark.parametrize("excluded", [None, ["other"], "other|.*more"])
+def test_a_module_cut_to_nothing_is_not_adapted_again(tmp_path: Path, excluded: list[str] | str | None) -> None:
+    """vision.layers.0 is left out of the file, and its path ends with that of layers.0, which is in it."""
+    from peft import PeftModel
+
+    source = save_adapter(Nested(), tmp_path / "source", r=3, target_modules=["layers.0"], exclude_modules=excluded,
+                          task_type=None)  # fmt: skip
+    tensors = load_file(source / "adapter_model.safetensors")
+    key = "base_model.model.vision.layers.0.lora_B.weight"
+    save_file(tensors | {key: tensors[key] * 1e-3}, source / "adapter_model.safetensors")
+    shrinkage = shrink(source, tmp_path / "out", Cut("rank", 1.5))
+    assert shrinkage.ranks == {"layers.0": 3, "vision.layers.0": 0}
+    loaded = PeftModel.from_pretrained(Nested(), str(tmp_path / "out"))
+    assert [name for name, module in loaded.named_modules() if hasattr(module, "lora_A")] == [
+        "base_model.model.layers.0"
+    ]
+    assert config_of(tmp_path / "out")["task_type"] is None

@@ -114,7 +114,8 @@ def test_what_is_not_possible_ends_with_status_1(adapter: Path) -> None:
     refused(1, "sets use_dora", "adapter", "-o", "small", "--rank", "2")
 
 
-def test_the_output_must_be_a_place_of_its_own(adapter: Path, tmp_path: Path) -> None:
+def test_the_output_must_be_a_place_of_its_own(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("salient_ds.export.shrink.plan_cut", lambda *_: pytest.fail("work began before the check"))
     for target, message in (
         ("adapter", "is or contains"),
         ("adapter/small", "lies inside"),
@@ -122,6 +123,8 @@ def test_the_output_must_be_a_place_of_its_own(adapter: Path, tmp_path: Path) ->
         ("adapter/adapter_config.json", "is a file"),
     ):
         refused(1, message, "adapter", "-o", target, "--rank", "2", "--overwrite")
+    monkeypatch.undo()
+    monkeypatch.chdir(adapter.parent)
     assert call("adapter", "--rank", "2", "-o", "small")[0] == 0
     refused(1, "is not empty: choose another one, or overwrite it explicitly", "adapter", "-o", "small", "--rank", "1")
     assert call("adapter", "--rank", "1", "-o", "small", "--overwrite")[0] == 0
