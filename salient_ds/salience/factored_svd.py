@@ -6,8 +6,8 @@ The product has O x I elements, but a rank of at most r. With B = Q_B R_B and A^
 Q_B (R_B R_A^T) Q_A^T. The core R_B R_A^T has at most r x r elements, and its singular values are those of B A. For a
 matrix of LLaMA-70B (O = 8192, I = 28672, r = 64) the core is 57,000 times smaller than the product.
 
-Householder's QR treats every column by itself, so that a row of A of size 1e-8 beside a column of B of size 1e8 costs no
-digits: both lie in the same term of the core.
+QR keeps the scale of every column to itself. So a row of A of size 1e-8 beside a column of B of size 1e8 costs no
+digits: their scales meet in one term of the core and cancel.
 """
 
 from __future__ import annotations
