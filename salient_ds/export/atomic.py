@@ -31,8 +31,8 @@ def atomic_directory(
         protected: directories that overwriting must not touch (the base model, the run).
 
     Raises:
-        ValueError: ``target`` is a file, is or contains a protected directory, or has content and either ``overwrite``
-            is off or the content does not look like an adapter or a model.
+        ValueError: ``target`` is a file, is or contains a protected directory or the current one, or has content and
+            either ``overwrite`` is off or the content does not look like an adapter or a model.
         OSError: errno ENOSPC when the disk is full. The message names the place and the state of the target.
     """
     target = target.resolve()
@@ -64,6 +64,12 @@ def check_target(target: Path, overwrite: bool, protected: Sequence[Path | str] 
                 f"export target {str(target)!r} is or contains {str(path)!r}, which is still needed: "
                 "choose another target"
             )
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise ValueError(
+            f"export target {str(target)!r} is the current directory or contains it, and would be replaced under your "
+            "feet: choose another target"
+        )
     if target.exists() and not target.is_dir():
         raise ValueError(f"export target {str(target)!r} is a file: choose a directory")
     if not target.is_dir() or not any(target.iterdir()):

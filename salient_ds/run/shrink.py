@@ -157,11 +157,11 @@ def _asked(cut: Cut) -> str:
 
 
 def _percent(share: float) -> str:
-    """A share that is rounded to 100 % or 0 % only if it is that."""
+    """A share in words, where 100 % and 0 % mean exactly that."""
     text = f"{100 * share:.2f} %"
     if text == "100.00 %" and share < 1:
-        return f"100 - {100 * (1 - share):.1g} %"
-    return text
+        return "above 99.99 %"
+    return "below 0.01 %" if text == "0.00 %" and share > 0 else text
 
 
 def _print_report(source: LoraSource, shrinkage: Shrinkage, out: Path) -> None:

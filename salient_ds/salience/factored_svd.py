@@ -5,6 +5,9 @@ Shape legend: r = rows of A and columns of B, I = in features, O = out features,
 The product has O x I elements, but a rank of at most r. With B = Q_B R_B and A^T = Q_A R_A, the product is
 Q_B (R_B R_A^T) Q_A^T. The core R_B R_A^T has at most r x r elements, and its singular values are those of B A. For a
 matrix of LLaMA-70B (O = 8192, I = 28672, r = 64) the core is 57,000 times smaller than the product.
+
+QR keeps the scale of every column to itself. So a row of A of size 1e-8 beside a column of B of size 1e8 costs no
+digits: their scales meet in one term of the core and cancel.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ def factored_svd(A_rI: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: shapes do not fit together, or a factor holds NaN or infinity.
     """
-    A_rI, B_Or = _balanced(A_rI, B_Or)
+    A_rI, B_Or = _checked(A_rI, B_Or)
     QB_Ok, RB_kr = torch.linalg.qr(B_Or)
     QA_Il, RA_lr = torch.linalg.qr(A_rI.T)
     core_kl = RB_kr @ RA_lr.T
@@ -48,7 +51,7 @@ def factored_singular_values(A_rI: Tensor, B_Or: Tensor) -> Tensor:
     Raises:
         ValueError: shapes do not fit together, or a factor holds NaN or infinity.
     """
-    A_rI, B_Or = _balanced(A_rI, B_Or)
+    A_rI, B_Or = _checked(A_rI, B_Or)
     RB_kr = torch.linalg.qr(B_Or, mode="r").R
     RA_lr = torch.linalg.qr(A_rI.T, mode="r").R
     core_kl = RB_kr @ RA_lr.T
@@ -66,19 +69,12 @@ def numerical_rank(S_r: Tensor, wide: int, tall: int) -> int:
     return int((S_r.double() > bound).sum())
 
 
-def _balanced(A_rI: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors in float64, checked, with each row of A about as long as its column of B.
-
-    The error of the decomposition is that of float64 times |B| |A|. Balancing makes this product small: a row of 1e-8
-    beside a column of 1e8 costs no digits. Powers of two change no digit either.
-    """
+def _checked(A_rI: Tensor, B_Or: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors in float64."""
     if A_rI.dim() != 2 or B_Or.dim() != 2 or A_rI.shape[0] != B_Or.shape[1]:
         raise ValueError(f"factors A {tuple(A_rI.shape)} and B {tuple(B_Or.shape)} do not fit: expected (r, I), (O, r)")
     A_rI, B_Or = A_rI.detach().double(), B_Or.detach().double()
     for letter, factor in (("A", A_rI), ("B", B_Or)):
         if not bool(factor.isfinite().all()):
             raise ValueError(f"factor {letter} {tuple(factor.shape)} holds NaN or infinity: it has no singular values")
-    length_A_r, length_B_r = A_rI.norm(dim=1), B_Or.norm(dim=0)
-    exponent_r = torch.log2(length_B_r / length_A_r).div(2).round()
-    share_r = torch.where(exponent_r.isfinite(), exponent_r, 0.0).exp2()
-    return A_rI * share_r.unsqueeze(1), B_Or / share_r
+    return A_rI, B_Or

@@ -12,6 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from salient_ds.export.lora_folder import LoraFolder
+from salient_ds.export.shrink import Shrinkage, plan_cut
+from salient_ds.export.shrunk_folder import write_shrunk
+from salient_ds.salience.spectral_cut import Cut
+from tests.support.verify import logits_of, probe_inputs
+from tests.unit.export.builders import VOCAB, build
+
+INPUTS = probe_inputs(VOCAB, "CAUSAL_LM")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RAGGED = {
     "r": 6, "lora_alpha": 9, "use_rslora": True, "target_modules": LINEARS,
@@ -67,3 +75,17 @@ def truncated(update_OI: Tensor, rank: int) -> Tensor:
     """The closest matrix of that rank, from the dense decomposition."""
     U, S, V = torch.linalg.svd(update_OI, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+
+def shrink(source: Path, out: Path, cut: Cut, **more) -> Shrinkage:
+    opened = LoraFolder(source)
+    planned = plan_cut(opened, cut)
+    write_shrunk(opened, planned, out, **more)
+    return planned
+
+
+@torch.no_grad()
+def logits_with(folder: Path, kind: str = "llama", inputs=INPUTS) -> torch.Tensor:
+    from peft import PeftModel
+
+    return logits_of(PeftModel.from_pretrained(build(kind), str(folder)).eval()(**inputs))

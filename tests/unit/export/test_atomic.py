@@ -91,6 +91,19 @@ def test_empty_target_is_filled(tmp_path: Path) -> None:
     assert content(tmp_path / "t") == {"x": b"1"}
 
 
+def test_the_current_directory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renaming it would leave the user's shell in a directory that is gone."""
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    for here in ("empty", "empty/inner"):
+        monkeypatch.chdir(tmp_path / here)
+        with (
+            pytest.raises(ValueError, match="empty' is the current directory or contains it"),
+            atomic_directory(tmp_path / "empty", overwrite=True),
+        ):
+            pass
+    assert names(tmp_path) == ["empty"]
+
+
 def test_too_little_space_is_said_before(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match=r"\d+\.\d\d GB needed") as caught,

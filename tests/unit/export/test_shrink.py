@@ -16,16 +16,23 @@ from safetensors.torch import load_file, save_file
 
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.lora_folder import LoraFolder
-from salient_ds.export.shrink import Shrinkage, plan_cut
-from salient_ds.export.shrunk_folder import write_shrunk
+from salient_ds.export.shrink import plan_cut
 from salient_ds.salience.spectral_cut import Cut
-from tests.support.verify import logits_of, probe_inputs, verify_peft
-from tests.unit.export.builders import VOCAB, build
-from tests.unit.export.peft_adapters import RAGGED, config_of, dense_updates, save_adapter, truncated
+from tests.support.verify import logits_of, verify_peft
+from tests.unit.export.builders import build
+from tests.unit.export.peft_adapters import (
+    INPUTS,
+    RAGGED,
+    config_of,
+    dense_updates,
+    logits_with,
+    save_adapter,
+    shrink,
+    truncated,
+)  # fmt: skip
 
 pytest.importorskip("peft", reason="the adapters are written and read by real PEFT")
 EXACT = 1e-5
-INPUTS = probe_inputs(VOCAB, "CAUSAL_LM")
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +43,6 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(f"content of {name}")
     (folder / "optimizer.pt").write_text("state")
     return folder
-
-
-def shrink(source: Path, out: Path, cut: Cut, **more) -> Shrinkage:
-    opened = LoraFolder(source)
-    planned = plan_cut(opened, cut)
-    write_shrunk(opened, planned, out, **more)
-    return planned
-
-
-@torch.no_grad()
-def logits_with(folder: Path, kind: str = "llama", inputs=INPUTS) -> torch.Tensor:
-    from peft import PeftModel
-
-    return logits_of(PeftModel.from_pretrained(build(kind), str(folder)).eval()(**inputs))
 
 
 @torch.no_grad()
@@ -77,6 +70,10 @@ def test_nothing_cut_is_the_same_adapter(ragged: Path, out: Path, form: str) -> 
     assert verify_peft(out, build("llama"), INPUTS, logits_with(ragged)) < EXACT
     before, after = dense_updates(ragged), dense_updates(out)
     assert all((after[name] - value).abs().max() < 1e-6 * value.abs().max() for name, value in before.items())
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (ragged, out))
+    for key in (key for key in old if "lora_A" in key):
+        exponent_rI = torch.log2(new[key][: len(old[key])] / old[key])
+        assert torch.equal(exponent_rI, exponent_rI.round()), "the factors are the old ones, times powers of two"
 
 
 @pytest.mark.parametrize("form", ["peft", "padded"])
@@ -200,57 +197,6 @@ def test_rows_without_effect_are_left_out(tmp_path: Path) -> None:
     shrinkage = shrink(source, tmp_path / "out", Cut("rank", 100))
     assert list(shrinkage.ranks.values()) == [0, 4, 4, 1] and shrinkage.keeps_everything
     assert verify_peft(tmp_path / "out", build("llama"), INPUTS, logits_with(source)) < EXACT
-
-
-def test_biases_of_base_layers_stay(tmp_path: Path) -> None:
-    """bias="all" trains them; a layer that is no longer adapted gets its bias without PEFT's wrapper."""
-    source = save_adapter(build("bert"), tmp_path / "source", r=4, target_modules=["query", "value"], bias="all",
-                          task_type="SEQ_CLS", modules_to_save=["classifier"])  # fmt: skip
-    shrinkage = shrink(source, tmp_path / "out", Cut("rank", 0.5))
-    assert 0 in shrinkage.ranks.values()
-    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    gone = next(name for name, rank in shrinkage.ranks.items() if not rank)
-    assert f"base_model.model.{gone}.bias" in written and f"base_model.model.{gone}.base_layer.bias" not in written
-    inputs, full = probe_inputs(VOCAB, "SEQ_CLS"), tmp_path / "full"
-    shrink(source, full, Cut("energy", 1))
-    assert (logits_with(full, "bert", inputs) - logits_with(source, "bert", inputs)).abs().max() < EXACT
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(build("bert"), str(tmp_path / "out")).base_model.model
-    assert torch.equal(model.get_submodule(gone).bias, written[f"base_model.model.{gone}.bias"])
-    assert written[f"base_model.model.{gone}.bias"].abs().max() > 0.01
-
-
-def test_embeddings_and_the_head(tmp_path: Path) -> None:
-    source = save_adapter(build("llama"), tmp_path / "source", r=5, lora_alpha=7,
-                          target_modules=["embed_tokens", "lm_head", "q_proj"])  # fmt: skip
-    shrink(source, tmp_path / "full", Cut("rank", 9))
-    assert verify_peft(tmp_path / "full", build("llama"), INPUTS, logits_with(source)) < EXACT
-    shrinkage = shrink(source, tmp_path / "cut", Cut("rank", 2, uniform=True))
-    assert shrinkage.ranks["model.embed_tokens"] == 2
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("source", "cut"))
-    key = "base_model.model.model.embed_tokens.lora_embedding_"
-    expected = truncated(7 / 5 * before[f"{key}B"].double() @ before[f"{key}A"].double(), 2)
-    assert (after[f"{key}B"] @ after[f"{key}A"] - expected).abs().max() < 1e-6
-    logits_with(tmp_path / "cut")
-
-
-def test_weights_that_are_stored_transposed(tmp_path: Path) -> None:
-    """GPT-2's Conv1D (fan_in_fan_out): factors are as for any other layer."""
-    import transformers as hf
-    from peft import PeftModel
-
-    def model() -> torch.nn.Module:
-        torch.manual_seed(0)
-        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4)).eval()
-
-    source = save_adapter(model(), tmp_path / "source", r=5, target_modules=["c_attn"], fan_in_fan_out=True)
-    shrink(source, tmp_path / "full", Cut("energy", 1))
-    assert config_of(tmp_path / "full")["fan_in_fan_out"] is True
-    merged = [PeftModel.from_pretrained(model(), str(tmp_path / n)).merge_and_unload() for n in ("source", "full")]
-    with torch.no_grad():
-        wanted, found = (logits_of(each(**INPUTS)) for each in merged)
-    assert (wanted - found).abs().max() < EXACT
 
 
 def test_one_module_at_a_time_is_in_memory(ragged: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

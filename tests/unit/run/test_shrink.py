@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from salient_ds.cli import app
-from salient_ds.run.shrink import ShrinkOptions, count_of
+from salient_ds.run.shrink import ShrinkOptions, _percent, count_of
 from tests.unit.export.builders import build
 from tests.unit.export.peft_adapters import RAGGED, change_config, config_of, save_adapter
 
@@ -114,14 +114,18 @@ def test_what_is_not_possible_ends_with_status_1(adapter: Path) -> None:
     refused(1, "sets use_dora", "adapter", "-o", "small", "--rank", "2")
 
 
-def test_the_output_must_be_a_place_of_its_own(adapter: Path, tmp_path: Path) -> None:
+def test_the_output_must_be_a_place_of_its_own(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("salient_ds.export.shrink.plan_cut", lambda *_: pytest.fail("work began before the check"))
     for target, message in (
         ("adapter", "is or contains"),
         ("adapter/small", "lies inside"),
         (".", "is or contains"),
+        ("", "is or contains"),
         ("adapter/adapter_config.json", "is a file"),
     ):
         refused(1, message, "adapter", "-o", target, "--rank", "2", "--overwrite")
+    monkeypatch.undo()
+    monkeypatch.chdir(adapter.parent)
     assert call("adapter", "--rank", "2", "-o", "small")[0] == 0
     refused(1, "is not empty: choose another one, or overwrite it explicitly", "adapter", "-o", "small", "--rank", "1")
     assert call("adapter", "--rank", "1", "-o", "small", "--overwrite")[0] == 0
@@ -157,3 +161,8 @@ def test_notes_go_to_stderr(adapter: Path) -> None:
 )
 def test_numbers_of_parameters(text: str, number: int) -> None:
     assert count_of(text) == number == int(ShrinkOptions(parameters=text).cut().amount)
+
+
+def test_nothing_is_rounded_to_all_or_nothing() -> None:
+    shares = (1.0, 0.99999, 0.9902, 1e-7, 0.0)
+    assert [_percent(s) for s in shares] == ["100.00 %", "above 99.99 %", "99.02 %", "below 0.01 %", "0.00 %"]
