@@ -15,10 +15,11 @@ from salient_ds.steps import steps_or_fraction
 
 class SpectralConfig(TargetConfig):
     name: Literal["spectral"] = "spectral"
-    prune_at: list[float] = [0.4]
+    prune_at: list[float] = [0.1]
     """When rows are removed: steps, or fractions of all steps below 1, rising. With several events the total rank falls
-    by the same factor at each of them."""
-    score: Literal["energy", "curvature", "gate_fisher"] = "energy"
+    by the same factor at each of them. Early is better and cheaper: most of the run then trains the ranks that stay
+    (eval/records/*evidence*)."""
+    score: Literal["energy", "curvature", "gate_fisher"] = "curvature"
     """What a row is kept for. energy: its squared singular value. curvature: the same, weighted with Adam's second
     moments, an estimate of what its removal costs. gate_fisher: the mean over `window` steps of
     (sigma dL/dsigma)^2; rows are rotated once before that."""
@@ -90,7 +91,7 @@ class SpectralConfig(TargetConfig):
         return 32 * layout.total
 
     def event_bytes(self, layout: RankLayout) -> int:
-        """Eight matrices at a time: factors and moments in fp32, and one of them again in float64."""
+        """A group of matrices with their moments (128 MiB, or the largest one), twice, and one of them in float64."""
         sides = zip(layout.in_features, layout.out_features, layout.ranks, strict=True)
-        largest = max(rank * (wide + tall) for wide, tall, rank in sides)
-        return (8 * 12 + 4 * 24) * largest
+        largest = 3 * max(rank * (wide + tall) for wide, tall, rank in sides)
+        return 8 * max(2**25, largest) + 4 * 8 * largest

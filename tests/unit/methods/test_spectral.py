@@ -59,7 +59,7 @@ def test_an_empty_list_is_refused() -> None:
 
 
 def decide(score: str, sigma_N: list[float], curvature_N: list[float]) -> list[bool]:
-    method = Spectral(SpectralConfig.model_validate({"target_total": 3, "score": score}), LAYOUT, 100)
+    method = Spectral(SpectralConfig.model_validate({"target_total": 3, "score": score, "prune_at": 40}), LAYOUT, 100)
     method.take_spectrum(Spectrum(torch.tensor(sigma_N).double(), torch.tensor(curvature_N).double()))
     found = method.allocate({}, method.events[-1], initial_decision(method.policy, LAYOUT))
     assert found.total == 3
