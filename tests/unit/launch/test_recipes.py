@@ -13,7 +13,7 @@ from salient_ds.config.run import load_config
 
 RECIPES = Path(__file__).resolve().parents[3] / "launch" / "recipes"
 PAPER = ("llama-7b-alpaca-salientlora", "llama-2-7b-alpaca-salientlora")
-METHODS = tuple(f"llama-7b-alpaca-{name}" for name in ("adalora", "lora2", "increlora", "lora"))
+METHODS = tuple(f"llama-7b-alpaca-{name}" for name in ("adalora", "lora2", "increlora", "spectral", "lora"))
 SEARCH = ("llama-7b-alpaca-heterolora",)
 DEMOS = ("demo_smollm2", "demo_tiny")
 SHAPES = {

@@ -60,7 +60,7 @@ def test_one_wide_row_costs_four_narrow_ones() -> None:
 
 
 def test_a_method_keeps_a_budget_in_parameters() -> None:
-    config = SpectralConfig(target_rank=1, budget_unit="parameters")
+    config = SpectralConfig(target_rank=1, budget_unit="parameters", score="energy")
     method = Spectral(config, LAYOUT, 100)
     sigma_N = torch.tensor([4.0, 3, 2, 1, 9, 2, 1, 1]).double()
     method.take_spectrum(Spectrum(sigma_N, sigma_N))
