@@ -37,6 +37,7 @@ def collect(spec: SweepSpec, folder: SweepFolder, runs: Mapping[str, Mapping[str
         "spec": spec.model_dump(mode="json"),
         "metric": spec.metric.model_dump(mode="json"),
         "baseline": spec.compared_with,
+        "fresh_eval": spec.fresh_eval,
         "arms": arms,
         "comparisons": [item.to_json() for item in compare(spec, plans, outcomes)],
         "failed": sorted(failures, key=lambda item: item["run"]),
