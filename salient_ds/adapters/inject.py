@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from salient_ds.adapters.bank import PackedModel
 from salient_ds.adapters.forms import HasForm, Wrapping
+from salient_ds.adapters.full import is_inside, parts
 from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
@@ -24,7 +25,7 @@ from salient_ds.ranks import RankLayout
 
 @dataclass
 class AdaptedModel:
-    """A model whose targeted layers are adapters; everything else is frozen."""
+    """A model whose targeted layers are adapters. Everything else is frozen, except for modules trained in full."""
 
     model: nn.Module
     adapters: dict[str, RankedLinear]
@@ -37,11 +38,19 @@ class AdaptedModel:
     """The model with its factors packed in banks of a few layers each; None: every factor is its own parameter."""
     notes: tuple[str, ...] = ()
     """What is left out although one could expect it to be adapted, one sentence each."""
+    full: tuple[str, ...] = ()
+    """Paths of the modules that are trained in full, beside the adapters."""
 
     @property
     def trained(self) -> nn.Module:
         """The module that an engine is built over. It holds every trainable parameter."""
         return self.model if self.packed is None else self.packed
+
+    @property
+    def names_in_full(self) -> dict[int, str]:
+        """By id of each parameter that is trained in full: its path in the model, whether or not factors are packed."""
+        return {id(p): name for name, p in self.model.named_parameters()
+                if any(is_inside(name, module) for module in self.full)}  # fmt: skip
 
     def pack(self) -> None:
         """Move the factors of all layers into banks."""
@@ -82,8 +91,9 @@ def inject(
     *,
     in_flight: bool = False,
     shape_of: ShapeOf = whole_shape,
+    fresh: Sequence[str] = (),
 ) -> AdaptedModel:
-    """Freeze ``model`` and wrap its targeted layers in place.
+    """Freeze ``model``, except for modules that are trained in full, and wrap its targeted layers in place.
 
     Fresh adapters do not change any output (IncreLoRA's reserve rows: hardly). This also works if ZeRO-3 has already
     partitioned the weights, because only their sizes are read.
@@ -92,14 +102,16 @@ def inject(
         method: the options of the method, which name the form of its adapters.
         in_flight: growing adapters start with only the rows that they need first, instead of all rows.
         shape_of: gives the shape of a whole parameter, if ZeRO-3 may have partitioned it.
+        fresh: names of the parameters that the checkpoint lacked.
 
     Raises:
         ValueError: ``adapter.target_modules`` matches no linear layer; the message lists the available names. It may be
-            empty only if ``adapter.shortcuts`` is set.
+            empty only if ``adapter.shortcuts`` is set. Or ``adapter.also_train`` names what is not there.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    found, names, notes = survey(model, shape_of), [], []
+    full = parts(model, shape_of).trained(adapter, fresh)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(is_inside(name, module) for module in full))
+    found, names, notes = survey(model, shape_of).without(full), [], []
     if adapter.shortcuts is None or adapter.target_modules:
         names, notes = found.select(adapter.target_modules), found.notes(adapter.target_modules)
     form = method.adapter_form(len(names), adapter.rank, in_flight)
@@ -122,7 +134,7 @@ def inject(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapped)
         adapters[name] = wrapped
-    return AdaptedModel(model, adapters, layout_of(adapters), penalty, scores, notes=tuple(notes))
+    return AdaptedModel(model, adapters, layout_of(adapters), penalty, scores, notes=tuple(notes), full=tuple(full))
 
 
 def layout_of(adapters: Mapping[str, RankedLinear]) -> RankLayout:

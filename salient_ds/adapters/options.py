@@ -53,3 +53,9 @@ class AdapterConfig(Strict):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal distribution that A and B start from (0.02 in AdaLoRA and SalientLoRA)."""
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()  # type: ignore[call-arg]
+    train_head: bool | Literal["auto"] = "auto"
+    """Train the head of a classifier, a regression or a question-answering model in full, beside the adapters. auto:
+    what of it the checkpoint lacks, so that it begins at random values. No adapter ever goes on a head."""
+    also_train: list[str] = []
+    """Further modules to train in full, embeddings included: names (the ends of module paths), as PEFT's
+    modules_to_save. They are exported as such. Example: ["embed_tokens", "lm_head"]."""

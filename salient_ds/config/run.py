@@ -24,6 +24,9 @@ from salient_ds.ranks import RankLayout
 from salient_ds.strict import ConfigError, Strict, did_you_mean
 
 
+Task = Literal["causal-lm", "sequence-classification", "regression", "seq2seq-lm", "question-answering"]
+
+
 class ModelConfig(Strict):
     """Section ``model`` of a run file."""
 
@@ -33,14 +36,31 @@ class ModelConfig(Strict):
     """Tokenizer directory or Hub name. Default: the model's own tokenizer."""
     revision: str | None = None
     """Revision of the model on the Hub, such as a branch, tag or commit. Not used for `tokenizer`, if that is set."""
-    task: Literal["causal-lm"] = "causal-lm"
-    """Model head to load. It also decides the task type that an exported adapter states."""
+    task: Task = "causal-lm"
+    """Model head to load: causal-lm, sequence-classification, regression, seq2seq-lm or question-answering. It also
+    decides the task type that an exported adapter states. What the checkpoint lacks of a head begins at random values
+    that follow from `train.seed`, and is trained in full (`adapter.train_head`)."""
+    labels: list[str] | None = Field(None, min_length=2)
+    """Names of the classes, in the order of their numbers (task sequence-classification). Default: those of the data,
+    or of the checkpoint's config.json."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     trust_remote_code: bool = False
     """Allow transformers to run Python code that comes with the checkpoint."""
     random_weights: bool = False
     """Build the model from its config.json with random weights. Only for speed measurements."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> ModelConfig:
+        if self.labels is not None and self.task != "sequence-classification":
+            raise ValueError(
+                f"model.labels names classes, and model.task={self.task} has none: remove it, or set model.task to "
+                "sequence-classification"
+            )
+        twice = sorted({name for name in self.labels or () if (self.labels or []).count(name) > 1})
+        if twice:
+            raise ValueError(f"model.labels holds {', '.join(map(repr, twice))} twice: every class needs its own name")
+        return self
 
 
 class DataConfig(Strict):

@@ -126,7 +126,19 @@ def _manifest(state: AllocationState, identity: dict[str, Any]) -> dict[str, Any
         "identity": identity,
         "parameters": {n: list(shape) for n, shape in state.shards.shapes.items()},
         "adapters": _describe_adapters(state),
+        "in_full": _describe_in_full(state),
     }
+
+
+def _describe_in_full(state: AllocationState) -> list[dict[str, Any]]:
+    """The parameters that are trained in full: name, shape, and all names, of which a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in state.adapted.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [
+        {"name": name, "shape": list(state.shards.shapes[name]), "names": names[key]}
+        for key, name in state.shards.in_full.items()
+    ]
 
 
 def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:

@@ -6,7 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-AUTO_CLASSES = {"causal-lm": "AutoModelForCausalLM"}
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
 """transformers' auto class that loads each task's head."""
 
 

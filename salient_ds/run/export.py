@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def read_factors(checkpoint: Path) -> list[AdapterFactors]:
     ]
 
 
+def read_in_full(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The parameters that were trained in full, as fp32 CPU tensors, by name. A tied one comes under all its names."""
+    reader = ShardReader(checkpoint, contents=False)
+    found = {}
+    for item in reader.manifest.get("in_full", ()):
+        value = reader.read("master", item["name"], 0, prod(item["shape"])).view(item["shape"]).float()
+        found |= dict.fromkeys(item["names"], value)
+    return found
+
+
 def _drops_masked(item: dict[str, Any]) -> bool:
     return bool(item.get("drops_masked", item["form"] in _FORMS_THAT_DROP_MASKED))
 
@@ -131,8 +142,20 @@ def export_run(
         form = "shortcuts" if shortcuts_act(factors, norm) else "peft"
     if form == "shortcuts":
         return write_shortcuts(
-            target, factors, meta, place, norm_after_shortcut=norm, dtype=dtype or torch.float32, overwrite=overwrite
-        )
+            target, factors, meta, place, norm_after_shortcut=norm, dtype=dtype or torch.float32, overwrite=overwrite,
+            trained=read_in_full(chosen),
+        )  # fmt: skip
     refuse_shortcuts(factors, form, norm)
     factors = [item for item in factors if not is_shortcut(item.name)]  # all of them off
-    return export_adapter(factors, meta, target, form, place, dtype, overwrite, pad_to=pad_to)
+    return export_adapter(
+        factors,
+        meta,
+        target,
+        form,
+        place,
+        dtype,
+        overwrite,
+        pad_to=pad_to,
+        trained=read_in_full(chosen),
+        config_updates=facts.get("head") if form == "merged" else None,
+    )

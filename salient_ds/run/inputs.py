@@ -34,6 +34,8 @@ class Inputs:
     record: TemplateRecord
     notes: list[str]
     """Lines for the log that say what was truncated or dropped."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of their numbers; empty if there are none."""
 
     def total_steps(self, run: RunConfig) -> int:
         """Optimizer steps of the run: max_steps, or as many as its epochs take (the last batch is filled from the

@@ -119,7 +119,8 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
     optimizer = (ds_config.get("optimizer") or {}).get("params", {})
     return {
         "method": method.model_dump(mode="json", by_alias=True),
-        "adapter": config.adapter.model_dump(mode="json"),
+        "adapter": _adapter(config),
+        **_head(config, inputs),
         "total_steps": total_steps,
         "data": inputs.train.fingerprint(),
         DATA_SETTINGS: {
@@ -132,6 +133,23 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
         # everything else in the section follows from section train, or is refused, or changes only the rounding
         "optimizer.params": {"bias_correction": optimizer.get("bias_correction", True)},
     }
+
+
+def _adapter(config: RunConfig) -> dict[str, Any]:
+    """Section ``adapter``. What concerns modules that are trained in full is left out of runs that have none."""
+    section = config.adapter.model_dump(mode="json")
+    if not config.adapter.also_train:
+        del section["also_train"]
+    if config.model.task in ("causal-lm", "seq2seq-lm"):
+        del section["train_head"]  # there is no head besides
+    return section
+
+
+def _head(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """The task and the names of its classes, for heads that earlier versions did not have."""
+    if config.model.task == "causal-lm":
+        return {}
+    return {"model.task": config.model.task, "model.labels": list(config.model.labels or inputs.labels)}
 
 
 def _sigma_lr(config: RunConfig) -> dict[str, Any]:

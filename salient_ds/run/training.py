@@ -18,8 +18,9 @@ from salient_ds.engine.reports import NonFiniteLoss, StepReport
 from salient_ds.engine.shard_files import CheckpointError
 from salient_ds.methods.duties import ReportingMethod, ScoringMethod
 from salient_ds.models.fingerprint import base_identity
+from salient_ds.models.heads import head_facts, pad_with
 from salient_ds.models.kernels import loss_only
-from salient_ds.models.loading import hidden_size, load_model, load_tokenizer, refuse_packing
+from salient_ds.models.loading import hidden_size, load_base, load_tokenizer, refuse_packing
 from salient_ds.monitor.progress import Progress
 from salient_ds.monitor.run_log import RunLog
 from salient_ds.run.assemble import assemble
@@ -64,6 +65,8 @@ class Training:
         self.changes: list[dict[str, Any]] = []
         """Settings that changed when the run was resumed, see :class:`salient_ds.run.resuming.Start`."""
         self.identity: dict[str, Any] = {}
+        self.head: dict[str, Any] = {}
+        """What config.json of a merged model states about the head."""
 
     @property
     def rank(self) -> int:
@@ -139,7 +142,11 @@ class Training:
         """Build base model, adapters, method and engine, in this order: ZeRO-3 partitions the base while it loads."""
         config, ds_config = self.config, self.ds_config
         torch.manual_seed(config.train.seed)
-        model = load_model(config.model, config.train, ds_config)
+        base = load_base(config.model, config.train, ds_config, self.inputs.labels)
+        model = base.model
+        if base.note is not None:
+            self.say(base.note)
+        pad_with(model, self.inputs.collator.pad_token_id)
         refuse_misfits(model, self.inputs, config.data.max_length)
         kept_N = kept_rows(self.resume_from) if self.resume_from is not None else None
         probes = config.method.probe_batches_of(config.train.micro_batch_size)
@@ -152,9 +159,13 @@ class Training:
             kept_N=kept_N,
             steps_per_epoch=self.sampler.steps_per_epoch,
             probe_data=probe_data(self.inputs, *probes, self.device) if probes is not None else None,
+            fresh=base.fresh,
         )
+        self.head = head_facts(model, config.model.task)
         method, modules = self.engine.method, self.engine.initial_layout.modules
         self.say(f"adapters: {config.method.name} on {len(modules)} matrices, rank {config.adapter.rank}")
+        if self.engine.adapted.full:
+            self.say(f"trained in full: {', '.join(self.engine.adapted.full)}")
         for note in self.engine.adapted.notes:
             self.say(f"note: {note}")
         if isinstance(method, ScoringMethod):
@@ -182,7 +193,7 @@ class Training:
         if self.is_main:
             facts = {"processes": self.world_size, "total_steps": self.total_steps, "identity": self.identity,
                      "changes": self.changes, "modules": self.engine.initial_layout.modules,
-                     "template": self.inputs.record.to_dict()}  # fmt: skip
+                     "template": self.inputs.record.to_dict(), "head": self.head}  # fmt: skip
             run = self.config.model_dump(mode="json", by_alias=True)
             self.directory.write_resolved(run, self.ds_config, facts)
 

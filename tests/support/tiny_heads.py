@@ -1,0 +1,65 @@
+"""Tiny checkpoints of encoders, encoder-decoders and decoders without a task's head, and batches for every task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.tiny_architectures import tiny_config
+
+TARGETS: dict[str, list[str]] = {
+    "bert": ["query", "value", "intermediate.dense"],
+    "roberta": ["query", "value", "intermediate.dense"],
+    "deberta-v2": ["query_proj", "value_proj", "intermediate.dense"],
+    "bart": ["q_proj", "v_proj", "fc1"],
+    "t5": ["q", "v", "wi"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "opt": ["q_proj", "v_proj", "fc1"],
+}
+"""model_type -> layers to adapt; in encoder-decoders that includes cross attention."""
+GLOBAL_BATCH = 4
+
+
+def make_base(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A checkpoint of a tiny ``kind`` without any head but that of a language model, if it is one."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = tiny_config(kind)
+    if kind == "deberta-v2":
+        config.update({"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "norm_rel_ebd": "layer_norm",
+                       "share_att_key": True, "position_buckets": 8})  # fmt: skip
+    if kind == "t5":
+        config.decoder_start_token_id = 0
+    auto: Any = transformers.AutoModel
+    if kind in ("bart", "t5"):
+        auto = transformers.AutoModelForSeq2SeqLM
+    elif kind in ("llama", "opt"):
+        auto = transformers.AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def example(task: str, step: int, row: int) -> dict[str, torch.Tensor]:
+    """One row of one global batch, with a batch axis; rows differ in length and in their number of targets."""
+    draw = torch.Generator().manual_seed(1000 * step + row)
+    length = 6 + 2 * row
+    tokens = torch.randint(7, 90, (1, length), generator=draw)
+    tokens[:, -1] = 2  # BART classifies the state at the end-of-sequence token
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if task == "sequence-classification":
+        inputs["labels"] = tokens[:, 1] % 3
+    elif task == "regression":
+        inputs["labels"] = tokens[:, 1].float() / 90
+    elif task == "question-answering":
+        inputs |= {"start_positions": torch.tensor([1 + row % 2]), "end_positions": torch.tensor([3 + row % 2])}
+    else:
+        inputs["labels"] = tokens.flip(1)[:, : 3 + row]
+    return inputs
+
+
+def targets(task: str, inputs: dict[str, torch.Tensor]) -> int:
+    """Number of targets that the mean loss of these rows is over."""
+    return int(inputs["labels"].numel()) if task == "seq2seq-lm" else len(inputs["input_ids"])
