@@ -12,7 +12,7 @@ from torch import nn
 
 from salient_ds.config.run import ModelConfig, RunConfig, TrainConfig
 from salient_ds.models.heads import draw_head, head_settings, refuse_mismatched, split_fresh
-from salient_ds.models.meta_model import AUTO_CLASSES
+from salient_ds.models.meta_model import AUTO_CLASSES, attention_of, attention_problem
 from salient_ds.models.packing import packing_problems
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -108,7 +108,8 @@ def load_base(
     auto = getattr(transformers, AUTO_CLASSES[model.task])
     settings = head_settings(model, labels)
     missing: list[str] = []
-    with partitioned_loading(ds_config):
+    refuse_attention(model)
+    with partitioned_loading(ds_config), no_load_report(model.task != "causal-lm"):
         if model.random_weights:
             config = transformers.AutoConfig.from_pretrained(model.path, revision=model.revision, **settings)
             loaded: nn.Module = auto.from_config(config, **common)
@@ -135,6 +136,36 @@ def load_base(
             options["context_fn"] = keep_products
         loaded.gradient_checkpointing_enable(options)  # type: ignore[operator]
     return BaseModel(loaded, tuple(fresh))
+
+
+@contextlib.contextmanager
+def no_load_report(quiet: bool) -> Iterator[None]:
+    """Keep transformers from printing a table of the weights that a fresh head lacks: one line of ours names them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    if quiet:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def refuse_attention(model: ModelConfig) -> None:
+    """Check that the model's class has the attention implementation that the run asks for.
+
+    Raises:
+        ValueError: it has not (DeBERTa has eager only).
+    """
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[model.task])
+    kind = type(_read_config(model))
+    if kind in auto._model_mapping:
+        problem = attention_problem(model.attn_implementation, attention_of(auto._model_mapping[kind]))
+        if problem is not None:
+            raise ValueError(problem)
 
 
 def keep_products() -> Any:

@@ -16,6 +16,24 @@ AUTO_CLASSES = {
 """transformers' auto class that loads each task's head."""
 
 
+def attention_of(kind: Any) -> tuple[str, ...]:
+    """The attention implementations that a model class of transformers has.
+
+    Args:
+        kind: the class, or several of one auto mapping.
+    """
+    one = kind[0] if isinstance(kind, tuple) else kind
+    names = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    return ("eager", *(name for name, flag in names.items() if getattr(one, flag, False)))
+
+
+def attention_problem(wanted: str, there: tuple[str, ...]) -> str | None:
+    """One sentence if a model lacks the attention implementation ``wanted`` (``model.attn_implementation``)."""
+    if wanted in there:
+        return None
+    return f"model.attn_implementation={wanted}: this model has {' and '.join(there)} attention only, choose one of these"
+
+
 class NoSuchModel(ValueError):
     """transformers knows the model, but has no class of it for the task."""
 

@@ -28,6 +28,8 @@ def make_base(folder: Path, kind: str, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     config = tiny_config(kind)
+    for name in (key for key in config.to_dict() if "dropout" in key and isinstance(getattr(config, key), float)):
+        setattr(config, name, 0.0)  # so that any number of processes computes the same
     if kind == "deberta-v2":
         config.update({"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "norm_rel_ebd": "layer_norm",
                        "share_att_key": True, "position_buckets": 8})  # fmt: skip
@@ -55,6 +57,8 @@ def example(task: str, step: int, row: int) -> dict[str, torch.Tensor]:
         inputs["labels"] = tokens[:, 1].float() / 90
     elif task == "question-answering":
         inputs |= {"start_positions": torch.tensor([1 + row % 2]), "end_positions": torch.tensor([3 + row % 2])}
+    elif task == "causal-lm":
+        inputs["labels"] = tokens.clone()
     else:
         inputs["labels"] = tokens.flip(1)[:, : 3 + row]
     return inputs
@@ -62,4 +66,6 @@ def example(task: str, step: int, row: int) -> dict[str, torch.Tensor]:
 
 def targets(task: str, inputs: dict[str, torch.Tensor]) -> int:
     """Number of targets that the mean loss of these rows is over."""
+    if task == "causal-lm":
+        return int(inputs["labels"][:, 1:].numel())
     return int(inputs["labels"].numel()) if task == "seq2seq-lm" else len(inputs["input_ids"])
