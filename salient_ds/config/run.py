@@ -17,7 +17,9 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
+from salient_ds.config.data import DataConfig, task_problems
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
+from salient_ds.data.tasks.table import kind_of
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
 from salient_ds.ranks import RankLayout
@@ -33,7 +35,9 @@ class ModelConfig(Strict):
     """Tokenizer directory or Hub name. Default: the model's own tokenizer."""
     revision: str | None = None
     """Revision of the model on the Hub, such as a branch, tag or commit. Not used for `tokenizer`, if that is set."""
-    task: Literal["causal-lm"] = "causal-lm"
+    task: Literal["causal-lm", "sequence-classification", "regression", "seq2seq-lm", "question-answering"] = (
+        "causal-lm"
+    )
     """Model head to load. It also decides the task type that an exported adapter states."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
@@ -41,39 +45,6 @@ class ModelConfig(Strict):
     """Allow transformers to run Python code that comes with the checkpoint."""
     random_weights: bool = False
     """Build the model from its config.json with random weights. Only for speed measurements."""
-
-
-class DataConfig(Strict):
-    """Section ``data`` of a run file."""
-
-    train: str
-    """Training data: a .json, .jsonl or .parquet file, or a `datasets` name ("name", "name:config", "name[split]")."""
-    eval: str | None = None
-    """Held-out data, in the same form as `train`."""
-    eval_size: float = Field(0, ge=0)
-    """Without `eval`: hold out this many training rows, or this fraction of them if below 1. With `packing`, packed
-    sequences are counted instead of rows. 0: hold out nothing."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt"] = "auto"
-    """Format of the rows. auto: found from the keys of the first row that fits one of the formats."""
-    template: str = "alpaca"
-    """Prompt template: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer (the tokenizer's own chat template), or
-    fastchat:NAME (any template of FastChat)."""
-    max_length: int = Field(512, gt=1)
-    """Maximum number of tokens per example. Longer examples are cut on the right; the log says how many were cut."""
-    empty_answers: Literal["error", "skip"] = "error"
-    """What to do with rows whose answer is empty (the published Alpaca file holds 28). error: refuse the file. skip:
-    leave those rows out."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with rows that cannot be trained on as they are: an answer first, a user turn last, tools or a system
-    message that the template does not print, ... error: refuse the file, with counts by kind. skip: leave them out, and
-    report the counts."""
-    rewritten_history: Literal["per_answer", "last_answer"] = "per_answer"
-    """For a tokenizer's chat template that rewrites earlier turns, such as Qwen3's, which drops the thoughts of earlier
-    answers. per_answer: every answer becomes an example of its own, rendered as the last one, as the model writes it.
-    last_answer: only the last answer of a conversation is trained on. Other templates are not concerned."""
-    packing: bool = False
-    """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other. Models that
-    were not tested to keep them apart are refused (salient_ds/models/README.md lists those that were)."""
 
 
 class TrainConfig(Strict):
@@ -185,6 +156,7 @@ class RunConfig(Strict):
             problems += [problem] if problem else []
         if self.train.sigma_lr != "auto" and not self.has_singular_values:
             problems.append(f"train.sigma_lr is for singular values, method {self.method.name} has none: remove it")
+        problems += task_problems(self.data, self.model.task)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -206,6 +178,8 @@ class RunConfig(Strict):
 
 def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
     """Field names of the section that holds the unknown key at ``loc`` (union tags in ``loc`` are skipped)."""
+    if loc[:2] == ("data", "task"):
+        return [*kind_of(data["data"]["task"]).model_fields, "like"]
     model: Any = RunConfig
     for part in loc[:-1]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
