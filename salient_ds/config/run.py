@@ -17,14 +17,13 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
+from salient_ds.config.data import DataConfig, task_problems
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
+from salient_ds.data.tasks.table import kind_of
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
 from salient_ds.ranks import RankLayout
 from salient_ds.strict import ConfigError, Strict, did_you_mean
-
-
-Task = Literal["causal-lm", "sequence-classification", "regression", "seq2seq-lm", "question-answering"]
 
 
 class ModelConfig(Strict):
@@ -36,64 +35,18 @@ class ModelConfig(Strict):
     """Tokenizer directory or Hub name. Default: the model's own tokenizer."""
     revision: str | None = None
     """Revision of the model on the Hub, such as a branch, tag or commit. Not used for `tokenizer`, if that is set."""
-    task: Task = "causal-lm"
+    task: Literal["causal-lm", "sequence-classification", "regression", "seq2seq-lm", "question-answering"] = (
+        "causal-lm"
+    )
     """Model head to load: causal-lm, sequence-classification, regression, seq2seq-lm or question-answering. It also
     decides the task type that an exported adapter states. What the checkpoint lacks of a head begins at random values
     that follow from `train.seed`, and is trained in full (`adapter.train_head`)."""
-    labels: list[str] | None = Field(None, min_length=2)
-    """Names of the classes, in the order of their numbers (task sequence-classification). Default: those of the data,
-    or of the checkpoint's config.json."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     trust_remote_code: bool = False
     """Allow transformers to run Python code that comes with the checkpoint."""
     random_weights: bool = False
     """Build the model from its config.json with random weights. Only for speed measurements."""
-
-    @model_validator(mode="after")
-    def _labels_fit(self) -> ModelConfig:
-        if self.labels is not None and self.task != "sequence-classification":
-            raise ValueError(
-                f"model.labels names classes, and model.task={self.task} has none: remove it, or set model.task to "
-                "sequence-classification"
-            )
-        twice = sorted({name for name in self.labels or () if (self.labels or []).count(name) > 1})
-        if twice:
-            raise ValueError(f"model.labels holds {', '.join(map(repr, twice))} twice: every class needs its own name")
-        return self
-
-
-class DataConfig(Strict):
-    """Section ``data`` of a run file."""
-
-    train: str
-    """Training data: a .json, .jsonl or .parquet file, or a `datasets` name ("name", "name:config", "name[split]")."""
-    eval: str | None = None
-    """Held-out data, in the same form as `train`."""
-    eval_size: float = Field(0, ge=0)
-    """Without `eval`: hold out this many training rows, or this fraction of them if below 1. With `packing`, packed
-    sequences are counted instead of rows. 0: hold out nothing."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt"] = "auto"
-    """Format of the rows. auto: found from the keys of the first row that fits one of the formats."""
-    template: str = "alpaca"
-    """Prompt template: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer (the tokenizer's own chat template), or
-    fastchat:NAME (any template of FastChat)."""
-    max_length: int = Field(512, gt=1)
-    """Maximum number of tokens per example. Longer examples are cut on the right; the log says how many were cut."""
-    empty_answers: Literal["error", "skip"] = "error"
-    """What to do with rows whose answer is empty (the published Alpaca file holds 28). error: refuse the file. skip:
-    leave those rows out."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with rows that cannot be trained on as they are: an answer first, a user turn last, tools or a system
-    message that the template does not print, ... error: refuse the file, with counts by kind. skip: leave them out, and
-    report the counts."""
-    rewritten_history: Literal["per_answer", "last_answer"] = "per_answer"
-    """For a tokenizer's chat template that rewrites earlier turns, such as Qwen3's, which drops the thoughts of earlier
-    answers. per_answer: every answer becomes an example of its own, rendered as the last one, as the model writes it.
-    last_answer: only the last answer of a conversation is trained on. Other templates are not concerned."""
-    packing: bool = False
-    """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other. Models that
-    were not tested to keep them apart are refused (salient_ds/models/README.md lists those that were)."""
 
 
 class TrainConfig(Strict):
@@ -205,6 +158,7 @@ class RunConfig(Strict):
             problems += [problem] if problem else []
         if self.train.sigma_lr != "auto" and not self.has_singular_values:
             problems.append(f"train.sigma_lr is for singular values, method {self.method.name} has none: remove it")
+        problems += task_problems(self.data, self.model.task)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -226,6 +180,8 @@ class RunConfig(Strict):
 
 def _fields_at(loc: tuple[Any, ...], data: Any) -> list[str]:
     """Field names of the section that holds the unknown key at ``loc`` (union tags in ``loc`` are skipped)."""
+    if loc[:2] == ("data", "task"):
+        return [*kind_of(data["data"]["task"]).model_fields, "like"]
     model: Any = RunConfig
     for part in loc[:-1]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):

@@ -21,11 +21,11 @@ def head_settings(model: ModelConfig, labels: Sequence[str] = ()) -> dict[str, A
     """Entries of the model's configuration that say what the head computes. Empty where the checkpoint says it.
 
     Args:
-        labels: names of the classes, if ``model.labels`` does not give them.
+        labels: names of the classes, in the order of their numbers.
     """
     if model.task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
-    names = list(model.labels or labels)
+    names = list(labels)
     if model.task != "sequence-classification":
         return {}
     settings: dict[str, Any] = {"problem_type": "single_label_classification"}
@@ -56,8 +56,8 @@ def refuse_mismatched(model: ModelConfig, mismatched: Iterable[Any]) -> None:
 
 
 _REMEDY = (
-    "the checkpoint's head is for another number of classes, so give its names in model.labels, or take a checkpoint "
-    "without a head"
+    "the checkpoint's head is for another number of classes: take a checkpoint without a head, or one that was trained "
+    "for these labels"
 )
 
 

@@ -92,7 +92,7 @@ def load_base(
     """The base model with the head for the run's task. What the checkpoint lacks of it gets its initial values here.
 
     Args:
-        labels: names of the classes, if ``model.labels`` does not give them.
+        labels: names of the classes, in the order of their numbers; empty: as the checkpoint has them.
 
     Raises:
         ValueError: the checkpoint does not hold every weight of the model, or a head of another size.

@@ -149,7 +149,7 @@ def _head(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """The task and the names of its classes, for heads that earlier versions did not have."""
     if config.model.task == "causal-lm":
         return {}
-    return {"model.task": config.model.task, "model.labels": list(config.model.labels or inputs.labels)}
+    return {"model.task": config.model.task, "labels": list(inputs.labels)}
 
 
 def _sigma_lr(config: RunConfig) -> dict[str, Any]:

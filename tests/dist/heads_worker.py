@@ -34,6 +34,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "increlora": {"name": "increlora", "target_rank": 2, "top_h": 4, "interval": 2, "initial_warmup": 0},
     "heterolora": {"name": "heterolora", "keep": 0.5, "interval": 2, "interval_unit": "steps", "probe_batches": 1},
 }  # fmt: skip
+LABELS = ("no", "maybe", "yes")
+DATA: dict[str, dict[str, Any] | str | None] = {
+    "causal-lm": None,
+    "sequence-classification": {"kind": "classification", "columns": ["text"], "labels": LABELS},
+    "regression": "glue/stsb",
+    "question-answering": "squad/v2",
+    "seq2seq-lm": "summarisation/xsum",
+}
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,12 @@ class Cell:
     precision: str = "fp32"
 
     def config(self, model: Path) -> RunConfig:
-        labels = {"labels": ["no", "maybe", "yes"]} if self.task == "sequence-classification" else {}
         eager = {"attn_implementation": "eager"} if self.kind == "deberta-v2" else {}
         return parse_config({
             "output_dir": "unused", "deepspeed": "unused",
-            "model": {"path": str(model), "task": self.task, **labels, **eager},
+            "model": {"path": str(model), "task": self.task, **eager},
             "adapter": {"rank": 3, "alpha": 8, "init_std": 0.1, "target_modules": TARGETS[self.kind], **self.adapter},
-            "method": METHODS[self.method], "data": {"train": "unused"}, "speed": {"zero3": self.zero3},
+            "method": METHODS[self.method], "data": {"train": "unused", "task": DATA[self.task]}, "speed": {"zero3": self.zero3},
             "train": {"max_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 1, "lr": 0.02,
                       "precision": self.precision, "weight_decay": 0.1},
         })  # fmt: skip
@@ -67,7 +74,8 @@ def build(cell: Cell, model: Path, world_size: int, kept_N: torch.Tensor | None 
     zero |= {"stage3_param_persistence_threshold": 0} if cell.stage == 3 else {}
     raw = {"zero_optimization": zero, "steps_per_print": 10**9}
     ds_config = effective_config(resolve_ds_config(raw, config, world_size, STEPS), config, world_size)
-    base = load_base(config.model, config.train, ds_config)
+    labels = LABELS if cell.task == "sequence-classification" else ()
+    base = load_base(config.model, config.train, ds_config, labels)
     probes = ProbeData(1, lambda j: micro(cell, 99, j)) if cell.method == "heterolora" else None
     return assemble(
         base.model, config, ds_config, STEPS, torch.device("cpu"), kept_N=kept_N, fresh=base.fresh, probe_data=probes

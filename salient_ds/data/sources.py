@@ -1,0 +1,94 @@
+"""Where rows come from: JSON lists, JSONL, CSV, TSV and parquet files, and data sets that `datasets` loads by name.
+
+Nothing here knows what a row means. Imports neither torch nor transformers nor `datasets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from salient_ds.data.conversation import DataError, Problem
+from salient_ds.data.json_files import count_lines, is_json_list, jsonl_rows, list_rows
+from salient_ds.data.remote import HubName, count_parquet, hub_rows, parquet_rows, parse_hub_name
+from salient_ds.data.table_files import count_table_rows, is_table, table_rows
+from salient_ds.strict import nearest
+
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".gz")
+
+
+class Source(NamedTuple):
+    """A source of rows. `unit` is what messages call a row's number: "line" or "row"."""
+
+    name: str
+    unit: str
+    rows: Callable[[], Iterator[tuple[int, object | Problem]]]
+    nulls: bool = False
+    """Rows come from Arrow, whose structs hold null for every field that other rows have."""
+
+
+def open_source(path: str | Path) -> Source:
+    """The rows behind a path or a data set name. Nothing is read yet. Raises DataError for a missing file."""
+    located = locate(path)
+    if isinstance(located, HubName):
+        return Source(str(path), "row", lambda: hub_rows(str(path), located), nulls=True)
+    if _is_parquet(located):
+        return Source(str(path), "row", lambda: parquet_rows(located), nulls=True)
+    if is_table(located):
+        return Source(str(path), "line", lambda: table_rows(located))
+    if is_json_list(located):
+        return Source(str(path), "line", lambda: list_rows(located))
+    return Source(str(path), "line", lambda: jsonl_rows(located))
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether `path` is a local file, rather than a data set to load by name. Raises DataError for a missing file."""
+    return not isinstance(locate(path), HubName)
+
+
+def count_rows(path: str | Path) -> int:
+    """Number of rows of a local file, without validation. It counts lines, or reads the parquet footer.
+
+    Raises DataError for a missing or empty file, and for a `datasets` name (which would have to be downloaded).
+    """
+    located = locate(path)
+    if isinstance(located, HubName):
+        raise DataError.of(
+            str(path),
+            "not local",
+            "a data set loaded by name cannot be counted before it is downloaded",
+        )
+    if _is_parquet(located):
+        return count_parquet(located)
+    if is_table(located):
+        return count_table_rows(located)
+    if is_json_list(located):
+        return sum(1 for _ in list_rows(located))
+    return count_lines(located)
+
+
+def locate(path: str | Path) -> Path | HubName:
+    """A local file that exists, or a data set name. Raises DataError for a missing file."""
+    local = Path(path).expanduser()
+    if local.is_file():
+        return local
+    text = str(path)
+    looks_local = isinstance(path, Path) or local.suffix in _SUFFIXES or text.startswith((".", "/", "~"))
+    hub = parse_hub_name(text)
+    if hub is not None and (not looks_local or local.is_dir()):
+        return hub
+    raise DataError.of(text, "missing", _missing_file(local))
+
+
+def _missing_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"file not found: there is no folder {folder}"
+    near = nearest(path.name, [entry.name for entry in folder.iterdir()])
+    return f"file not found{f'; did you mean {folder / near}?' if near else ''}"
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return path.suffix == ".parquet" or file.read(4) == b"PAR1"
