@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from salient_ds.recipes.commands import app as recipes
 from salient_ds.run.changes import ChangeOption
 from salient_ds.run.search import (
     BatchesOption,
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(recipes, name="recipes")
 
 
 @app.callback()

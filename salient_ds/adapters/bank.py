@@ -259,6 +259,13 @@ class PackedModel(nn.Module):
         return self.model(*args, **kwargs)
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Make every bank give its adapters new views when its layers are reached next.
+
+        Forward passes of the model do so themselves. Generation calls the encoder alone, before the first of them.
+        """
         self._due = set(range(len(self.banks)))
 
     def _unpacker(self, index: int) -> Any:

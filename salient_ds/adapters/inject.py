@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,6 +56,13 @@ class AdaptedModel:
     def pack(self) -> None:
         """Move the factors of all layers into banks."""
         self.packed = PackedModel(self.model, self.adapters)
+
+    def generate(self, **settings: Any) -> torch.Tensor:
+        """``model.generate`` with the adapters as they are now."""
+        if self.packed is not None:
+            self.packed.begin()
+        tokens: torch.Tensor = self.model.generate(**settings)  # type: ignore[operator]
+        return tokens
 
     def set_mask(self, mask_N: torch.Tensor, gate: bool, final: bool = True) -> None:
         """Write a decision's mask (bool, any device) into every adapter; see :meth:`RankedLinear.set_mask`."""

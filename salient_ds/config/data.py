@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.table import task_of
-from salient_ds.strict import Strict
+from salient_ds.strict import Strict, did_you_mean
 
 
 class DataConfig(Strict):
@@ -94,3 +94,14 @@ def task_problems(data: DataConfig, head: str) -> list[str]:
                 f"data.{name}={value} is for instruction data, and nothing reads it with data.task: remove it"
             )
     return problems + task.length_problems(data.max_length, None)
+
+
+def metric_problems(wanted: str | None, data: DataConfig) -> list[str]:
+    """Why ``train.best_metric`` cannot be chosen by: at most one sentence."""
+    known = ["loss", *(data.task.metrics if data.task is not None else ())]
+    if wanted is None or wanted in known or (wanted == "auto" and data.task is not None):
+        return []
+    if wanted == "auto":
+        return ["train.best_metric=auto is the metric of data.task, and there is no task: use loss"]
+    hint = did_you_mean(wanted, known, before="; ")
+    return [f"train.best_metric={wanted}: this run has {', '.join(known)}{hint}"]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from salient_ds.adapters.options import AdapterConfig, ShortcutConfig
-from salient_ds.config.data import DataConfig, task_problems
+from salient_ds.config.data import DataConfig, metric_problems, task_problems
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
 from salient_ds.data.tasks.table import kind_of
 from salient_ds.methods.options import MethodConfig
@@ -94,6 +94,12 @@ class TrainConfig(Strict):
     """Optimizer steps between two checkpoints. 0: save only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints to keep. Older ones are deleted."""
+    best_metric: str | None = None
+    """Keep the checkpoint with the best value of this metric too, and export it instead of the last one: "auto" (the
+    task's own metric), one of `data.task.metrics`, or "loss". Only checkpoints that have reached the method's final sum
+    of ranks count. Evaluations are every `eval_every` steps."""
+    patience: int | None = Field(None, gt=0)
+    """Stop after this many evaluations in a row without a better value of `best_metric`."""
     max_skipped_steps: int = Field(30, gt=0)
     """Stop the run after this many skipped steps in a row. A step is skipped when its gradients are not finite."""
     timeout_minutes: float = Field(30.0, gt=0)
@@ -108,6 +114,13 @@ class TrainConfig(Strict):
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size={self.micro_batch_size}: change one of them"
             )
+        if self.best_metric is not None and not self.eval_every:
+            raise ValueError(
+                f"train.best_metric={self.best_metric} chooses among evaluations, and there is only one at the end: set "
+                "train.eval_every"
+            )
+        if self.patience is not None and self.best_metric is None:
+            raise ValueError(f"train.patience={self.patience} waits for a better train.best_metric: set that too")
         return self
 
 
@@ -159,6 +172,12 @@ class RunConfig(Strict):
         if self.train.sigma_lr != "auto" and not self.has_singular_values:
             problems.append(f"train.sigma_lr is for singular values, method {self.method.name} has none: remove it")
         problems += task_problems(self.data, self.model.task)
+        problems += metric_problems(self.train.best_metric, self.data)
+        if self.speed.liger != "none" and self.model.task != "causal-lm":
+            problems.append(
+                f"speed.liger={self.speed.liger} has a loss for causal language models only, and model.task="
+                f"{self.model.task}: use none"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -38,7 +38,14 @@ from salient_ds.zero.collectives import all_succeeded, from_everyone, world
 from salient_ds.zero.internals.engine_state import describe
 
 
-def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int) -> Path:
+def save(
+    state: AllocationState,
+    folder: Path,
+    identity: dict[str, Any],
+    extra: dict[str, Any],
+    keep: int,
+    spare: int | None = None,
+) -> Path:
     """Write one checkpoint. All processes call this after a step.
 
     Checkpoints of later steps are removed afterwards: they are of a run that was not continued.
@@ -48,6 +55,7 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
         identity: facts that must be the same in a run that resumes from it (method, model, layout).
         extra: small state of the training loop, equal on all processes.
         keep: how many whole checkpoints to keep.
+        spare: step of a further one to keep.
 
     Returns:
         The directory of the new checkpoint.
@@ -91,7 +99,7 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
             f"Free space under {folder} and continue with --resume auto"
         )
     if global_rank == 0:
-        remove_others(folder, state.step, keep)
+        remove_others(folder, state.step, keep, spare)
     return final
 
 
