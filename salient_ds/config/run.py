@@ -116,8 +116,8 @@ class TrainConfig(Strict):
             )
         if self.best_metric is not None and not self.eval_every:
             raise ValueError(
-                f"train.best_metric={self.best_metric} chooses among evaluations, and there is only one at the end: set "
-                "train.eval_every"
+                f"train.best_metric={self.best_metric} chooses among evaluations, and there is only one at the end: "
+                "set train.eval_every"
             )
         if self.patience is not None and self.best_metric is None:
             raise ValueError(f"train.patience={self.patience} waits for a better train.best_metric: set that too")

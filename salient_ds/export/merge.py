@@ -69,8 +69,8 @@ def write_merged(
     key_of = locate_weights([item.name for item in factors], files.file_of, files.folder, meta.task_type)
     replaced, added = _in_full(trained or {}, files, meta.task_type)
     changes = Changes({key_of[item.name]: item for item in factors}, replaced, dtype)
-    stored = dtype or _stored_dtype(files.config())
-    added = {name: value.to(stored) if value.is_floating_point() else value for name, value in added.items()}
+    fill = dtype or _stored_dtype(files.config())
+    added = {name: value.to(fill) if value.is_floating_point() else value for name, value in added.items()}
     if dtype is not None:
         stated = _with_dtype(files.config(), dtype) or {"dtype": _name(dtype)}
         config_updates = stated | dict(config_updates or {})

@@ -1,14 +1,14 @@
 """The head of a classifier, a regression or a question-answering model: its settings, and its initial values.
 
 A checkpoint of a pretrained model has no such head. What it lacks is drawn by transformers' own rule for the model, on
-the CPU, in fp32 and with a generator of its own. So the values follow from ``train.seed`` alone, at any ZeRO stage and on
-any number of processes.
+the CPU, in fp32 and with a seed of its own. So the values follow from ``train.seed`` alone, at any ZeRO stage and any
+number of processes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from salient_ds.config.run import ModelConfig
@@ -61,7 +61,9 @@ _REMEDY = (
 )
 
 
-def head_problem(model: ModelConfig, shapes: dict[str, tuple[int, ...]], head: Sequence[str], classes: int) -> str | None:
+def head_problem(
+    model: ModelConfig, shapes: Mapping[str, tuple[int, ...]], head: Sequence[str], classes: int
+) -> str | None:
     """One sentence if the checkpoint has an output layer for another number of classes than the run.
 
     Args:
@@ -72,9 +74,7 @@ def head_problem(model: ModelConfig, shapes: dict[str, tuple[int, ...]], head: S
     for name, shape in shapes.items():
         inside = any(name.startswith(f"{path}.") for path in head if not path.endswith("pooler"))
         if inside and name.endswith(("score.weight", "classifier.weight", "out_proj.weight")) and shape[0] != classes:
-            return (
-                f"{name} in {model.path} is for {shape[0]} classes and this run has {classes}: {_REMEDY}"
-            )
+            return f"{name} in {model.path} is for {shape[0]} classes and this run has {classes}: {_REMEDY}"
     return None
 
 
@@ -101,7 +101,7 @@ def draw_head(model: nn.Module, fresh: Sequence[str], seed: int) -> None:
     from salient_ds.zero.internals.partitioned import put_whole
 
     with torch.device("meta"):
-        twin: Any = type(model)(model.config)  # type: ignore[call-arg]
+        twin: Any = type(model)(model.config)
     for path in head_modules(model):
         module = twin.get_submodule(path)
         if not any(is_inside(name, path) for name in fresh):

@@ -31,7 +31,9 @@ def attention_problem(wanted: str, there: tuple[str, ...]) -> str | None:
     """One sentence if a model lacks the attention implementation ``wanted`` (``model.attn_implementation``)."""
     if wanted in there:
         return None
-    return f"model.attn_implementation={wanted}: this model has {' and '.join(there)} attention only, choose one of these"
+    return (
+        f"model.attn_implementation={wanted}: this model has {' and '.join(there)} attention only, choose one of these"
+    )
 
 
 class NoSuchModel(ValueError):

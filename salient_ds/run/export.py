@@ -77,7 +77,7 @@ def read_factors(checkpoint: Path) -> list[AdapterFactors]:
 def read_in_full(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The parameters that were trained in full, as fp32 CPU tensors, by name. A tied one comes under all its names."""
     reader = ShardReader(checkpoint, contents=False)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for item in reader.manifest.get("in_full", ()):
         value = reader.read("master", item["name"], 0, prod(item["shape"])).view(item["shape"]).float()
         found |= dict.fromkeys(item["names"], value)

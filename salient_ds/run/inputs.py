@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,21 +18,38 @@ from salient_ds.data.dataset import InstructionDataset, build_dataset, split_eva
 from salient_ds.data.formats import read_data
 from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler
-from salient_ds.data.template_base import Template
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.collate import TaskCollator
 from salient_ds.data.tasks.dataset import TaskDataset, load_task
+from salient_ds.data.template_base import Template
 from salient_ds.data.templates import get_template
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.probe import ProbeData
 from salient_ds.steps import total_steps
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A collator without the columns that a model does not take."""
+
+    collator: Any
+    takes: frozenset[str]
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.collator.pad_token_id)
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.collator(items).items() if name in self.takes}
+
+
 class TrainingData(Protocol):
     """What training needs of a data set: of instructions, or of a task with a metric."""
 
-    num_targets: np.ndarray
-    """What each row counts in a mean loss."""
+    @property
+    def num_targets(self) -> np.ndarray:
+        """What each row counts in a mean loss."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -48,13 +66,20 @@ class Inputs:
 
     train: TrainingData
     held_out: TrainingData | None
-    collator: Collator | TaskCollator
+    collator: Collator | TaskCollator | _Known
     record: TemplateRecord | None
     """Of the template; None for tasks, which have none."""
     notes: list[str]
     """Lines for the log that say what was truncated or dropped."""
     task: Task | None = None
     """The task with a metric; None for instructions."""
+
+    def for_model(self, model: Any) -> Inputs:
+        """The same for a model that does not take everything that the tokenizer gives, such as token_type_ids."""
+        if self.task is None:
+            return self
+        takes = frozenset(inspect.signature(model.forward).parameters)
+        return replace(self, collator=_Known(self.collator, takes))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -183,7 +208,9 @@ def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) ->
     return ProbeData(count, batch)
 
 
-def _to_micro(dataset: TrainingData, collator: Collator | TaskCollator, rows: np.ndarray, device: torch.device) -> MicroBatch:
+def _to_micro(
+    dataset: TrainingData, collator: Collator | TaskCollator | _Known, rows: np.ndarray, device: torch.device
+) -> MicroBatch:
     batch = collator([dataset[int(i)] for i in rows])
     if device.type == "cuda":  # a copy from memory that is not pinned waits for everything queued on the device
         batch = {k: v.pin_memory() for k, v in batch.items()}

@@ -216,9 +216,10 @@ def accept(
     start = Start(step=reader.manifest["step"])
     changed = found.changed(changes)
     start.changes = [{"step": start.step, "key": c.key, "from": c.there, "to": c.here} for c in changed]
-    if start.step == total_steps and own_checkpoint(directory, path) and directory.finished_at(total_steps):
+    if own_checkpoint(directory, path) and directory.finished_at(start.step):
         start.nothing_to_do = True
-        start.notes.append(f"nothing to do: the run of {total_steps} steps is finished")
+        early = f"; it stopped early, after step {start.step} (train.patience)" if start.step < total_steps else ""
+        start.notes.append(f"nothing to do: the run of {total_steps} steps is finished{early}")
         return start
     equal = [key for key in changes if key not in start.changed_keys]
     start.notes += [f"--change {key} changes nothing, because {path} was made with the same value" for key in equal]

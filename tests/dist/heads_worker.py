@@ -62,7 +62,8 @@ class Cell:
             "output_dir": "unused", "deepspeed": "unused",
             "model": {"path": str(model), "task": self.task, **eager},
             "adapter": {"rank": 3, "alpha": 8, "init_std": 0.1, "target_modules": TARGETS[self.kind], **self.adapter},
-            "method": METHODS[self.method], "data": {"train": "unused", "task": DATA[self.task]}, "speed": {"zero3": self.zero3},
+            "method": METHODS[self.method], "data": {"train": "unused", "task": DATA[self.task]},
+            "speed": {"zero3": self.zero3},
             "train": {"max_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 1, "lr": 0.02,
                       "precision": self.precision, "weight_decay": 0.1},
         })  # fmt: skip
@@ -116,7 +117,8 @@ def one(global_rank: int, world_size: int, base: Path, cell: Cell, folder: Path)
     head = head_facts(engine.adapted.model, cell.task)
     exported = write_exports(cell, base, folder, head) if global_rank == 0 else None
     result = {"losses": losses, "full": engine.adapted.full, "start": start, "end": in_full(engine), "logits": logits,
-              "groups": [g["name"] for g in engine.engine.basic_optimizer.param_groups], "exported": exported}  # fmt: skip
+              "groups": [g["name"] for g in engine.engine.basic_optimizer.param_groups],
+              "exported": exported}  # fmt: skip
     engine.engine.destroy()
     result["again"] = resume(cell, base, saved, global_rank, world_size)
     result["saved"], result["final"] = saved, end

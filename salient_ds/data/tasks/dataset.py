@@ -104,6 +104,12 @@ class TaskDataset(Sequence[dict[str, Any]]):
         """Whether every example has a label."""
         return all(example.target is not None for example in self.examples)
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id in inputs and target texts; 0 if there are no items."""
+        columns = [self._ragged[name].values for name in ("input_ids", "labels") if name in self._ragged]
+        return max((int(values.max()) for values in columns if len(values)), default=0)
+
     @cached_property
     def lengths(self) -> IndexArray:
         """Number of tokens of each item (of the source, for summaries)."""
