@@ -19,6 +19,7 @@ from salient_ds.check.rendered_rows import rendered
 from salient_ds.check.report import Report
 from salient_ds.check.tables import check_tables
 from salient_ds.check.target_layers import target_layout
+from salient_ds.check.task_rows import rough_steps, task_rows
 from salient_ds.check.tokenizer_files import has_chat_template, inspect_tokenizer
 from salient_ds.config.run import RunConfig
 from salient_ds.config.speed import speed_notes, speed_problems
@@ -96,6 +97,7 @@ class _Checks:
         get_template(self.run.data.template, self.run.data.rewritten_history)
 
     def data(self) -> None:
+        self.report.problems += self.run.data.task.library_problems() if self.run.data.task is not None else []
         self.guarded(lambda: self._rows("train", self.run.data.train))
         if self.run.data.eval is not None:
             self.guarded(lambda: self._rows("eval", str(self.run.data.eval)))
@@ -124,7 +126,10 @@ class _Checks:
                 f"data.{name}={path!r} is loaded by name when training starts: nothing about it was checked"
             )
             return
-        rows = count_rows(path) if self.quick else self._rendered(name, path)
+        if self.run.data.task is not None:
+            rows = task_rows(self.run, name, path, self.quick, self.report)
+        else:
+            rows = count_rows(path) if self.quick else self._rendered(name, path)
         self.facts["rows" if name == "train" else "eval_rows"] = rows
 
     def _rendered(self, name: str, path: str) -> int:
@@ -188,11 +193,9 @@ class _Checks:
         elif rows is not None:
             assert train.epochs is not None
             total = total_steps(rows, train.global_batch_size, train.epochs)
-            self.facts.update(total_steps=total, total_steps_exact=not self.run.data.packing)
-            if self.run.data.packing:
-                self.report.notes.append(
-                    f"{total} steps is an upper bound: with data.packing the number of sequences is known later"
-                )
+            rough = rough_steps(self.run.data)
+            self.facts.update(total_steps=total, total_steps_exact=rough is None)
+            self.report.notes += [f"{total} steps is {rough}"] if rough else []
         else:
             return
         total = self.facts["total_steps"]

@@ -76,14 +76,15 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
     parameters = facts.get("base_parameters")
     size = f" ({_count(parameters)} parameters)" if parameters else ""
     table.add_row("model", f"{run.model.path}{size}, {train.precision}")
-    table.add_row("data", f"{run.data.train}{_rows(facts)}, template {run.data.template}")
+    kind = f"template {run.data.template}" if run.data.task is None else f"task {run.data.task.name}"
+    table.add_row("data", f"{run.data.train}{_rows(facts)}, {kind}")
     zero = facts.get("zero")
     if zero:
         parts = [f"stage {zero['stage']}"]
         parts += [name.replace("_", " ") for name in ("offload_optimizer", "offload_param") if zero[name]]
         table.add_row("ZeRO", f"{run.deepspeed}: {', '.join(parts)}")
     if "total_steps" in facts:
-        exact = "" if facts["total_steps_exact"] else "at most "
+        exact = "" if facts["total_steps_exact"] else "at most " if run.data.packing else "about "
         table.add_row("steps", f"{exact}{facts['total_steps']} of {train.global_batch_size} examples")
     processes = facts.get("processes", 1)
     per_step = facts.get("ds_config", {}).get("gradient_accumulation_steps")

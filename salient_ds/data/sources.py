@@ -76,7 +76,7 @@ def locate(path: str | Path) -> Path | HubName:
     text = str(path)
     looks_local = isinstance(path, Path) or local.suffix in _SUFFIXES or text.startswith((".", "/", "~"))
     hub = parse_hub_name(text)
-    if hub is not None and (not looks_local or local.is_dir()):
+    if hub is not None and (not looks_local or Path(hub.name).expanduser().is_dir()):
         return hub
     raise DataError.of(text, "missing", _missing_file(local))
 

@@ -94,6 +94,8 @@ class Task(Strict):
     """What ``model.task`` has to be."""
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
     """What :meth:`decode` reads: arrays of the model's output, or "generated" (lists of token ids)."""
+    windows: ClassVar[bool] = False
+    """Whether an example may become several inputs of the model."""
     padding_side: ClassVar[Literal["left", "right"]] = "right"
     """Side on which batches are padded. All kinds so far read from the left: labels and offsets count from there."""
     fitting_metrics: ClassVar[Mapping[str, Metric]]
@@ -199,9 +201,16 @@ class Task(Strict):
         return missing_libraries({name: self.fitting_metrics[name] for name in self.metrics})
 
     def length_problems(self, max_length: int, positions: int | None) -> list[str]:
-        """What does not fit a model with a table of ``positions`` (None: no table): one sentence each."""
-        if positions is not None and max_length > positions:
-            return [f"data.max_length={max_length} is longer than the model, which has {positions} positions: lower it"]
+        """What of the task does not fit ``data.max_length``, or a model with a table of ``positions``.
+
+        That ``max_length`` itself fits the model is checked for all data (``check/tables.py``).
+
+        Args:
+            positions: None if the model has no table, or is not known.
+
+        Returns:
+            One sentence for each problem, with value, bound and remedy.
+        """
         return []
 
 

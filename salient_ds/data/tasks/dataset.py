@@ -35,7 +35,11 @@ class EncodingReport:
 
     def notes(self, name: str) -> list[str]:
         """What a user should know; ``name`` is the part of the data."""
-        notes = self.rows.notes(name)
+        return self.rows.notes(name) + self.cut_notes(name)
+
+    def cut_notes(self, name: str) -> list[str]:
+        """What was cut, or into how many windows contexts went."""
+        notes = []
         if self.items != self.rows.rows:
             notes.append(f"{name}: {self.rows.rows:,} examples in {self.items:,} windows of {self.max_length} tokens")
         elif self.cut:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from salient_ds.data.conversation import DataError, OnBadRow, Problem, ProblemLog, RowError
-from salient_ds.data.sources import open_source
+from salient_ds.data.sources import count_rows, is_local, open_source
 from salient_ds.data.tasks.base import Example, Task
 from salient_ds.data.tasks.squad_files import flattened
 
@@ -69,6 +69,16 @@ def check_task_file(
 ) -> TaskRows:
     """As :func:`read_examples`, the summary alone. ``salient-ds check`` calls it for local files."""
     return read_examples(task, path, labelled, bad_rows, limit)[1]
+
+
+def count_task_rows(path: str | Path) -> int:
+    """Number of rows of a local file without validation; questions, for SQuAD's own files.
+
+    Raises DataError for a missing or empty file, and for a `datasets` name.
+    """
+    if not is_local(path):
+        return count_rows(path)  # says that it cannot
+    return sum(1 for _ in flattened(open_source(path).rows()))
 
 
 class _Reading:

@@ -55,6 +55,7 @@ class SpanTask(Task):
 
     head: ClassVar[Head] = "question-answering"
     outputs: ClassVar[tuple[str, ...]] = ("start_logits", "end_logits")
+    windows: ClassVar[bool] = True
     fitting_metrics: ClassVar[Mapping[str, Metric]] = ANSWERS
 
     @property
