@@ -56,6 +56,19 @@ class Parts:
         order = list(self.sizes)
         return sorted(kept, key=lambda path: next(i for i, part in enumerate(order) if is_inside(part, path)))
 
+    def fresh(self, names: Iterable[str]) -> list[str]:
+        """Paths of the head's modules of which a checkpoint with tensors ``names`` holds nothing.
+
+        Names on disk may lack the first part of a path.
+        """
+        there = list(names)
+
+        def held(path: str) -> bool:
+            starts = tuple(f"{start}." for start in (path, path.partition(".")[2]) if start)
+            return any(name.startswith(starts) for name in there)
+
+        return [path for path in self.head if not held(path)]
+
     def elements(self, trained: Iterable[str]) -> int:
         """Number of parameters (elements) in the modules ``trained``."""
         modules = list(trained)

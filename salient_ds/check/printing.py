@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from salient_ds.adapters.presets import PREFIX
 from salient_ds.check.memory import GIB
 from salient_ds.check.preflight import preflight
 from salient_ds.check.report import Report
@@ -92,11 +93,21 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
         table.add_row("batch", f"{train.micro_batch_size} x {per_step} accumulated x {processes} processes")
     if "modules" in facts:
         table.add_row("adapters", f"{run.method.name} on {facts['modules']} matrices, rank {run.adapter.rank}")
+    if facts.get("targets"):
+        chosen = run.adapter.target_modules
+        named = f"{chosen}: " if isinstance(chosen, str) and chosen.startswith(PREFIX) else ""
+        table.add_row("targets", named + ", ".join(f"{name} {count}" for name, count in facts["targets"].items()))
+    if "in_full" in facts:
+        full = facts["in_full"]
+        fresh = f"; fresh: {', '.join(full['fresh'])}" if full["fresh"] else ""
+        table.add_row(
+            "trained in full", f"{', '.join(full['modules'])} ({_count(full['parameters'])} parameters{fresh})"
+        )
     if "sigma_ratio" in facts:
         table.add_row("learning rate", f"{run.train.lr:g}, singular values {facts['sigma_ratio']:.3g} times as much")
     if run.speed != SpeedConfig():
-        chosen = run.speed.model_dump(exclude_defaults=True)
-        table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items()))
+        changed = run.speed.model_dump(exclude_defaults=True)
+        table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in changed.items()))
     if "trainable_end" in facts:
         table.add_row("sum of ranks", f"{facts['initial_total']} -> {facts['target_total']}")
         start, end = _count(facts["trainable_start"]), _count(facts["trainable_end"])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from salient_ds.config.run import ModelConfig, RunConfig, TrainConfig
+from salient_ds.models.families import family_problems
 from salient_ds.models.heads import draw_head, head_settings, refuse_mismatched, split_fresh
 from salient_ds.models.meta_model import AUTO_CLASSES, attention_of, attention_problem
 from salient_ds.models.packing import packing_problems
@@ -191,18 +192,21 @@ def hidden_size(model: ModelConfig) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def refuse_packing(run: RunConfig) -> None:
-    """Check that the model may train on packed examples, if the run packs. Its weights are not read.
+def refuse_unfit(run: RunConfig) -> None:
+    """Check that the model fits the task, and may train on packed examples if the run packs. No weights are read.
 
     ``salient-ds check`` says the same earlier, unless config.json was not on the machine yet.
 
     Raises:
-        ValueError: as :func:`~salient_ds.models.packing.packing_problems` says.
+        ValueError: as :func:`~salient_ds.models.families.family_problems` and
+            :func:`~salient_ds.models.packing.packing_problems` say.
     """
+    config = _read_config(run.model).to_dict()
+    problems = family_problems(run.model.task, config, run.model.path)
     if run.data.packing:
-        problems = packing_problems(run.model, _read_config(run.model).to_dict(), run.data.max_length)
-        if problems:
-            raise ValueError("; ".join(problems))
+        problems += packing_problems(run.model, config, run.data.max_length)
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _read_config(model: ModelConfig) -> Any:

@@ -40,12 +40,13 @@ class NoSuchModel(ValueError):
     """transformers knows the model, but has no class of it for the task."""
 
 
-def build_without_weights(folder: Path | str, auto_class: str) -> Any:
+def build_without_weights(folder: Path | str, auto_class: str, classes: int | None = None) -> Any:
     """The model that ``auto_class`` would load from ``folder``. Code from the folder is never run.
 
     Args:
         folder: directory with a config.json.
         auto_class: name of a class of transformers, such as "AutoModelForCausalLM".
+        classes: outputs of a classifier (default: as config.json says).
 
     Raises:
         NoSuchModel: the auto class does not know this kind of model.
@@ -57,12 +58,16 @@ def build_without_weights(folder: Path | str, auto_class: str) -> Any:
     auto = getattr(transformers, auto_class)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if classes is not None and auto_class == AUTO_CLASSES["sequence-classification"]:
+            config.num_labels = classes
     except Exception as error:
         raise ValueError(f"transformers cannot read {Path(folder) / 'config.json'}: {_first_line(error)}") from error
     if type(config) not in auto._model_mapping:
         raise NoSuchModel(
             f"model_type={config.model_type!r} has no class for {auto_class}: choose a model with a language-modelling "
             "head, or its text model"
+            if auto_class == AUTO_CLASSES["causal-lm"]
+            else f"model_type={config.model_type!r} has no class for {auto_class}: choose another model or model.task"
         )
     try:
         with torch.device("meta"), warnings.catch_warnings():

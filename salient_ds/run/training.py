@@ -19,7 +19,7 @@ from salient_ds.engine.shard_files import CheckpointError, step_of
 from salient_ds.methods.duties import ReportingMethod, ScoringMethod
 from salient_ds.models.fingerprint import base_identity
 from salient_ds.models.heads import head_facts, pad_with
-from salient_ds.models.loading import hidden_size, load_base, load_tokenizer, refuse_packing
+from salient_ds.models.loading import hidden_size, load_base, load_tokenizer, refuse_unfit
 from salient_ds.monitor.progress import Progress
 from salient_ds.monitor.run_log import RunLog
 from salient_ds.run.assemble import assemble
@@ -106,7 +106,7 @@ class Training:
 
     def load_data(self) -> None:
         """Load tokenizer and data, and compute the number of steps and the settings for DeepSpeed."""
-        refuse_packing(self.config)
+        refuse_unfit(self.config)
         self.tokenizer = load_tokenizer(self.config.model)
         self.inputs = load_inputs(self.config, self.tokenizer)
         self.total_steps = self.inputs.total_steps(self.config)
