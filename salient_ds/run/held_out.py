@@ -60,9 +60,11 @@ class HeldOut:
 
         Otherwise the best step of a method that prunes would be one from before it pruned.
         """
-        events = engine.method.events
+        events, held = engine.method.events, engine.decisions.held
+        if not events or engine.step >= events[-1].step:
+            return True
         final = self.config.method.final_total(engine.initial_layout, self.total_steps)
-        return not events or engine.step >= events[-1].step or engine.decisions.held.total == final
+        return held.hold and held.total == final  # without hold, dropped rows may still grow back
 
     def text(self) -> str:
         """The last evaluation, for people."""
