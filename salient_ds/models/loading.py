@@ -153,6 +153,15 @@ def no_load_report(quiet: bool) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def attention_for(model: ModelConfig) -> str:
+    """The attention implementation for a model that no run file chooses one for: "sdpa", or "eager" without that."""
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[model.task])
+    kind = type(_read_config(model))
+    return "sdpa" if kind not in auto._model_mapping or "sdpa" in attention_of(auto._model_mapping[kind]) else "eager"
+
+
 def refuse_attention(model: ModelConfig) -> None:
     """Check that the model's class has the attention implementation that the run asks for.
 

@@ -84,6 +84,15 @@ def read_in_full(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def _task(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``salient-ds evaluate`` needs to score the adapter by itself; None for instructions."""
+    data = config["data"]
+    if data.get("task") is None:
+        return None
+    attention = config["model"]["attn_implementation"]
+    return {"task": data["task"], "max_length": data["max_length"], "attn_implementation": attention}
+
+
 def _drops_masked(item: dict[str, Any]) -> bool:
     return bool(item.get("drops_masked", item["form"] in _FORMS_THAT_DROP_MASKED))
 
@@ -135,6 +144,7 @@ def export_run(
         task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
         source_run=str(chosen),
         template=facts["template"],
+        task=_task(config),
     )
     factors, place = read_factors(chosen), base or config["model"]["path"]
     norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
