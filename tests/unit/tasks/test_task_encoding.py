@@ -17,10 +17,9 @@ from salient_ds.data.tasks.collate import TaskCollator
 from salient_ds.data.tasks.dataset import TaskDataset, load_task
 from salient_ds.data.tasks.spans import Answer, answer_tokens, null_position
 from salient_ds.data.tasks.table import task_of
-from tests.unit.tasks.conftest import ELBE, byte_level, end_token, question, wordpiece
+from tests.unit.tasks.task_samples import ELBE, TOKENIZERS, question
 
 PAIRS = task_of({"kind": "classification", "columns": ["a", "b"], "labels": ["no", "yes"]})
-TOKENIZERS = {"wordpiece": wordpiece(), "byte_level": byte_level(), "end_token": end_token()}
 FAMILIES = list(TOKENIZERS)
 
 

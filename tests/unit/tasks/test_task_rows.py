@@ -16,7 +16,7 @@ from salient_ds.data.conversation import DataError
 from salient_ds.data.sources import count_rows
 from salient_ds.data.tasks.reading import check_task_file, count_task_rows, read_examples
 from salient_ds.data.tasks.table import task_of
-from tests.unit.tasks.conftest import ELBE, question
+from tests.unit.tasks.task_samples import ELBE, question
 
 RTE = task_of("glue/rte")
 ROWS = [
