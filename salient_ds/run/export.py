@@ -54,6 +54,16 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that a finished run chose by ``train.best_metric``; None if it chose none, or is not finished."""
+    try:
+        step = json.loads((run / "summary.json").read_text(encoding="utf-8"))["best"]["step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    path = run / "checkpoints" / f"step-{step or 0:08d}"
+    return path if (path / MANIFEST).is_file() else None
+
+
 def read_factors(checkpoint: Path) -> list[AdapterFactors]:
     """All adapters of a checkpoint as fp32 CPU tensors, with the mask of the rows that count.
 
@@ -126,7 +136,7 @@ def export_run(
         run: run directory with run.yaml and run.json beside its checkpoints, or one of these checkpoints.
         form: None chooses "peft", or "shortcuts" for an adapter that no other form can hold.
         overwrite: replace what ``target`` holds.
-        checkpoint: the checkpoint to export (default: the newest one).
+        checkpoint: the checkpoint to export (default: the best one, if the run chose it by a metric, else the newest).
         base: base model, if it is not where training found it.
         dtype: of the tensors (default: float32 for an adapter, as in the base for a merged model).
         pad_to: rank of the form "padded"; see :func:`salient_ds.export.peft_format.write_peft`.
@@ -135,7 +145,7 @@ def export_run(
         CheckpointError: there is no whole checkpoint.
         ValueError: the export is not possible as asked; the message gives the remedy.
     """
-    chosen = checkpoint or newest_checkpoint(run)
+    chosen = checkpoint or best_checkpoint(run) or newest_checkpoint(run)
     folder = run if (run / "run.yaml").is_file() else chosen.parent.parent
     config = yaml.safe_load((folder / "run.yaml").read_text())
     facts = json.loads((folder / "run.json").read_text())

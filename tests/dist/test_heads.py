@@ -16,14 +16,12 @@ from tests.support.tiny_heads import TARGETS, make_base
 from tests.support.verify import load_model, logits_of
 
 CELLS = {
-    "bert-regression": Cell("bert", "regression", "adalora", 2),
     "bert-answers-0": Cell("bert", "question-answering", "lora", 0),
     "roberta-classes-3": Cell("roberta", "sequence-classification", "salientlora", 3),
     "deberta-classes-2": Cell("deberta-v2", "sequence-classification", "adalora", 2),
     "deberta-grows": Cell("deberta-v2", "sequence-classification", "increlora", 3),
     "deberta-answers-3": Cell("deberta-v2", "question-answering", "lora2", 3, "partitioned"),
     "bart-summaries-2": Cell("bart", "seq2seq-lm", "salientlora", 2),
-    "bart-classes": Cell("bart", "sequence-classification", "lora", 3, "partitioned"),
     "t5-summaries-3": Cell("t5", "seq2seq-lm", "adalora", 3),
     "t5-everything": Cell("t5", "seq2seq-lm", "lora", 2, adapter={"also_train": ["shared"]}),
     "llama-words": Cell("llama", "causal-lm", "adalora", 3, adapter={"also_train": ["embed_tokens", "lm_head"]}),
@@ -32,14 +30,12 @@ CELLS = {
     "llama-bf16": Cell("llama", "sequence-classification", "adalora", 2, precision="bf16"),
     "opt-switches": Cell("opt", "sequence-classification", "heterolora", 2),
 }  # fmt: skip
-ALONE = ["bert-regression", "deberta-classes-2", "bart-summaries-2", "llama-words"]
+ALONE = ["deberta-classes-2", "bart-summaries-2", "llama-words"]
 FULL = {
-    "bert-regression": ("classifier",),  # the checkpoint has a pooler
     "bert-answers-0": ("qa_outputs",),
     "roberta-classes-3": ("classifier",),
     "deberta-classes-2": ("pooler", "classifier"),
     "bart-summaries-2": (),
-    "bart-classes": ("classification_head",),
     "t5-everything": ("shared",),
     "llama-words": ("model.embed_tokens", "lm_head"),
     "llama-norms": ("model.layers.0.input_layernorm", "model.layers.1.mlp.gate_proj",
@@ -107,9 +103,8 @@ def test_peft_and_transformers_load_the_exports(two: list[Any], bases: dict[str,
     cell, found = CELLS[key], two[0][key]
     folder, tolerance = found["exported"]["peft"], 2e-2 if cell.precision == "bf16" else 2e-5
     config = json.loads((folder / "adapter_config.json").read_text())
-    labels = 1 if cell.task == "regression" else 3
     base = load_model(bases[cell.kind], config["task_type"], torch.float32) if cell.task in (
-        "seq2seq-lm", "causal-lm", "question-answering") else with_labels(bases[cell.kind], labels)  # fmt: skip
+        "seq2seq-lm", "causal-lm", "question-answering") else with_labels(bases[cell.kind])  # fmt: skip
     adapted = PeftModel.from_pretrained(base, str(folder)).eval()
     merged = load_model(found["exported"]["merged"], config["task_type"], torch.float32).eval()
     for model in (adapted, merged):
@@ -118,7 +113,7 @@ def test_peft_and_transformers_load_the_exports(two: list[Any], bases: dict[str,
         assert (logits - found["logits"].float()).abs().max() < tolerance
 
 
-def with_labels(base: Path, labels: int) -> Any:
+def with_labels(base: Path) -> Any:
     import transformers
 
-    return transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,43 @@ def targets(task: str, inputs: dict[str, torch.Tensor]) -> int:
     if task == "causal-lm":
         return int(inputs["labels"][:, 1:].numel())
     return int(inputs["labels"].numel()) if task == "seq2seq-lm" else len(inputs["input_ids"])
+
+
+WORDS = [
+    "red", "blue", "green", "stone", "river", "cloud", "bread", "sugar", "light", "winter", "summer", "horse", "table",
+    "music", "garden", "paper",
+]  # fmt: skip
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """A fast word tokenizer with the special tokens of RoBERTa, made on the spot."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, **names, cls_token="<s>", sep_token="</s>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Rows that fit a task of every kind: sentence, label, number, question, answers and summary."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        words = draw.sample(WORDS, draw.randint(4, 9))
+        answer = words[number % len(words)]
+        rows.append({
+            "id": f"row-{number}", "sentence": " ".join(words), "label": "yes" if words[0] < "m" else "no",
+            "number": len(words) / 4, "question": f"{answer} stone", "context": " ".join(words),
+            "answers": {"text": [answer], "answer_start": [" ".join(words).index(answer)]},
+            "summary": f"{words[0]} {words[-1]}",
+        })  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
