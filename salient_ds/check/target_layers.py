@@ -8,7 +8,7 @@ from salient_ds.check.built_model import BuiltModel
 from salient_ds.check.model_files import ModelFiles
 from salient_ds.check.report import Report
 from salient_ds.config.run import RunConfig
-from salient_ds.models.heads import head_problem
+from salient_ds.models.heads import head_problem, label_problem
 from salient_ds.ranks import RankLayout
 
 _Modules = list[tuple[str, tuple[int, int], int]]
@@ -64,6 +64,10 @@ def _in_full(run: RunConfig, built: BuiltModel, files: ModelFiles, report: Repor
     if task is not None and run.model.task in ("sequence-classification", "regression"):
         shapes = {name: info.shape for name, info in files.tensors.items()}
         problem = head_problem(run.model, shapes, parts.head, task.num_labels)
+        report.problems += [problem] if problem else []
+        stored = files.config.get("id2label")
+        kept = files.tensors and not fresh and isinstance(stored, dict) and task.label_names
+        problem = label_problem(stored, task.label_names or ()) if kept and isinstance(stored, dict) else None
         report.problems += [problem] if problem else []
     return full
 

@@ -78,6 +78,23 @@ def head_problem(
     return None
 
 
+def label_problem(stored: Mapping[Any, Any], labels: Sequence[str]) -> str | None:
+    """One sentence if a head from the checkpoint numbers the same classes in another order than the run.
+
+    Args:
+        stored: ``id2label`` of the checkpoint's config.json.
+        labels: of the run, in the order of their numbers.
+    """
+    there = [str(stored[key]) for key in sorted(stored, key=int)]
+    plain = [[name.lower() for name in names] for names in (there, labels)]
+    if plain[0] == plain[1] or sorted(plain[0]) != sorted(plain[1]):
+        return None
+    return (
+        f"the checkpoint's head numbers its classes {', '.join(there)}, and data.task.labels are {', '.join(labels)}: "
+        "give them in the checkpoint's order (rows may hold names), or take a checkpoint without a head"
+    )
+
+
 def split_fresh(model: nn.Module, missing: Iterable[str]) -> tuple[list[str], list[str]]:
     """Divide the weights that a checkpoint lacks into those of the head, and the others."""
     from salient_ds.adapters.full import head_modules, is_inside

@@ -12,7 +12,7 @@ from torch import nn
 
 from salient_ds.config.run import ModelConfig, RunConfig, TrainConfig
 from salient_ds.models.families import family_problems
-from salient_ds.models.heads import draw_head, head_settings, refuse_mismatched, split_fresh
+from salient_ds.models.heads import draw_head, head_settings, label_problem, refuse_mismatched, split_fresh
 from salient_ds.models.meta_model import AUTO_CLASSES, attention_of, attention_problem
 from salient_ds.models.packing import packing_problems
 
@@ -109,6 +109,7 @@ def load_base(
     auto = getattr(transformers, AUTO_CLASSES[model.task])
     settings = head_settings(model, labels)
     missing: list[str] = []
+    stored = dict(getattr(_read_config(model), "id2label", None) or {}) if labels else {}
     refuse_attention(model)
     with partitioned_loading(ds_config), no_load_report(model.task != "causal-lm"):
         if model.random_weights:
@@ -128,6 +129,9 @@ def load_base(
             f"{model.path} lacks {len(lost)} weights of the model, for example {lost[:3]}: "
             "download it again, or choose the task that it was saved for"
         )
+    problem = label_problem(stored, labels) if stored and not fresh else None
+    if problem is not None:
+        raise ValueError(problem)
     draw_head(loaded, fresh, train.seed)
     loaded.config.use_cache = False  # type: ignore[union-attr]
     if train.activation_checkpointing != "none":
