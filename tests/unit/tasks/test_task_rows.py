@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from salient_ds.data.conversation import DataError
-from salient_ds.data.sources import count_rows
+from salient_ds.data.sources import count_rows, loading_note
 from salient_ds.data.tasks.reading import check_task_file, count_task_rows, read_examples
 from salient_ds.data.tasks.table import task_of
 from tests.unit.tasks.task_samples import ELBE, question
@@ -246,6 +246,10 @@ def test_an_unreachable_data_set_says_how_to_fetch_it(monkeypatch: pytest.Monkey
         read_examples(RTE, str(RTE.eval))
     assert "hf download nyu-mll/glue --repo-type dataset --local-dir glue" in str(error.value)
     assert '"./glue:rte[validation]"' in str(error.value)
+    assert "`hf download nyu-mll/glue --repo-type dataset --local-dir glue`" in loading_note(str(RTE.eval))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
+    assert loading_note(str(RTE.eval)) == "is loaded by name when training starts: nothing about it was checked"
 
 
 def test_the_folder_that_was_fetched_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
