@@ -194,11 +194,31 @@ def test_official_files_of_squad_are_read_as_they_are(tmp_path: Path) -> None:
     examples, _ = read_examples(SQUAD2, path)
     assert [(e.id, len(e.target)) for e in examples] == [("a", 1), ("b", 0)]
     assert count_task_rows(path) == 2
+    path.write_text("\ufeff" + json.dumps(OFFICIAL, indent=2), encoding="utf-8")
+    assert [e.id for e in read_examples(SQUAD2, path)[0]] == ["a", "b"]
+    path.write_text(json.dumps({"rows": OFFICIAL["data"]}, indent=2))
+    with pytest.raises(DataError, match='one JSON object over several lines.*save the list under its key "rows"'):
+        read_examples(SQUAD2, path)
     path.write_text(json.dumps(OFFICIAL["data"]))
     assert [e.id for e in read_examples(SQUAD2, path)[0]] == ["a", "b"]
     path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "Elbe", "paragraphs": [{"qas": [{}]}]}]}))
     with pytest.raises(DataError, match="article 'Elbe' is not as in SQuAD's files: KeyError: 'id'"):
         read_examples(SQUAD2, path)
+
+
+def test_a_start_that_is_off_by_two_is_corrected_and_counted(write: Callable[..., Path]) -> None:
+    start = ELBE.index("Dresden")
+    rows = [{**question(str(shift), "Where?"), "answers": [{"text": "Dresden", "answer_start": start + shift}]}
+            for shift in (-2, -1, 0, 1, 2)]  # fmt: skip
+    examples, found = read_examples(SQUAD, write(*rows))
+    assert all(e.target == (("Dresden", start),) for e in examples)
+    note = "dev: the start of an answer was off by one or two characters and was corrected (4 rows)"
+    assert found.notes("dev") == [note]
+    first = {**question("a", "What?"), "answers": [{"text": "The Elbe", "answer_start": 1}]}
+    assert read_examples(SQUAD, write(first))[0][0].target == (("The Elbe", 0),)
+    rows[0]["answers"][0]["answer_start"] = start - 3
+    with pytest.raises(DataError, match=f"is not at character {start - 3} of its context"):
+        read_examples(SQUAD, write(*rows))
 
 
 def test_answers_in_a_table_are_json(tmp_path: Path) -> None:
