@@ -118,12 +118,10 @@ class _Checks:
             self.facts["rows"] = rows - held_out
 
     def _rows(self, name: str, path: str) -> None:
-        from salient_ds.data.formats import count_rows, is_local
+        from salient_ds.data.sources import count_rows, is_local, loading_note
 
         if not is_local(path):
-            self.report.notes.append(
-                f"data.{name}={path!r} is loaded by name when training starts: nothing about it was checked"
-            )
+            self.report.notes.append(f"data.{name}={path!r} {loading_note(path)}")
             return
         if self.run.data.task is not None:
             rows = task_rows(self.run, name, path, self.quick, self.report)

@@ -261,7 +261,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
             raise ConfigError([f"{path} holds no mapping of sections (model:, adapter:, ...) at its top level"])
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
         data = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
         raise ConfigError([f"cannot read {path}: {error}"]) from error
     return parse_config(data, base=path.parent)  # type: ignore[arg-type]
 

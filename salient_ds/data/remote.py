@@ -7,6 +7,7 @@ cache.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,13 @@ def count_parquet(path: Path) -> int:
         raise DataError.of(str(path), "parquet", f"not readable as parquet: {error}") from None
 
 
-def _how_to_fetch(hub: HubName) -> str:
+def is_offline() -> bool:
+    """Whether the environment keeps `datasets` and the Hub's client from the network."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
+def how_to_fetch(hub: HubName) -> str:
     """The one command that gets the files of a data set, for a machine without network; empty for a local folder."""
     if Path(hub.name).expanduser().is_dir():
         return ""
@@ -95,7 +102,7 @@ def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
             text,
             "not loaded",
             f"no local file, and datasets.load_dataset could not load it: {type(error).__name__}: {reason}"
-            f"{_how_to_fetch(hub)}",
+            f"{how_to_fetch(hub)}",
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) > 1:

@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 from salient_ds.data.conversation import DataError, Problem
 from salient_ds.data.json_files import count_lines, is_json_list, jsonl_rows, list_rows
-from salient_ds.data.remote import HubName, count_parquet, hub_rows, parquet_rows, parse_hub_name
+from salient_ds.data.remote import (
+    HubName,
+    count_parquet,
+    how_to_fetch,
+    hub_rows,
+    is_offline,
+    parquet_rows,
+    parse_hub_name,
+)
 from salient_ds.data.table_files import count_table_rows, is_table, table_rows
 from salient_ds.strict import nearest
 
@@ -45,6 +53,13 @@ def open_source(path: str | Path) -> Source:
 def is_local(path: str | Path) -> bool:
     """Whether `path` is a local file, rather than a data set to load by name. Raises DataError for a missing file."""
     return not isinstance(locate(path), HubName)
+
+
+def loading_note(path: str | Path) -> str:
+    """What to say of a data set that is loaded by name later: it is unchecked, and may have to be fetched."""
+    located = locate(path)
+    fetch = how_to_fetch(located) if isinstance(located, HubName) and is_offline() else ""
+    return f"is loaded by name when training starts: nothing about it was checked{fetch}"
 
 
 def count_rows(path: str | Path) -> int:

@@ -39,6 +39,8 @@ class Example:
     target: Any = None
     """Classification: number of the label. Regression: float. Summarisation: text. Question answering: a tuple of
     answers, empty if there is none. None: the row has no label."""
+    remark: str | None = None
+    """What was corrected in the row; equal remarks are counted and shown to the user."""
 
 
 @dataclass(slots=True)

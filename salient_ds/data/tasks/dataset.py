@@ -56,9 +56,11 @@ class TaskDataset(Sequence[dict[str, Any]]):
     Items without a label have none of these. An example has one item, or one for each window (question answering).
     """
 
-    def __init__(self, task: Task, examples: Sequence[Example], features: Iterable[Features]) -> None:
-        self.task = task
-        self.examples = list(examples)
+    def __init__(
+        self, task: Task, examples: Sequence[Example], features: Iterable[Features], training: bool = False
+    ) -> None:
+        """``training``: keep no texts and targets, which only :meth:`decode` and :meth:`score` need."""
+        self.task, self.training = task, training
         ragged: dict[str, list[npt.NDArray[np.integer[Any]]]] = {}
         scalars: dict[str, list[float]] = {}
         numbers, targets, offsets, self.cut = [], [], [], 0
@@ -87,6 +89,8 @@ class TaskDataset(Sequence[dict[str, Any]]):
             for name, column in sorted(scalars.items())
         }
         self._offsets = RaggedColumn(offsets)
+        # the features may come from a generator that still reads the texts, so this is last
+        self.examples = [Example(example.id, ()) for example in examples] if training else list(examples)
 
     def __len__(self) -> int:
         return len(self.example_of)
@@ -106,7 +110,7 @@ class TaskDataset(Sequence[dict[str, Any]]):
     @property
     def labelled(self) -> bool:
         """Whether every example has a label."""
-        return all(example.target is not None for example in self.examples)
+        return "labels" in self.columns or "start_positions" in self.columns
 
     @property
     def largest_token(self) -> int:
@@ -119,15 +123,20 @@ class TaskDataset(Sequence[dict[str, Any]]):
         """Number of tokens of each item (of the source, for summaries)."""
         return np.diff(self._ragged["input_ids"].offsets) if len(self) else np.zeros(0, np.int64)
 
-    def select(self, examples: Iterable[int]) -> TaskDataset:
-        """A data set with these examples and all of their items, in this order."""
+    def select(self, examples: Iterable[int], training: bool = False) -> TaskDataset:
+        """A data set with these examples and all of their items, in this order.
+
+        ``training``: keep no texts and targets, as for :func:`load_task`.
+        """
         chosen = [int(number) for number in examples]
         items = _items_per_example(self.example_of, len(self.examples))
         features = (self._features(item, place) for place, number in enumerate(chosen) for item in items[number])
-        return TaskDataset(self.task, [self.examples[number] for number in chosen], features)
+        return TaskDataset(self.task, [self.examples[number] for number in chosen], features, self.training or training)
 
     def split(self, size: float, seed: int) -> tuple[TaskDataset, TaskDataset]:
         """Split examples into (train, held out). The seed determines which ones are held out.
+
+        The first part keeps no texts and targets; it is there to be trained on.
 
         Args:
             size: a fraction if below 1, else a whole number of examples.
@@ -142,10 +151,12 @@ class TaskDataset(Sequence[dict[str, Any]]):
                 f"data.eval_size={size:g} holds out {held_out} of {total} examples: leave one on each side"
             )
         chosen = set(frozen_permutation(total, seed)[:held_out].tolist())
-        return self.select(n for n in range(total) if n not in chosen), self.select(sorted(chosen))
+        rest = [number for number in range(total) if number not in chosen]
+        return self.select(rest, training=True), self.select(sorted(chosen))
 
     def decode(self, outputs: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> list[Prediction]:
         """One prediction per example from one element of output per item, see :meth:`Task.decode`."""
+        self._refuse_training()
         for name in self.task.outputs:
             if name not in outputs or len(outputs[name]) != len(self):
                 there = f"{len(outputs[name])} rows of {name!r}" if name in outputs else f"no {name!r}"
@@ -155,7 +166,12 @@ class TaskDataset(Sequence[dict[str, Any]]):
 
     def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         """The task's metrics over all examples, each counted once. Raises ValueError if some have no label."""
+        self._refuse_training()
         return self.task.score(predictions, self.examples)
+
+    def _refuse_training(self) -> None:
+        if self.training:
+            raise ValueError("this data set was loaded for training, without texts: load it with training=False")
 
     def fingerprint(self) -> str:
         """sha256 of all items: equal if and only if items and their order are equal."""
@@ -188,7 +204,8 @@ def load_task(
     """Read, validate and tokenise a file or data set of a task. The result is the same on every process.
 
     Args:
-        training: the items are only trained on; otherwise :meth:`TaskDataset.decode` can be called.
+        training: the items are only trained on, and texts are not kept; otherwise :meth:`TaskDataset.decode` and
+            :meth:`TaskDataset.score` can be called.
         labelled: rows without a label are errors.
         limit: read only so many rows.
 
@@ -197,7 +214,7 @@ def load_task(
         ValueError: rows that cannot be encoded.
     """
     examples, rows = read_examples(task, path, labelled, bad_rows, limit)
-    dataset = TaskDataset(task, examples, task.encode(examples, tokenizer, max_length, training))
+    dataset = TaskDataset(task, examples, task.encode(examples, tokenizer, max_length, training), training)
     return dataset, EncodingReport(rows, len(dataset), dataset.cut, max_length)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class TaskRows:
     """Rows without a label."""
     skipped: Mapping[str, int]
     """Rows left out on request, by kind of problem."""
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    """What was corrected, and in how many rows."""
 
     def notes(self, name: str) -> list[str]:
         """What a user should know; ``name`` is the part of the data, as in "train"."""
@@ -40,6 +42,7 @@ class TaskRows:
             absent = [label for label, count in self.labels.items() if not count]
             if absent and self.unlabelled < self.rows:
                 notes.append(f"{name}: no row has the label {', '.join(absent)}")
+        notes += [f"{name}: {remark} ({count:,} rows)" for remark, count in self.remarks.items()]
         if self.unlabelled:
             notes.append(f"{name}: {self.unlabelled:,} of {self.rows:,} rows have no label")
         return notes
@@ -78,7 +81,7 @@ def count_task_rows(path: str | Path) -> int:
     """
     if not is_local(path):
         return count_rows(path)  # says that it cannot
-    return sum(1 for _ in flattened(open_source(path).rows()))
+    return sum(1 for _ in flattened(open_source(path)))
 
 
 class _Reading:
@@ -95,7 +98,7 @@ class _Reading:
         log = ProblemLog(self.source.name, self.source.unit)
         seen: dict[int | str, int] = {}  # identifier -> line
         good = 0
-        for number, (line, row) in enumerate(islice(flattened(self.source.rows()), limit)):
+        for number, (line, row) in enumerate(islice(flattened(self.source), limit)):
             found = row if isinstance(row, Problem) else self._parse(row, number, line)
             if isinstance(found, Example) and found.id in seen:
                 what = f"identifier {found.id!r} is that of {self.source.unit} {seen[found.id]} too"
@@ -127,7 +130,8 @@ class _Reading:
         counts = Counter(example.target for example in examples if example.target is not None) if names else Counter()
         labels = {name: counts[number] for number, name in enumerate(names)} if names else {}
         unlabelled = sum(example.target is None for example in examples)
-        return TaskRows(self.path, len(examples), labels, unlabelled, dict(self.skipped.most_common()))
+        remarks = Counter(example.remark for example in examples if example.remark is not None)
+        return TaskRows(self.path, len(examples), labels, unlabelled, dict(self.skipped.most_common()), dict(remarks))
 
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from salient_ds.data.conversation import Problem
+from salient_ds.data.json_files import ONE_OBJECT, open_text_bytes
+from salient_ds.data.sources import Source
 
 
-def flattened(rows: Iterator[tuple[int, object | Problem]]) -> Iterator[tuple[int, object | Problem]]:
+def flattened(source: Source) -> Iterator[tuple[int, object | Problem]]:
     """The rows as they are, but a whole SQuAD file or an article of one becomes a row for each of its questions.
 
     Rows of a question have the columns of the Hub's data set: id, title, context, question and answers. They all carry
     the line of the object that they were in.
     """
-    for line, row in rows:
+    for line, row in source.rows():
+        if isinstance(row, Problem) and row.kind == ONE_OBJECT:
+            with open_text_bytes(Path(source.name).expanduser()) as file:  # it has been read without an error before
+                whole = json.load(file)
+            row = whole if isinstance(whole.get("data"), list) and "version" in whole else row
         if isinstance(row, Mapping) and isinstance(row.get("data"), list) and "version" in row:
             for article in row["data"]:
                 yield from _questions(line, article)

@@ -25,30 +25,36 @@ ROOT = Path(__file__).resolve().parents[3]
 NAMES = list(recipes())
 CONFIGS: dict[str, dict[str, Any]] = {
     "DeBERTaV3-base": {
-        "model_type": "deberta-v2", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "model_type": "deberta-v2", "architectures": ["DebertaV2Model"],
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "vocab_size": 128100, "max_position_embeddings": 512, "type_vocab_size": 0,
         "relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
         "norm_rel_ebd": "layer_norm", "position_biased_input": False,
     },
     "BART-large": {
-        "model_type": "bart", "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "vocab_size": 50265,
+        "model_type": "bart", "architectures": ["BartModel"],
+        "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "vocab_size": 50265,
         "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "encoder_attention_heads": 16, "decoder_attention_heads": 16,
         "max_position_embeddings": 1024,
     },
     "T5-base": {
-        "model_type": "t5", "d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_decoder_layers": 12,
+        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"],
+        "d_model": 768, "d_ff": 3072, "d_kv": 64, "num_layers": 12, "num_decoder_layers": 12,
         "num_heads": 12, "vocab_size": 32128,
     },
     "OPT-350M": {
-        "model_type": "opt", "hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24,
+        "model_type": "opt", "architectures": ["OPTForCausalLM"],
+        "hidden_size": 1024, "word_embed_proj_dim": 512, "ffn_dim": 4096, "num_hidden_layers": 24,
         "num_attention_heads": 16, "vocab_size": 50272, "do_layer_norm_before": False, "max_position_embeddings": 2048,
     },
     "RoBERTa-base": {
-        "model_type": "roberta", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "model_type": "roberta", "architectures": ["RobertaForMaskedLM"],
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072, "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
     },
     "Gemma-2B": {
-        "model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8,
+        "model_type": "gemma", "architectures": ["GemmaForCausalLM"],
+        "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8,
         "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 16384, "vocab_size": 256000,
     },
 }  # fmt: skip
@@ -83,6 +89,20 @@ def layout(found: Recipe, run: RunConfig) -> RankLayout:
     )  # fmt: skip
 
 
+def on_this_machine(found: Recipe, folder: Path) -> RunConfig:
+    """The recipe with a model folder without weights, and files in place of data sets of the Hub."""
+    model, rows = folder / "model", folder / "rows.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIGS[found.model]))
+    (model / "tokenizer.json").write_text("{}")
+    rows.write_text("{}\n")
+    (folder / "zero2.json").write_text(zero_json())
+    (folder / "run.yaml").write_text(found.text())
+    changes = {"model.path": model, "model.random_weights": "true", "data.train": rows, "data.eval": rows,
+               "output_dir": folder / "run"}  # fmt: skip
+    return load_config(folder / "run.yaml", [f"{key}={value}" for key, value in changes.items()])
+
+
 def test_every_row_is_there() -> None:
     tasks = ("mnli", "sst2", "cola", "qqp", "qnli", "rte", "mrpc", "stsb")
     methods = ("salientlora", "salientlora-r8", "adalora", "adalora-r8", "lora2", "increlora", "increlora-r8")
@@ -114,24 +134,28 @@ def test_a_recipe_ends_at_its_budget(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_passes_the_check(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = recipe(name)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(CONFIGS[found.model]))
-    (model / "tokenizer.json").write_text("{}")
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    (tmp_path / "zero2.json").write_text(zero_json())
-    (tmp_path / "run.yaml").write_text(found.text())
     monkeypatch.setattr(preflight_module, "task_rows", lambda *args: found.rows)
-    rows = str(tmp_path / "rows.jsonl")
-    run = load_config(
-        tmp_path / "run.yaml",
-        [f"model.path={model}", "model.random_weights=true", f"data.train={rows}", f"data.eval={rows}"],
-    )
+    run = on_this_machine(found, tmp_path)
     report = preflight(run, 1, quick=True)
     assert report.problems == []
     total = total_steps(found.rows, run.train.global_batch_size, run.train.epochs or 0)
     assert (report.facts["total_steps"], report.facts["rows"]) == (total, found.rows)
     assert report.facts["zero"]["stage"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MATRICES)
+def test_the_whole_check_of_one_recipe_of_each_model(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is built without weights, so that its layers, heads and attention are compared with the recipe."""
+    found = next(found for found in recipes().values() if found.model == model)
+    monkeypatch.setattr(preflight_module, "task_rows", lambda *args: found.rows)
+    report = preflight(on_this_machine(found, tmp_path), 1)
+    assert report.problems == []
+    assert report.facts["modules"] - report.facts.get("shortcuts", 0) == MATRICES[model]
+    if found.method != "heterolora":
+        assert report.facts["target_total"] == found.run().method.target_rank * MATRICES[model]
 
 
 @pytest.mark.parametrize("name", NAMES)

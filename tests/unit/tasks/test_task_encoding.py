@@ -160,10 +160,20 @@ def test_answers_are_read_back_from_perfect_logits(family: str, write: Callable[
         found.decode({**outputs, "end_logits": outputs["end_logits"][:1]}, TOKENIZERS[family])
 
 
-def test_training_needs_no_offsets() -> None:
-    example = Example("q", ("How long?", ELBE), (Answer("Dresden", ELBE.index("Dresden")),))
-    found = dataset(task_of({"like": "squad/v1", "stride": 4}), [example], "wordpiece", 30, True)
+def test_training_keeps_neither_texts_nor_offsets(write: Callable[..., Path]) -> None:
+    path = write(question("q", "How long?", "Dresden"))
+    task = task_of({"like": "squad/v1", "stride": 4})
+    found, _ = load_task(task, path, TOKENIZERS["wordpiece"], 30, training=True)
+    assert found.labelled and len(found) > 1
     assert all(found._features(k, 0).offsets == [] for k in range(len(found)))
+    for part in (found, found.select([0])):
+        assert [(e.id, e.texts, e.target) for e in part.examples] == [("q", (), None)]
+        with pytest.raises(ValueError, match="was loaded for training, without texts"):
+            part.decode({}, TOKENIZERS["wordpiece"])
+        with pytest.raises(ValueError, match="was loaded for training, without texts"):
+            part.score([])
+    same, _ = load_task(task, path, TOKENIZERS["wordpiece"], 30, training=False)
+    assert same.fingerprint() == found.fingerprint()
 
 
 def test_a_question_that_leaves_no_room_is_named() -> None:
@@ -257,6 +267,7 @@ def test_selecting_and_splitting_keeps_windows_with_their_example() -> None:
     train, held_out = whole.split(0.3, seed=1)
     assert (len(train.examples), len(held_out.examples)) == (7, 3)
     assert sorted(e.id for part in (train, held_out) for e in part.examples) == list(range(10))
+    assert (train.training, held_out.training) == (True, False)
     assert whole.split(0.3, 1)[1].fingerprint() == held_out.fingerprint() != whole.split(3, 2)[1].fingerprint()
     for size in (0.01, 10):
         with pytest.raises(ValueError, match="leave one on each side"):

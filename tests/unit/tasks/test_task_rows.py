@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from salient_ds.data.conversation import DataError
-from salient_ds.data.sources import count_rows
+from salient_ds.data.sources import count_rows, loading_note
 from salient_ds.data.tasks.reading import check_task_file, count_task_rows, read_examples
 from salient_ds.data.tasks.table import task_of
 from tests.unit.tasks.task_samples import ELBE, question
@@ -194,11 +194,31 @@ def test_official_files_of_squad_are_read_as_they_are(tmp_path: Path) -> None:
     examples, _ = read_examples(SQUAD2, path)
     assert [(e.id, len(e.target)) for e in examples] == [("a", 1), ("b", 0)]
     assert count_task_rows(path) == 2
+    path.write_text("\ufeff" + json.dumps(OFFICIAL, indent=2), encoding="utf-8")
+    assert [e.id for e in read_examples(SQUAD2, path)[0]] == ["a", "b"]
+    path.write_text(json.dumps({"rows": OFFICIAL["data"]}, indent=2))
+    with pytest.raises(DataError, match='one JSON object over several lines.*save the list under its key "rows"'):
+        read_examples(SQUAD2, path)
     path.write_text(json.dumps(OFFICIAL["data"]))
     assert [e.id for e in read_examples(SQUAD2, path)[0]] == ["a", "b"]
     path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "Elbe", "paragraphs": [{"qas": [{}]}]}]}))
     with pytest.raises(DataError, match="article 'Elbe' is not as in SQuAD's files: KeyError: 'id'"):
         read_examples(SQUAD2, path)
+
+
+def test_a_start_that_is_off_by_two_is_corrected_and_counted(write: Callable[..., Path]) -> None:
+    start = ELBE.index("Dresden")
+    rows = [{**question(str(shift), "Where?"), "answers": [{"text": "Dresden", "answer_start": start + shift}]}
+            for shift in (-2, -1, 0, 1, 2)]  # fmt: skip
+    examples, found = read_examples(SQUAD, write(*rows))
+    assert all(e.target == (("Dresden", start),) for e in examples)
+    note = "dev: the start of an answer was off by one or two characters and was corrected (4 rows)"
+    assert found.notes("dev") == [note]
+    first = {**question("a", "What?"), "answers": [{"text": "The Elbe", "answer_start": 1}]}
+    assert read_examples(SQUAD, write(first))[0][0].target == (("The Elbe", 0),)
+    rows[0]["answers"][0]["answer_start"] = start - 3
+    with pytest.raises(DataError, match=f"is not at character {start - 3} of its context"):
+        read_examples(SQUAD, write(*rows))
 
 
 def test_answers_in_a_table_are_json(tmp_path: Path) -> None:
@@ -246,6 +266,10 @@ def test_an_unreachable_data_set_says_how_to_fetch_it(monkeypatch: pytest.Monkey
         read_examples(RTE, str(RTE.eval))
     assert "hf download nyu-mll/glue --repo-type dataset --local-dir glue" in str(error.value)
     assert '"./glue:rte[validation]"' in str(error.value)
+    assert "`hf download nyu-mll/glue --repo-type dataset --local-dir glue`" in loading_note(str(RTE.eval))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
+    assert loading_note(str(RTE.eval)) == "is loaded by name when training starts: nothing about it was checked"
 
 
 def test_the_folder_that_was_fetched_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

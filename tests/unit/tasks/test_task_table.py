@@ -75,6 +75,8 @@ def test_a_description_replaces_fields_of_a_named_task(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(sections({"like": "squad/v2"}, "question-answering")))
     run = load_config(path, ["data.task.stride=32"])
     assert run.data.task is not None and run.data.task.stride == 32
+    with pytest.raises(ConfigError, match="cannot read .*run.yaml: Cannot merge"):
+        load_config(path, ["data.task=[squad]"])
 
 
 def test_labels_that_yaml_reads_as_numbers_are_names() -> None:
