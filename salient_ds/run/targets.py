@@ -71,6 +71,8 @@ def target_of(place: str, options: EvaluateOptions) -> Target:
         return _run_target(folder, options)
     if not folder.is_dir() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
         raise ValueError(f"{place} does not exist: give a run, an adapter or a model directory, or a model's hub name")
+    if folder.is_file():
+        raise ValueError(f"{place} is a file: give a run, an adapter or a model directory, or a model's hub name")
     facts = adapter_facts(folder) if folder.is_dir() else {}
     adapted = folder.is_dir() and is_adapter(folder)
     if folder.is_dir() and not adapted and not (folder / "config.json").is_file():
