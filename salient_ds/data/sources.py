@@ -5,7 +5,10 @@ Nothing here knows what a row means. Imports neither torch nor transformers nor 
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,11 +46,9 @@ def open_source(path: str | Path) -> Source:
         return Source(str(path), "row", lambda: hub_rows(str(path), located), nulls=True)
     if _is_parquet(located):
         return Source(str(path), "row", lambda: parquet_rows(located), nulls=True)
-    if is_table(located):
-        return Source(str(path), "line", lambda: table_rows(located))
-    if is_json_list(located):
-        return Source(str(path), "line", lambda: list_rows(located))
-    return Source(str(path), "line", lambda: jsonl_rows(located))
+    with _unpacking(located):
+        read = table_rows if is_table(located) else list_rows if is_json_list(located) else jsonl_rows
+    return Source(str(path), "line", lambda: _unpacked(located, read))
 
 
 def is_local(path: str | Path) -> bool:
@@ -76,11 +77,12 @@ def count_rows(path: str | Path) -> int:
         )
     if _is_parquet(located):
         return count_parquet(located)
-    if is_table(located):
-        return count_table_rows(located)
-    if is_json_list(located):
-        return sum(1 for _ in list_rows(located))
-    return count_lines(located)
+    with _unpacking(located):
+        if is_table(located):
+            return count_table_rows(located)
+        if is_json_list(located):
+            return sum(1 for _ in list_rows(located))
+        return count_lines(located)
 
 
 def locate(path: str | Path) -> Path | HubName:
@@ -94,6 +96,24 @@ def locate(path: str | Path) -> Path | HubName:
     if hub is not None and (not looks_local or Path(hub.name).expanduser().is_dir()):
         return hub
     raise DataError.of(text, "missing", _missing_file(local))
+
+
+Rows = Iterator[tuple[int, object | Problem]]
+
+
+def _unpacked(path: Path, read: Callable[[Path], Rows]) -> Rows:
+    with _unpacking(path):
+        yield from read(path)
+
+
+@contextmanager
+def _unpacking(path: Path) -> Iterator[None]:
+    """Raises DataError for a file compressed with gzip that is cut or damaged."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what = f"the compressed file is cut or damaged ({error}): copy or fetch it again"
+        raise DataError.of(str(path), "gzip", what) from None
 
 
 def _missing_file(path: Path) -> str:

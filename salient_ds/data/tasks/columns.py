@@ -57,7 +57,7 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], labelled
     number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     if isinstance(value, bool) and len(names) == 2:
         number = float(value)
-    if number != number or number != int(number) or not 0 <= number < len(names):
+    if not math.isfinite(number) or number != int(number) or not 0 <= number < len(names):
         pairs = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
         raise RowError("unknown label", f"label {shortened(value)} in column {column!r} is none of {pairs}")
     return int(number)

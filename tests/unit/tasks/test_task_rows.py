@@ -76,6 +76,7 @@ def one(task: Any, row: dict[str, Any], write: Callable[..., Path], labelled: bo
          "label 'sarcastc' in column 'label' is none of 'serious', 'sarcastic'; did you mean 'sarcastic'?"),
         (SARCASM, {"text": "a", "label": 2}, "label 2 in column 'label' is none of 0 (serious), 1 (sarcastic)"),
         (SARCASM, {"text": "a", "label": 0.5}, "label 0.5 in column 'label' is none of 0 (serious), 1 (sarcastic)"),
+        (SARCASM, {"text": "a", "label": 1e999}, "label inf in column 'label' is none of 0 (serious), 1 (sarcastic)"),
         (SARCASM, {"text": "a", "label": [1]}, "label [1] in column 'label' is none of"),
         (SARCASM, {"text": "a", "label": -1},
          "the row has no label in column 'label' (it is -1): label it, or leave it out of training and evaluation"),
@@ -249,6 +250,19 @@ def test_one_sentence_for_a_broken_table(name: str, text: str | bytes, sentence:
     with pytest.raises(DataError) as error:
         check_task_file(SARCASM, path)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["r.csv.gz", "r.jsonl.gz", "r.json.gz"])
+@pytest.mark.parametrize("kept", [12, 200])
+def test_a_cut_compressed_file_is_named(name: str, kept: int, tmp_path: Path) -> None:
+    text = {"r.csv.gz": "text,label\n" + "".join(f"{k},1\n" for k in range(999))}.get(
+        name, "".join(json.dumps({"text": str(k * 7919), "label": 1}) + "\n" for k in range(999))
+    )
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode())[:kept])
+    for read in (lambda: check_task_file(SARCASM, path), lambda: count_rows(path), lambda: count_task_rows(path)):
+        with pytest.raises(DataError, match=r"the compressed file is cut or damaged \(.*\): copy or fetch it again"):
+            read()
 
 
 def test_a_table_keeps_what_its_format_keeps(tmp_path: Path) -> None:
