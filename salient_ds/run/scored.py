@@ -41,12 +41,18 @@ def load_target(target: Target, device: torch.device) -> Loaded:
     """
     own = {key: value for key, value in target.model.items() if key not in ("path", "task", "random_weights")}
     model = ModelConfig(path=target.base, task=target.task.head, **own)
-    if "attn_implementation" not in own:
-        model = model.model_copy(update={"attn_implementation": attention_for(model)})
     sizes = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "lr": 1.0}  # of no training
     train = TrainConfig.model_validate(sizes | {"precision": target.precision})
-    tokenizer = load_tokenizer(model)
-    loaded = load_base(model, train, {}, target.task.label_names or ())
+    try:
+        if "attn_implementation" not in own:
+            model = model.model_copy(update={"attn_implementation": attention_for(model)})
+        tokenizer = load_tokenizer(model)
+        loaded = load_base(model, train, {}, target.task.label_names or ())
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model {target.base!r} cannot be loaded ({reason}): give its directory (--base)"
+        ) from error
     adapted: nn.Module = loaded.model
     notes: list[str] = []
     if target.kind == "run":
