@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from salient_ds.recipes.commands import app as recipes
 from salient_ds.run.changes import ChangeOption
 from salient_ds.run.search import (
     BatchesOption,
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(recipes, name="recipes")
 
 
 @app.callback()
@@ -157,6 +159,48 @@ def convert_toml(
         print_problems([f"--norm {norm!r} is unknown: choose none or reuse"])
         raise typer.Exit(2)
     raise typer.Exit(body(lora, shortcuts, model, layers, norm, output))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="Run directory, exported adapter (ours or any of PEFT's), merged or plain model.")
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="Task such as glue/rte, or a YAML file with one (default: the target's own).")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to score (default: those of --split).")] = None,
+    split: Annotated[str, typer.Option(help="eval, test (no labels: predictions only) or train.")] = "eval",
+    baseline: Annotated[bool, typer.Option("--baseline", help="Score the base model beside it.")] = False,
+    base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write (default: RUN/evaluation, TARGET-evaluation).")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per row (default: as in training).")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: the run's, else fp32).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only so many rows.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
+    gpus: Annotated[int, typer.Option(min=0, help="Processes on this node (0: all GPUs).")] = 1,
+    hostfile: Annotated[str | None, typer.Option(help="File of hosts and slots, one host per line.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Port on which the processes meet.")] = None,
+) -> None:
+    """Score a run, an adapter or a model on a task; write evaluation.json and predictions.jsonl."""
+    from salient_ds.run.exits import print_problems
+    from salient_ds.run.targets import EvaluateOptions
+    from salient_ds.run.verbs import evaluate as body
+
+    for name, value, allowed in (
+        ("split", split, ("eval", "test", "train")),
+        ("precision", precision, (None, "fp32", "bf16", "fp16")),
+    ):
+        if value not in allowed:
+            print_problems([f"--{name} {value!r} is unknown: choose {', '.join(filter(None, allowed))}"])
+            raise typer.Exit(2)
+    options = EvaluateOptions(
+        task, data, split, base, baseline, output, overwrite, batch, max_length, precision, limit
+    )  # fmt: skip
+    raise typer.Exit(body(target, options, _launcher_options(hostfile, master_port), gpus))
 
 
 @app.command()

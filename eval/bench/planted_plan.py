@@ -164,6 +164,7 @@ def method_config(arm: Arm, size: ProblemSize, training: Training) -> MethodConf
         else training.interval,
         "top_h": top_h,
         "add": 1,
+        "window": min(20, training.steps // 20),
         "inner_width": training.initial_rank,  # wide enough for every rank that LoRA^2 can keep
     }
     given = {name: value for name, value in common.items() if name in known.model_fields} | arm.options

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from salient_ds.adapters.full import is_inside
 from salient_ds.adapters.targets import NoMatch, is_pattern, is_suffix, listed, matcher, no_match, select_modules
 
 Targets = str | Sequence[str]
+_TRAINED = "it is trained in full (adapter.also_train)"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class Adaptable:
             if self._tower(name) is None and meant(name):
                 reasons.setdefault(reason, []).append(name)
         return notes + [f"{_some(names)} left out: {reason}" for reason, names in reasons.items()]
+
+    def without(self, trained: Sequence[str]) -> Adaptable:
+        """The same model with the modules ``trained`` in full: no adapter wraps a layer in them."""
+        inside = [name for name in self.linears if any(is_inside(name, module) for module in trained)]
+        rest = {name: shape for name, shape in self.linears.items() if name not in inside}
+        return replace(self, linears=rest, unfit={**self.unfit, **dict.fromkeys(inside, _TRAINED)})
 
     def _tower(self, name: str) -> str | None:
         return next((tower for tower in self.towers if name == tower or name.startswith(f"{tower}.")), None)

@@ -248,7 +248,7 @@ class PackedModel(nn.Module):
         self.banks = nn.ModuleList()
         self._due: set[int] = set()
         """Banks that the current forward pass has not reached yet."""
-        model.register_forward_pre_hook(self._begin)
+        model.register_forward_pre_hook(self.begin)
         for paths in _in_groups(adapters):
             for path in paths:
                 model.get_submodule(path).register_forward_pre_hook(self._unpacker(len(self.banks)))
@@ -258,7 +258,8 @@ class PackedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
+    def begin(self, *_: Any) -> None:
+        """Let every bank unpack when its layers are reached next. Generation calls the encoder before the model."""
         self._due = set(range(len(self.banks)))
 
     def _unpacker(self, index: int) -> Any:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from salient_ds.adapters.bank import PackedModel
 from salient_ds.adapters.forms import AdapterForm, HasForm, Wrapping
+from salient_ds.adapters.full import is_inside, parts
 from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
@@ -25,7 +27,7 @@ from salient_ds.ranks import RankLayout
 
 @dataclass
 class AdaptedModel:
-    """A model whose targeted layers are adapters; everything else is frozen."""
+    """A model whose targeted layers are adapters. Everything else is frozen, except for modules trained in full."""
 
     model: nn.Module
     adapters: dict[str, RankedLinear]
@@ -38,15 +40,30 @@ class AdaptedModel:
     """The model with its factors packed in banks of a few layers each; None: every factor is its own parameter."""
     notes: tuple[str, ...] = ()
     """What is left out although one could expect it to be adapted, one sentence each."""
+    full: tuple[str, ...] = ()
+    """Paths of the modules that are trained in full, beside the adapters."""
 
     @property
     def trained(self) -> nn.Module:
         """The module that an engine is built over. It holds every trainable parameter."""
         return self.model if self.packed is None else self.packed
 
+    @property
+    def names_in_full(self) -> dict[int, str]:
+        """By id of each parameter that is trained in full: its path in the model, whether or not factors are packed."""
+        return {id(p): name for name, p in self.model.named_parameters()
+                if any(is_inside(name, module) for module in self.full)}  # fmt: skip
+
     def pack(self) -> None:
         """Move the factors of all layers into banks."""
         self.packed = PackedModel(self.model, self.adapters)
+
+    def generate(self, **settings: Any) -> torch.Tensor:
+        """``model.generate`` with the adapters as they are now."""
+        if self.packed is not None:
+            self.packed.begin()
+        tokens: torch.Tensor = self.model.generate(**settings)  # type: ignore[operator]
+        return tokens
 
     def set_mask(self, mask_N: torch.Tensor, gate: bool, final: bool = True) -> None:
         """Write a decision's mask (bool, any device) into every adapter; see :meth:`RankedLinear.set_mask`."""
@@ -83,8 +100,9 @@ def inject(
     *,
     in_flight: bool = False,
     shape_of: ShapeOf = whole_shape,
+    fresh: Sequence[str] = (),
 ) -> AdaptedModel:
-    """Freeze ``model`` and wrap its targeted layers in place.
+    """Freeze ``model``, except for modules that are trained in full, and wrap its targeted layers in place.
 
     Fresh adapters do not change any output (IncreLoRA's reserve rows: hardly). This also works if ZeRO-3 has already
     partitioned the weights, because only their sizes are read.
@@ -93,14 +111,16 @@ def inject(
         method: the options of the method, which name the form of its adapters.
         in_flight: growing adapters start with only the rows that they need first, instead of all rows.
         shape_of: gives the shape of a whole parameter, if ZeRO-3 may have partitioned it.
+        fresh: names of the parameters that the checkpoint lacked.
 
     Raises:
         ValueError: ``adapter.target_modules`` matches no linear layer; the message lists the available names. It may be
-            empty only if ``adapter.shortcuts`` is set. Or a key of ``adapter.rank_pattern`` names no matrix.
+            empty only if ``adapter.shortcuts`` is set. Or ``adapter.rank_pattern`` or ``also_train`` name what is not there.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    found, names, notes = survey(model, shape_of), [], []
+    full = parts(model, shape_of).trained(adapter, fresh)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(is_inside(name, module) for module in full))
+    found, names, notes = survey(model, shape_of).without(full), [], []
     if adapter.shortcuts is None or adapter.target_modules:
         names, notes = found.select(adapter.target_modules), found.notes(adapter.target_modules)
     ranks = ranks_of(names, adapter.rank, adapter.rank_pattern)
@@ -126,7 +146,7 @@ def inject(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapped)
         adapters[name] = wrapped
-    return AdaptedModel(model, adapters, layout_of(adapters), penalty, scores, notes=tuple(notes))
+    return AdaptedModel(model, adapters, layout_of(adapters), penalty, scores, notes=tuple(notes), full=tuple(full))
 
 
 def alpha_of(rank: int, adapter: AdapterConfig, form: AdapterForm) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from salient_ds.adapters.presets import PREFIX, PRESETS, preset_names
 from salient_ds.strict import Strict
 
-LLAMA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA_MODULES = PRESETS["llama"]
 
 
 class OrthogonalityConfig(Strict):
@@ -40,7 +41,9 @@ class ShortcutConfig(Strict):
 
 class AdapterConfig(Strict):
     target_modules: str | list[str] = LLAMA_MODULES
-    """The layers to adapt: names (the ends of module paths), one regular expression as "re:...", or "all-linear"."""
+    """The layers to adapt: names (the ends of module paths), "preset:NAME" for the list that papers adapt of a family
+    (deberta, roberta, bert, bart, t5, flan-t5, opt, gemma, llama, mistral, qwen, phi3), one regular expression as
+    "re:...", or "all-linear"."""
     rank: int = Field(gt=0)
     """Initial rank r of every adapted matrix. With IncreLoRA: the largest rank that a matrix may grow to."""
     rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = {}
@@ -58,3 +61,16 @@ class AdapterConfig(Strict):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal distribution that A and B start from (0.02 in AdaLoRA and SalientLoRA)."""
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()  # type: ignore[call-arg]
+    train_head: bool | Literal["auto"] = "auto"
+    """Train the head of a classifier, a regression or a question-answering model in full, beside the adapters. auto:
+    what of it the checkpoint lacks, so that it begins at random values. No adapter ever goes on a head."""
+    also_train: list[str] = []
+    """Further modules to train in full, embeddings included: names (the ends of module paths), as PEFT's
+    modules_to_save. They are exported as such. Example: ["embed_tokens", "lm_head"]."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _known_preset(cls, chosen: str | list[str]) -> str | list[str]:
+        if isinstance(chosen, str) and chosen.startswith(PREFIX):
+            preset_names(chosen)
+        return chosen

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from salient_ds.adapters.adaptable import Adaptable, FusedExperts
+from salient_ds.adapters.full import head_modules, is_inside
 
 ShapeOf = Callable[[nn.Parameter], tuple[int, ...]]
 
@@ -18,7 +19,7 @@ _PLAIN = ("Linear", "FalconLinear")
 """Classes that compute x W^T + b and nothing else. FalconLinear only multiplies and adds in two operations."""
 _TOWER = re.compile(r"(^|_)(vision|visual|image|img|video|pixel|audio|speech|sound|multi_?modal|mm)(_|$)")
 """Names of parts for images and sound."""
-_READS_WEIGHT = re.compile(r"self\.(\w+)\.weight\b(?!\s*\.\s*(?:dtype|device|shape|size|data|ndim)\b)")
+_READS_WEIGHT = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\s*\.\s*(?:dtype|device|shape|size|data|ndim)\b)")
 _UNREACHED = {
     "pooler": "a causal language model does not run it",
     "indexer": "it only chooses what is attended to, and gets no gradient",
@@ -29,6 +30,7 @@ _UNREACHED = {
 """Parts of a decoder's path -> why nothing in them can be trained."""
 _READ_ONLY_IF = {"BloomAttention": "slow_but_exact", "BloomMLP": "slow_but_exact"}
 """Classes that read weights only if this entry of the configuration is set."""
+_IN_HEAD = "it belongs to the head, which is trained in full or not at all (adapter.train_head)"
 _BYPASSED = "code of the model uses its weight without calling the layer, and so would not see an adapter"
 
 
@@ -44,11 +46,12 @@ def survey(model: nn.Module, shape_of: ShapeOf = whole_shape) -> Adaptable:
         shape_of: gives the shape of a whole parameter, if ZeRO-3 may have partitioned it.
     """
     towers = _towers(model)
-    head = _embedding(model, "get_output_embeddings")
+    output, head = _embedding(model, "get_output_embeddings"), head_modules(model)
     linears, unfit = {}, {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            reason = _why_unfit(model, path, module)
+        if isinstance(module, nn.Linear) and module is not output:
+            in_head = any(is_inside(path, part) for part in head)
+            reason = _IN_HEAD if in_head else _why_unfit(model, path, module)
             if reason is None:
                 linears[path] = (module.out_features, module.in_features)
             else:
@@ -117,9 +120,9 @@ def _towers(model: nn.Module) -> list[str]:
     text, head = _text_model(model, paths), _embedding(model, "get_output_embeddings")
     found: list[str] = []
     for path, module in model.named_modules():
-        if not path or module is head or _inside(words, path) or any(_inside(path, tower) for tower in found):
+        if not path or module is head or is_inside(words, path) or any(is_inside(path, tower) for tower in found):
             continue
-        beside = bool(text) and not _inside(path, text) and not _inside(text, path)
+        beside = bool(text) and not is_inside(path, text) and not is_inside(text, path)
         reads = getattr(module, "main_input_name", "input_ids")
         if beside or reads != "input_ids" or _TOWER.search(path.rpartition(".")[2].lower()):
             found.append(path)
@@ -138,17 +141,13 @@ def _text_model(model: Any, paths: dict[int, str]) -> str:
     return paths.get(id(decoder), "")
 
 
-def _inside(path: str, parent: str) -> bool:
-    return path == parent or path.startswith(f"{parent}.")
-
-
 def _experts(model: nn.Module, towers: list[str], shape_of: ShapeOf) -> FusedExperts | None:
     """The fused experts of the language model."""
     found: dict[str, tuple[int, ...]] = {}
     counts: list[int] = []
     for path, module in model.named_modules():
         named = "Expert" in type(module).__name__ or "experts" in path.split(".")
-        if not named or isinstance(module, nn.Linear | nn.Embedding) or any(_inside(path, tower) for tower in towers):
+        if not named or isinstance(module, nn.Linear | nn.Embedding) or any(is_inside(path, tower) for tower in towers):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             shape = shape_of(parameter)

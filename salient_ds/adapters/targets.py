@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from salient_ds.adapters.presets import PREFIX, preset_names
 from salient_ds.strict import did_you_mean
 
 ALL_LINEAR = "all-linear"
@@ -30,7 +31,8 @@ def select_modules(names: Sequence[str], target_modules: str | Sequence[str]) ->
     Args:
         names: paths of all linear layers, e.g. "model.layers.0.self_attn.q_proj".
         target_modules: a list of names (each matches a path that equals it or ends with "." + name), one such
-            name, "re:PATTERN" (must match the whole path), or "all-linear" (all of ``names``).
+            name, "preset:NAME" (a list of :data:`PRESETS`), "re:PATTERN" (must match the whole path), or "all-linear"
+            (all of ``names``).
 
     Raises:
         NoMatch: nothing matches, or one of the listed names matches nothing (a typo there would silently
@@ -74,7 +76,9 @@ def is_pattern(target_modules: str | Sequence[str]) -> bool:
 
 
 def listed(target_modules: str | Sequence[str]) -> list[str]:
-    """The names in ``target_modules``; empty for "all-linear" and for a pattern."""
+    """The names in ``target_modules``, or of its preset; empty for "all-linear" and for a pattern."""
+    if isinstance(target_modules, str) and target_modules.startswith(PREFIX):
+        return preset_names(target_modules)
     if not isinstance(target_modules, str):
         return list(target_modules)
     return [] if target_modules == ALL_LINEAR or is_pattern(target_modules) else [target_modules]

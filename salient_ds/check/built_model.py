@@ -12,12 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from salient_ds.adapters.adaptable import Adaptable
+from salient_ds.adapters.full import Parts
 from salient_ds.check.helper_process import ask, reply
 from salient_ds.check.model_files import ModelFiles
 from salient_ds.check.model_shapes import architecture, derived_linear_shapes
@@ -25,8 +26,16 @@ from salient_ds.config.run import ModelConfig
 from salient_ds.models.limits import Limits
 from salient_ds.models.meta_model import AUTO_CLASSES
 
-_SOURCES = ("adapters/survey.py", "adapters/adaptable.py", "models/limits.py", "models/meta_model.py")
+_SOURCES = (
+    "adapters/survey.py",
+    "adapters/adaptable.py",
+    "adapters/full.py",
+    "models/limits.py",
+    "models/meta_model.py",
+)
 """Files whose change makes cached answers worthless."""
+_PLAIN_TASKS = ("causal-lm", "sequence-classification", "regression")
+"""Tasks for which LLaMA-like models have their layers at the same places."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +44,40 @@ class BuiltModel:
     limits: Limits
     parameters: int | None
     """Number of parameters (elements); None if it was not counted."""
+    parts: Parts = field(default_factory=Parts)
+    """What can be trained in full. Empty for a plain causal language model."""
+    attention: tuple[str, ...] = ()
+    """Attention implementations that the model has; empty: all."""
 
 
-def built_model(model: ModelConfig, files: ModelFiles, quick: bool = False) -> BuiltModel | str:
+def built_model(
+    model: ModelConfig, files: ModelFiles, quick: bool = False, *, classes: int = 1, closely: bool = False
+) -> BuiltModel | str:
     """What training will build from ``files``, or why that is not known.
 
     Args:
         quick: start no process; use what is known without.
+        classes: outputs of a classifier.
+        closely: every module has to be known, not only the layers that are usually adapted.
 
     Raises:
         ValueError: transformers has no class of this model for the run's task.
     """
-    plain = plain_model(files.config)
+    plain = None if closely else plain_model(files.config, model.task, classes)
     if files.directory is None or "model_type" not in files.config:
         return "there is no config.json to build it from"
     if model.trust_remote_code and "auto_map" in files.config:
         return "its code is not part of transformers (model.trust_remote_code)"
     if plain is not None:
         return plain
-    place = _cache_file(files.directory / "config.json", model.task)
+    place = _cache_file(files.directory / "config.json", f"{model.task}, {classes}")
     answer = _read(place)
     if answer is None:
         if quick:
             return "it has to be built for that"
         try:
-            answer = ask(__name__, {"folder": str(files.directory), "auto_class": AUTO_CLASSES[model.task]})
+            question = {"folder": str(files.directory), "auto_class": AUTO_CLASSES[model.task], "classes": classes}
+            answer = ask(__name__, question)
         except ValueError as error:
             return str(error)
         _write(place, answer)
@@ -67,16 +85,23 @@ def built_model(model: ModelConfig, files: ModelFiles, quick: bool = False) -> B
         raise ValueError(f"model.path={model.path!r}: {answer['refused']}")
     if "unknown" in answer:
         return str(answer["unknown"])
-    return BuiltModel(Adaptable.from_json(answer["adaptable"]), Limits(**answer["limits"]), answer["parameters"])
+    return BuiltModel(
+        Adaptable.from_json(answer["adaptable"]),
+        Limits(**answer["limits"]),
+        answer["parameters"],
+        Parts.from_json(answer["parts"]),
+        tuple(answer["attention"]),
+    )
 
 
-def plain_model(config: Mapping[str, Any]) -> BuiltModel | None:
+def plain_model(config: Mapping[str, Any], task: str = "causal-lm", classes: int = 1) -> BuiltModel | None:
     """The same for a family whose layers follow from config.json; None for any other."""
     numbers, shapes = architecture(config), derived_linear_shapes(config)
-    if numbers is None or not shapes:
+    if numbers is None or not shapes or task not in _PLAIN_TASKS:
         return None
     words = Limits(embedding="model.embed_tokens", rows=numbers.vocab_size, width=numbers.hidden_size)
-    return BuiltModel(Adaptable(shapes), words, None)
+    score = Parts() if task == "causal-lm" else Parts({"score": classes * numbers.hidden_size}, ("score",))
+    return BuiltModel(Adaptable(shapes), words, None, score)
 
 
 def cache_folder() -> Path:
@@ -117,26 +142,28 @@ def _write(place: Path | None, answer: Mapping[str, Any]) -> None:
             partial.unlink()
 
 
-def describe(folder: str, auto_class: str) -> dict[str, Any]:
+def describe(folder: str, auto_class: str, classes: int = 1) -> dict[str, Any]:
     """Build the model without weights and describe it. Needs torch and transformers.
 
     Returns:
-        Keys "adaptable", "limits", "parameters". Or "refused" with a sentence, if training could not load the model. Or
-        "unknown" with a reason, if the model cannot be built here.
+        Keys "adaptable", "limits", "parameters", "parts", "attention". Or "refused" with a sentence, if training could
+        not load the model. Or "unknown" with a reason, if the model cannot be built here.
     """
-    from salient_ds.adapters.survey import survey
+    from salient_ds.adapters.full import parts
+    from salient_ds.adapters.survey import survey, whole_shape
     from salient_ds.models.limits import limits
-    from salient_ds.models.meta_model import NoSuchModel, build_without_weights
+    from salient_ds.models.meta_model import NoSuchModel, attention_of, build_without_weights
 
     try:
-        model = build_without_weights(folder, auto_class)
+        model = build_without_weights(folder, auto_class, classes)
     except NoSuchModel as error:
         return {"refused": str(error)}
     except ValueError as error:
         return {"unknown": str(error)}
     found = survey(model)
     size = sum(parameter.numel() for parameter in model.parameters())
-    return {"adaptable": found.to_json(), "limits": limits(model, found.towers).to_json(), "parameters": size}
+    return {"adaptable": found.to_json(), "limits": limits(model, found.towers).to_json(), "parameters": size,
+            "parts": parts(model, whole_shape).to_json(), "attention": attention_of(type(model))}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -120,14 +120,20 @@ def workload(
     layout: RankLayout,
     architecture: Architecture | None,
     world_size: int,
+    in_full: int = 0,
 ) -> Workload:
-    """The workload of a run configuration. ``layout`` holds all adapted modules at their initial ranks."""
+    """The workload of a run configuration.
+
+    Args:
+        layout: all adapted modules at their initial ranks.
+        in_full: parameters (elements) of the modules that are trained in full.
+    """
     train, method = run.train, run.method
     work = Workload(
         base_parameters=base_parameters,
         adapted=tuple(zip(layout.out_features, layout.in_features, strict=True)),
         rank=ceil(layout.total / max(1, len(layout.ranks))),
-        trainable=method.adapter_parameters(layout),
+        trainable=method.adapter_parameters(layout) + in_full,
         statistics=method.statistics_bytes(layout),
         event=method.event_bytes(layout),
         element_bytes=4 if train.precision == "fp32" else 2,
@@ -143,14 +149,14 @@ def workload(
         fused_loss=run.speed.liger != "none",
     )
     if run.speed_plan(2).grows_in_flight:
-        return replace(work, in_flight=_in_flight(work, method, layout, row_multiple(run.speed, on_gpu=True)))
+        return replace(work, in_flight=_in_flight(work, method, layout, row_multiple(run.speed, True), in_full))
     return work
 
 
-def _in_flight(work: Workload, method: MethodConfig, layout: RankLayout, multiple: int) -> Workload:
+def _in_flight(work: Workload, method: MethodConfig, layout: RankLayout, multiple: int, in_full: int) -> Workload:
     rooms = method.largest_rooms(layout, multiple)
     largest = replace(layout, ranks=tuple(rooms))
-    elements = method.adapter_parameters(largest)
+    elements = method.adapter_parameters(largest) + in_full
     return replace(
         work,
         rank=ceil(sum(rooms) / len(rooms)),

@@ -10,21 +10,21 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from salient_ds.check.built_model import BuiltModel, built_model, plain_model
+from salient_ds.check.built_model import BuiltModel
 from salient_ds.check.memory import estimate, estimate_stages, workload
 from salient_ds.check.model_files import ModelFiles, inspect_model
+from salient_ds.check.model_fit import fitting_model, sharding_problems
 from salient_ds.check.model_shapes import architecture
 from salient_ds.check.place import check_directory, check_disk
 from salient_ds.check.rendered_rows import rendered
 from salient_ds.check.report import Report
 from salient_ds.check.tables import check_tables
 from salient_ds.check.target_layers import target_layout
+from salient_ds.check.task_rows import rough_steps, task_rows
 from salient_ds.check.tokenizer_files import has_chat_template, inspect_tokenizer
 from salient_ds.config.run import RunConfig
 from salient_ds.config.speed import speed_notes, speed_problems
-from salient_ds.models.kernels import kernel_problems
 from salient_ds.models.limits import Limits
-from salient_ds.models.packing import packing_problems
 from salient_ds.ranks import RankLayout
 from salient_ds.steps import steps_or_fraction, steps_per_epoch, total_steps
 from salient_ds.strict import ConfigError
@@ -96,6 +96,7 @@ class _Checks:
         get_template(self.run.data.template, self.run.data.rewritten_history)
 
     def data(self) -> None:
+        self.report.problems += self.run.data.task.library_problems() if self.run.data.task is not None else []
         self.guarded(lambda: self._rows("train", self.run.data.train))
         if self.run.data.eval is not None:
             self.guarded(lambda: self._rows("eval", str(self.run.data.eval)))
@@ -117,14 +118,15 @@ class _Checks:
             self.facts["rows"] = rows - held_out
 
     def _rows(self, name: str, path: str) -> None:
-        from salient_ds.data.formats import count_rows, is_local
+        from salient_ds.data.sources import count_rows, is_local, loading_note
 
         if not is_local(path):
-            self.report.notes.append(
-                f"data.{name}={path!r} is loaded by name when training starts: nothing about it was checked"
-            )
+            self.report.notes.append(f"data.{name}={path!r} {loading_note(path)}")
             return
-        rows = count_rows(path) if self.quick else self._rendered(name, path)
+        if self.run.data.task is not None:
+            rows = task_rows(self.run, name, path, self.quick, self.report)
+        else:
+            rows = count_rows(path) if self.quick else self._rendered(name, path)
         self.facts["rows" if name == "train" else "eval_rows"] = rows
 
     def _rendered(self, name: str, path: str) -> int:
@@ -159,27 +161,23 @@ class _Checks:
         self.files = files = inspect_model(self.run.model)
         self.report.problems.extend(files.problems)
         self.report.notes.extend(files.notes)
-        self.report.problems.extend(kernel_problems(self.run.speed, files.config.get("model_type")))
-        if self.run.data.packing:
-            self.report.problems.extend(packing_problems(self.run.model, files.config, self.run.data.max_length))
         inspect_tokenizer(self.run, files, self.report.problems)
         if files.parameters() is not None:
             self.facts["base_parameters"] = files.parameters()
         if isinstance(files.config.get("hidden_size"), int):
             self.facts["hidden_size"] = files.config["hidden_size"]
-        built = built_model(self.run.model, files, self.quick) if not files.problems else plain_model(files.config)
-        if isinstance(built, BuiltModel):
-            self.built = built
-            self.facts.setdefault("base_parameters", built.parameters)
-        elif built is not None:
-            self.report.notes.append(
-                f"the layers of this model are not known before training ({built}): targets, events, memory unchecked"
-            )
+        self.guarded(self._build)
         self.guarded(lambda: check_tables(self.run, files, self.built.limits if self.built else Limits(), self.report))
 
-    def targets(self) -> None:
+    def _build(self) -> None:
+        assert self.files is not None
+        self.built = fitting_model(self.run, self.files, self.quick, self.report)
         if self.built is not None:
-            self.layout = target_layout(self.run, self.built.adaptable, self.report)
+            self.facts.setdefault("base_parameters", self.built.parameters)
+
+    def targets(self) -> None:
+        if self.built is not None and self.files is not None:
+            self.layout = target_layout(self.run, self.built, self.files, self.report)
 
     def steps(self) -> None:
         train, rows = self.run.train, self.facts.get("rows")
@@ -188,11 +186,9 @@ class _Checks:
         elif rows is not None:
             assert train.epochs is not None
             total = total_steps(rows, train.global_batch_size, train.epochs)
-            self.facts.update(total_steps=total, total_steps_exact=not self.run.data.packing)
-            if self.run.data.packing:
-                self.report.notes.append(
-                    f"{total} steps is an upper bound: with data.packing the number of sequences is known later"
-                )
+            rough = rough_steps(self.run.data)
+            self.facts.update(total_steps=total, total_steps_exact=rough is None)
+            self.report.notes += [f"{total} steps is {rough}"] if rough else []
         else:
             return
         total = self.facts["total_steps"]
@@ -207,7 +203,7 @@ class _Checks:
         method, layout = self.run.method, self.layout
         if layout is None or not layout.modules:
             return
-        start = method.adapter_parameters(layout)
+        start = method.adapter_parameters(layout) + self._in_full()
         self.facts.update(initial_total=method.initial_total(layout), trainable_start=start)
         if self.run.has_singular_values:
             self.facts["sigma_ratio"] = self.run.sigma_ratio(layout)
@@ -220,7 +216,7 @@ class _Checks:
         epoch = None if rows is None else steps_per_epoch(rows, batch)
         target = method.final_total(layout, steps)
         ranks = list(layout.ranks) if target == layout.total else [target / len(layout.ranks)] * len(layout.ranks)
-        end = method.adapter_parameters(layout, ranks)
+        end = method.adapter_parameters(layout, ranks) + self._in_full()
         self.facts.update(target_total=target, trainable_end=end)
         if method.counts_epochs and epoch is None:
             self.report.notes.append("the events follow from the length of an epoch, known when data is loaded")
@@ -228,6 +224,10 @@ class _Checks:
         events = method.events(layout, steps, epoch)
         self.facts["events"] = [asdict(event) for event in events]
         self.report.notes += batch_notes + method.event_notes(events, target)
+
+    def _in_full(self) -> int:
+        """Number of parameters (elements) that are trained in full."""
+        return int(self.facts.get("in_full", {}).get("parameters", 0))
 
     def _batch_facts(self, notes: list[str]) -> None:
         """Facts and notes that follow from the number of micro-batches per step on one process."""
@@ -254,6 +254,7 @@ class _Checks:
         events = bool(self.facts.get("events"))
         self.report.notes.extend(speed_notes(speed, method, zero.stage, shortcuts, events))
         self._room(plan.grows_in_flight)
+        self.report.problems += sharding_problems(self.run, self.files, plan.sharded_base and self.world_size > 1)
         if plan.sharded_base:
             self.report.notes.append(
                 "ZeRO-3 partitions the frozen base's layers only (speed.zero3): embeddings, output head and adapters "
@@ -270,7 +271,7 @@ class _Checks:
         if in_flight:
             count = len(layout.modules)
             room = method.first_room(count, rank)
-            self.facts["trainable_start"] = method.adapter_parameters(layout, [room] * count)
+            self.facts["trainable_start"] = method.adapter_parameters(layout, [room] * count) + self._in_full()
             note = (
                 f"matrices begin with room for {room} of adapter.rank={rank} rows and get more when they need it "
                 "(speed.growth); memory is an upper bound: growth in the widest ones, and the moment when room is made"
@@ -283,7 +284,7 @@ class _Checks:
             return
         assert self.files is not None
         base, shape = self.facts["base_parameters"], architecture(self.files.config)
-        work = workload(self.run, base, layout, shape, self.world_size)
+        work = workload(self.run, base, layout, shape, self.world_size, self._in_full())
         ds = summary(self.facts["ds_config"])
         self.facts["memory"] = {name: asdict(row) for name, row in estimate_stages(work, ds, self.world_size).items()}
         self.facts["this_run"] = asdict(estimate(work, ds, self.world_size))

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from salient_ds.adapters.presets import PREFIX
 from salient_ds.check.memory import GIB
 from salient_ds.check.preflight import preflight
 from salient_ds.check.report import Report
@@ -76,14 +77,15 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
     parameters = facts.get("base_parameters")
     size = f" ({_count(parameters)} parameters)" if parameters else ""
     table.add_row("model", f"{run.model.path}{size}, {train.precision}")
-    table.add_row("data", f"{run.data.train}{_rows(facts)}, template {run.data.template}")
+    kind = f"template {run.data.template}" if run.data.task is None else f"task {run.data.task.name}"
+    table.add_row("data", f"{run.data.train}{_rows(facts)}, {kind}")
     zero = facts.get("zero")
     if zero:
         parts = [f"stage {zero['stage']}"]
         parts += [name.replace("_", " ") for name in ("offload_optimizer", "offload_param") if zero[name]]
         table.add_row("ZeRO", f"{run.deepspeed}: {', '.join(parts)}")
     if "total_steps" in facts:
-        exact = "" if facts["total_steps_exact"] else "at most "
+        exact = "" if facts["total_steps_exact"] else "at most " if run.data.packing else "about "
         table.add_row("steps", f"{exact}{facts['total_steps']} of {train.global_batch_size} examples")
     processes = facts.get("processes", 1)
     per_step = facts.get("ds_config", {}).get("gradient_accumulation_steps")
@@ -91,11 +93,21 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
         table.add_row("batch", f"{train.micro_batch_size} x {per_step} accumulated x {processes} processes")
     if "modules" in facts:
         table.add_row("adapters", f"{run.method.name} on {facts['modules']} matrices, rank {run.adapter.rank}")
+    if facts.get("targets"):
+        chosen = run.adapter.target_modules
+        named = f"{chosen}: " if isinstance(chosen, str) and chosen.startswith(PREFIX) else ""
+        table.add_row("targets", named + ", ".join(f"{name} {count}" for name, count in facts["targets"].items()))
+    if "in_full" in facts:
+        full = facts["in_full"]
+        fresh = f"; fresh: {', '.join(full['fresh'])}" if full["fresh"] else ""
+        table.add_row(
+            "trained in full", f"{', '.join(full['modules'])} ({_count(full['parameters'])} parameters{fresh})"
+        )
     if "sigma_ratio" in facts:
         table.add_row("learning rate", f"{run.train.lr:g}, singular values {facts['sigma_ratio']:.3g} times as much")
     if run.speed != SpeedConfig():
-        chosen = run.speed.model_dump(exclude_defaults=True)
-        table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items()))
+        changed = run.speed.model_dump(exclude_defaults=True)
+        table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in changed.items()))
     if "trainable_end" in facts:
         table.add_row("sum of ranks", f"{facts['initial_total']} -> {facts['target_total']}")
         start, end = _count(facts["trainable_start"]), _count(facts["trainable_end"])

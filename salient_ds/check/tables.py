@@ -35,6 +35,8 @@ def check_tables(run: RunConfig, files: ModelFiles, limits: Limits, report: Repo
     if rows and folder is not None and folder.is_dir():
         _check_tokens(run, folder, rows, stored.name if stored is not None else limits.embedding, report)
     position_problem = limits.position_problem(run.data.max_length)
+    if run.data.task is not None:
+        report.problems += run.data.task.length_problems(run.data.max_length, limits.longest or None)
     longest = files.config.get("max_position_embeddings")
     if position_problem is not None:
         report.problems.append(position_problem)

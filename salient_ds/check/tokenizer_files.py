@@ -21,7 +21,7 @@ def inspect_tokenizer(run: RunConfig, files: ModelFiles, problems: list[str]) ->
     may_be_elsewhere = run.model.trust_remote_code or (not named and files.directory_is_cache)
     if folder is None or not folder.is_dir() or may_be_elsewhere:
         return
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         remedy = "complete it, or set model.tokenizer"
         problems.append(f"{folder} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}): {remedy}")
     elif run.data.template == "tokenizer" and not has_chat_template(folder):
@@ -29,6 +29,11 @@ def inspect_tokenizer(run: RunConfig, files: ModelFiles, problems: list[str]) ->
             f'data.template="tokenizer", but the tokenizer in {folder} has no chat template: '
             "choose a named template, for example alpaca or vicuna_v1.1"
         )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` holds a tokenizer's vocabulary."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
 
 
 def has_chat_template(folder: Path) -> bool:

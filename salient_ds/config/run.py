@@ -18,7 +18,9 @@ from pydantic_core import PydanticCustomError
 
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.rank_pattern import RankFileError, with_ranks_of_file
+from salient_ds.config.data import DataConfig, metric_problems, task_problems
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
+from salient_ds.data.tasks.table import kind_of
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
 from salient_ds.ranks import RankLayout
@@ -34,47 +36,18 @@ class ModelConfig(Strict):
     """Tokenizer directory or Hub name. Default: the model's own tokenizer."""
     revision: str | None = None
     """Revision of the model on the Hub, such as a branch, tag or commit. Not used for `tokenizer`, if that is set."""
-    task: Literal["causal-lm"] = "causal-lm"
-    """Model head to load. It also decides the task type that an exported adapter states."""
+    task: Literal["causal-lm", "sequence-classification", "regression", "seq2seq-lm", "question-answering"] = (
+        "causal-lm"
+    )
+    """Model head to load: causal-lm, sequence-classification, regression, seq2seq-lm or question-answering. It also
+    decides the task type that an exported adapter states. What the checkpoint lacks of a head begins at random values
+    that follow from `train.seed`, and is trained in full (`adapter.train_head`)."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     trust_remote_code: bool = False
     """Allow transformers to run Python code that comes with the checkpoint."""
     random_weights: bool = False
     """Build the model from its config.json with random weights. Only for speed measurements."""
-
-
-class DataConfig(Strict):
-    """Section ``data`` of a run file."""
-
-    train: str
-    """Training data: a .json, .jsonl or .parquet file, or a `datasets` name ("name", "name:config", "name[split]")."""
-    eval: str | None = None
-    """Held-out data, in the same form as `train`."""
-    eval_size: float = Field(0, ge=0)
-    """Without `eval`: hold out this many training rows, or this fraction of them if below 1. With `packing`, packed
-    sequences are counted instead of rows. 0: hold out nothing."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt"] = "auto"
-    """Format of the rows. auto: found from the keys of the first row that fits one of the formats."""
-    template: str = "alpaca"
-    """Prompt template: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer (the tokenizer's own chat template), or
-    fastchat:NAME (any template of FastChat)."""
-    max_length: int = Field(512, gt=1)
-    """Maximum number of tokens per example. Longer examples are cut on the right; the log says how many were cut."""
-    empty_answers: Literal["error", "skip"] = "error"
-    """What to do with rows whose answer is empty (the published Alpaca file holds 28). error: refuse the file. skip:
-    leave those rows out."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with rows that cannot be trained on as they are: an answer first, a user turn last, tools or a system
-    message that the template does not print, ... error: refuse the file, with counts by kind. skip: leave them out, and
-    report the counts."""
-    rewritten_history: Literal["per_answer", "last_answer"] = "per_answer"
-    """For a tokenizer's chat template that rewrites earlier turns, such as Qwen3's, which drops the thoughts of earlier
-    answers. per_answer: every answer becomes an example of its own, rendered as the last one, as the model writes it.
-    last_answer: only the last answer of a conversation is trained on. Other templates are not concerned."""
-    packing: bool = False
-    """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other. Models that
-    were not tested to keep them apart are refused (salient_ds/models/README.md lists those that were)."""
 
 
 class TrainConfig(Strict):
@@ -122,6 +95,12 @@ class TrainConfig(Strict):
     """Optimizer steps between two checkpoints. 0: save only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints to keep. Older ones are deleted."""
+    best_metric: str | None = None
+    """Keep the checkpoint with the best value of this metric too, and export it instead of the last one: "auto" (the
+    task's own metric), one of `data.task.metrics`, or "loss". Only checkpoints that have reached the method's final sum
+    of ranks count. Evaluations are every `eval_every` steps."""
+    patience: int | None = Field(None, gt=0)
+    """Stop after this many evaluations in a row without a better value of `best_metric`."""
     max_skipped_steps: int = Field(30, gt=0)
     """Stop the run after this many skipped steps in a row. A step is skipped when its gradients are not finite."""
     timeout_minutes: float = Field(30.0, gt=0)
@@ -136,6 +115,13 @@ class TrainConfig(Strict):
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size={self.micro_batch_size}: change one of them"
             )
+        if self.best_metric is not None and not self.eval_every:
+            raise ValueError(
+                f"train.best_metric={self.best_metric} chooses among evaluations, and there is only one at the end: "
+                "set train.eval_every"
+            )
+        if self.patience is not None and self.best_metric is None:
+            raise ValueError(f"train.patience={self.patience} waits for a better train.best_metric: set that too")
         return self
 
 
@@ -187,9 +173,14 @@ class RunConfig(Strict):
         if self.train.sigma_lr != "auto" and not self.has_singular_values:
             problems.append(f"train.sigma_lr is for singular values, method {self.method.name} has none: remove it")
         if self.adapter.rank_pattern and self.method.grows:
+            why = f"adapter.rank_pattern gives initial ranks, but method {self.method.name} lets all grow from the same one"
+            problems.append(f"{why}: remove the pattern, or use method.name=lora")
+        problems += task_problems(self.data, self.model.task)
+        problems += metric_problems(self.train.best_metric, self.data)
+        if self.speed.liger != "none" and self.model.task != "causal-lm":
             problems.append(
-                f"adapter.rank_pattern gives initial ranks, but method {self.method.name} starts every matrix at the "
-                "same one and lets it grow: remove the pattern, or use method.name=lora"
+                f"speed.liger={self.speed.liger} has a loss for causal language models only, and model.task="
+                f"{self.model.task}: use none"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -212,6 +203,8 @@ class RunConfig(Strict):
 
 def _fields_at(loc: tuple[Any, ...], data: Any, root: type[BaseModel]) -> list[str]:
     """Field names of the section that holds the unknown key at ``loc`` (union tags in ``loc`` are skipped)."""
+    if loc[:2] == ("data", "task"):
+        return [*kind_of(data["data"]["task"]).model_fields, "like"]
     model: Any = root
     for part in loc[:-1]:
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
@@ -281,7 +274,7 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None, what: str = 
             raise ConfigError([f"{path} holds no mapping of sections (model:, adapter:, ...) at its top level"])
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
         return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
         raise ConfigError([f"cannot read {path}: {error}"]) from error
 
 

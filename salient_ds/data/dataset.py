@@ -23,7 +23,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 IndexArray = npt.NDArray[np.int64]
 
 
-class _Column:
+class RaggedColumn:
     """Rows of varying length in one flat array: row k is values[offsets[k]:offsets[k + 1]]."""
 
     def __init__(self, rows: Sequence[IntArray]) -> None:
@@ -52,7 +52,7 @@ class InstructionDataset(Sequence[dict[str, npt.NDArray[np.int32]]]):
             assert sorted(example) == list(rows), f"example {count} has the keys {sorted(example)}, not {list(rows)}"
             for name, values in example.items():
                 rows[name].append(np.asarray(values))
-        self._columns = {name: _Column(column) for name, column in rows.items()}
+        self._columns = {name: RaggedColumn(column) for name, column in rows.items()}
         self._length = count
 
     def __len__(self) -> int:

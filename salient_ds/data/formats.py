@@ -7,15 +7,13 @@ any process starts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from salient_ds.data.conversation import Conversation, DataError, OnBadRow, Problem, ProblemLog, RowError, Turn
-from salient_ds.data.json_files import count_lines, is_json_list, jsonl_rows, list_rows
-from salient_ds.data.remote import HubName, count_parquet, hub_rows, parquet_rows, parse_hub_name
 from salient_ds.data.rows import FORMATS, detect_format, parse_row
+from salient_ds.data.sources import count_rows, is_local, open_source
 from salient_ds.data.turns import EMPTY_ANSWER
 from salient_ds.strict import nearest
 
@@ -31,8 +29,6 @@ __all__ = [
     "read_data",
     "read_rows",
 ]
-
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".gz")
 
 
 @dataclass(frozen=True)
@@ -62,21 +58,6 @@ class FileSummary:
             more = f" and {len(self.ignored_keys) - 8} more" if len(self.ignored_keys) > 8 else ""
             notes.append(f"{name}: keys of rows that nothing reads: {keys}{more}")
         return notes
-
-
-class _Container(NamedTuple):
-    """A source of rows. `unit` is what messages call a row's number: "line" or "row"."""
-
-    name: str
-    unit: str
-    rows: Callable[[], Iterator[tuple[int, object | Problem]]]
-    nulls: bool = False
-    """Rows come from Arrow, whose structs hold null for every field that other rows have."""
-
-
-def is_local(path: str | Path) -> bool:
-    """Whether `path` is a local file, rather than a data set to load by name. Raises DataError for a missing file."""
-    return not isinstance(_locate(path), HubName)
 
 
 def read_data(
@@ -111,25 +92,6 @@ def check_file(
     return reading.summary()
 
 
-def count_rows(path: str | Path) -> int:
-    """Number of rows of a local file, without validation. It counts lines, or reads the parquet footer.
-
-    Raises DataError for a missing or empty file, and for a `datasets` name (which would have to be downloaded).
-    """
-    located = _locate(path)
-    if isinstance(located, HubName):
-        raise DataError.of(
-            str(path),
-            "not local",
-            "a data set loaded by name cannot be counted before it is downloaded",
-        )
-    if _is_parquet(located):
-        return count_parquet(located)
-    if is_json_list(located):
-        return sum(1 for _ in list_rows(located))
-    return count_lines(located)
-
-
 class Reading:
     """One pass over one source. It counts rows, and knows the format once a row has shown it."""
 
@@ -142,7 +104,7 @@ class Reading:
             if value not in ("error", "skip"):
                 raise ValueError(f'{name}="{value}": must be "error" or "skip"')
         self.path = str(path)
-        self.container = _open(path)
+        self.container = open_source(path)
         self.format = None if fmt == "auto" else fmt
         self.empty_answers, self.bad_rows = empty_answers, bad_rows
         self.good = self.answers = 0
@@ -204,40 +166,3 @@ class Reading:
 
 def _remedy(error: RowError) -> str:
     return '; fill it in, or set empty_answers to "skip"' if error.kind == EMPTY_ANSWER else ""
-
-
-def _open(path: str | Path) -> _Container:
-    located = _locate(path)
-    if isinstance(located, HubName):
-        return _Container(str(path), "row", lambda: hub_rows(str(path), located), nulls=True)
-    if _is_parquet(located):
-        return _Container(str(path), "row", lambda: parquet_rows(located), nulls=True)
-    if is_json_list(located):
-        return _Container(str(path), "line", lambda: list_rows(located))
-    return _Container(str(path), "line", lambda: jsonl_rows(located))
-
-
-def _locate(path: str | Path) -> Path | HubName:
-    """A local file that exists, or a data set name. Raises DataError for a missing file."""
-    local = Path(path).expanduser()
-    if local.is_file():
-        return local
-    text = str(path)
-    looks_local = isinstance(path, Path) or local.suffix in _SUFFIXES or text.startswith((".", "/", "~"))
-    hub = parse_hub_name(text)
-    if hub is not None and (not looks_local or local.is_dir()):
-        return hub
-    raise DataError.of(text, "missing", _missing_file(local))
-
-
-def _missing_file(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"file not found: there is no folder {folder}"
-    near = nearest(path.name, [entry.name for entry in folder.iterdir()])
-    return f"file not found{f'; did you mean {folder / near}?' if near else ''}"
-
-
-def _is_parquet(path: Path) -> bool:
-    with path.open("rb") as file:
-        return path.suffix == ".parquet" or file.read(4) == b"PAR1"

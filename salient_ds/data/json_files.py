@@ -19,6 +19,8 @@ _GZIP = b"\x1f\x8b"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+ONE_OBJECT = "one object"
+"""Kind of the problem of a file that is one JSON object over several lines."""
 _SMALL = 1 << 28  # bytes up to which a file is read once more to explain an error
 _EXCERPT = 40  # characters shown around a syntax error, half of them before it
 
@@ -166,7 +168,7 @@ def _spread_object(path: Path) -> Problem | None:
     inner = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     remedy = f'save the list under its key "{inner[0]}" as the file' if inner else "put it into a list: [ ... ]"
     return Problem(
-        "one object",
+        ONE_OBJECT,
         1,
         f"the file is one JSON object over several lines, expected a list or one object per line: {remedy}",
     )

@@ -7,6 +7,7 @@ cache.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,25 @@ def count_parquet(path: Path) -> int:
         raise DataError.of(str(path), "parquet", f"not readable as parquet: {error}") from None
 
 
+def is_offline() -> bool:
+    """Whether the environment keeps `datasets` and the Hub's client from the network."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
+def how_to_fetch(hub: HubName) -> str:
+    """The one command that gets the files of a data set, for a machine without network; empty for a local folder."""
+    if Path(hub.name).expanduser().is_dir():
+        return ""
+    folder = hub.name.rpartition("/")[2]
+    config, split = f":{hub.config}" if hub.config else "", f"[{hub.split}]" if hub.split else ""
+    command = f"hf download {hub.name} --repo-type dataset --local-dir {folder}"
+    return (
+        f". Without network: run `{command}` on a machine that has one, copy the folder here, and name it instead: "
+        f'"./{folder}{config}{split}" (one .parquet, .csv or .jsonl file with the same columns does too)'
+    )
+
+
 def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
     """Yields (row number from 1, row) of a data set loaded with `datasets.load_dataset` (which keeps its own cache).
 
@@ -81,7 +101,8 @@ def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
         raise DataError.of(
             text,
             "not loaded",
-            f"no local file, and datasets.load_dataset could not load it: {type(error).__name__}: {reason}",
+            f"no local file, and datasets.load_dataset could not load it: {type(error).__name__}: {reason}"
+            f"{how_to_fetch(hub)}",
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) > 1:

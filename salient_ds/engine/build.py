@@ -16,13 +16,15 @@ from salient_ds.zero.collectives import world
 from salient_ds.zero.ds_json import summary
 from salient_ds.zero.environment import make_engine
 from salient_ds.zero.internals.clipping import can_fold_clipping, fold_clipping
+from salient_ds.zero.internals.layouts import full_shape
 
 
 def parameter_groups(adapted: AdaptedModel, lr: float, weight_decay: float, sigma_ratio: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into two groups: the singular values (no weight decay) and everything else.
+    """Split the trainable parameters into groups: factors, singular values, and modules that are trained in full.
 
     The singular values have a group of their own so that they lie side by side in the optimizer's flat buffer. One
-    slice then reads or masks them all. Their learning rate is ``lr`` times ``sigma_ratio``.
+    slice then reads or masks them all. Their learning rate is ``lr`` times ``sigma_ratio``. They are not decayed, nor
+    are the biases and norms of modules.
     """
     sigmas = {
         id(address.parameter)
@@ -30,10 +32,12 @@ def parameter_groups(adapted: AdaptedModel, lr: float, weight_decay: float, sigm
         for factor, address in adapter.factors().items()
         if factor == "E"
     }
+    modules = adapted.names_in_full
     trainable = [p for p in adapted.trained.parameters() if p.requires_grad]
+    in_full = [p for p in trainable if id(p) in modules]
     groups = [
         {
-            "params": [p for p in trainable if id(p) not in sigmas],
+            "params": [p for p in trainable if id(p) not in sigmas and id(p) not in modules],
             "weight_decay": weight_decay,
             "name": "factors",
         },
@@ -42,6 +46,16 @@ def parameter_groups(adapted: AdaptedModel, lr: float, weight_decay: float, sigm
             "lr": lr * sigma_ratio,
             "weight_decay": 0.0,
             "name": "singular_values",
+        },
+        {
+            "params": [p for p in in_full if len(full_shape(p)) > 1],
+            "weight_decay": weight_decay,
+            "name": "modules",
+        },
+        {
+            "params": [p for p in in_full if len(full_shape(p)) <= 1],
+            "weight_decay": 0.0,
+            "name": "modules_not_decayed",
         },
     ]
     return [group for group in groups if group["params"]]

@@ -38,7 +38,14 @@ from salient_ds.zero.collectives import all_succeeded, from_everyone, world
 from salient_ds.zero.internals.engine_state import describe
 
 
-def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: dict[str, Any], keep: int) -> Path:
+def save(
+    state: AllocationState,
+    folder: Path,
+    identity: dict[str, Any],
+    extra: dict[str, Any],
+    keep: int,
+    spare: int | None = None,
+) -> Path:
     """Write one checkpoint. All processes call this after a step.
 
     Checkpoints of later steps are removed afterwards: they are of a run that was not continued.
@@ -48,6 +55,7 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
         identity: facts that must be the same in a run that resumes from it (method, model, layout).
         extra: small state of the training loop, equal on all processes.
         keep: how many whole checkpoints to keep.
+        spare: step of a further one to keep.
 
     Returns:
         The directory of the new checkpoint.
@@ -91,7 +99,7 @@ def save(state: AllocationState, folder: Path, identity: dict[str, Any], extra: 
             f"Free space under {folder} and continue with --resume auto"
         )
     if global_rank == 0:
-        remove_others(folder, state.step, keep)
+        remove_others(folder, state.step, keep, spare)
     return final
 
 
@@ -126,7 +134,19 @@ def _manifest(state: AllocationState, identity: dict[str, Any]) -> dict[str, Any
         "identity": identity,
         "parameters": {n: list(shape) for n, shape in state.shards.shapes.items()},
         "adapters": _describe_adapters(state),
+        "in_full": _describe_in_full(state),
     }
+
+
+def _describe_in_full(state: AllocationState) -> list[dict[str, Any]]:
+    """The parameters that are trained in full: name, shape, and all names, of which a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in state.adapted.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [
+        {"name": name, "shape": list(state.shards.shapes[name]), "names": names[key]}
+        for key, name in state.shards.in_full.items()
+    ]
 
 
 def _describe_adapters(state: AllocationState) -> list[dict[str, Any]]:

@@ -110,9 +110,10 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def remove_others(folder: Path, step: int, keep: int) -> None:
-    """Remove all checkpoints in ``folder`` but the last ``keep`` whole ones up to ``step``."""
-    kept = [path for path in find_checkpoints(folder) if step_of(path) <= step][-keep:]
+def remove_others(folder: Path, step: int, keep: int, spare: int | None = None) -> None:
+    """Remove all checkpoints in ``folder`` but the last ``keep`` whole ones up to ``step`` and that of ``spare``."""
+    whole = [path for path in find_checkpoints(folder) if step_of(path) <= step]
+    kept = whole[-keep:] + [path for path in whole if step_of(path) == spare]
     for path in checkpoint_dirs(folder):
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)

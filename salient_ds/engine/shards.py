@@ -132,8 +132,12 @@ class ShardMap:
         self.engine = engine
         self.owned: dict[str, Owned] = {owned.name: owned for owned in owned_factors(adapted)}
         whole: BufferLayout = read_layout(engine)
-        self.layout = replace(whole, fragments=split_by_factor(whole.fragments, list(self.owned.values())))
+        modules = adapted.names_in_full
+        named = [replace(f, name=modules.get(id(f.parameter), f.name)) for f in whole.fragments]
+        self.layout = replace(whole, fragments=split_by_factor(named, list(self.owned.values())))
         self.rank_layout = adapted.layout
+        self.in_full = modules
+        """By id of each parameter that is trained in full: its path in the model."""
         self.shapes = self._shapes(engine)
         self.by_name: dict[str, list[Fragment]] = defaultdict(list)
         for fragment in self.layout.fragments:
@@ -146,7 +150,7 @@ class ShardMap:
         shapes = {name: owned.address.shape for name, owned in self.owned.items()}
         for name, parameter in engine.module.named_parameters():
             if parameter.requires_grad and full_numel(parameter) > 0 and id(parameter) not in packed:
-                shapes[name] = full_shape(parameter)
+                shapes[self.in_full.get(id(parameter), name)] = full_shape(parameter)
         return shapes
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-OVERWRITABLE = ("salient_ds.json", "adapter_config.json", "config.json")
+OVERWRITABLE = ("salient_ds.json", "adapter_config.json", "config.json", "evaluation.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

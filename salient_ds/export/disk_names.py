@@ -79,6 +79,29 @@ def locate_weights(modules: Iterable[str], keys: Iterable[str], folder: Path, ta
     return found
 
 
+def locate_trained(names: Iterable[str], keys: Iterable[str], folder: Path, task_type: str) -> dict[str, str]:
+    """Where a checkpoint has the parameters ``names``, which were trained in full.
+
+    Returns:
+        parameter name -> tensor name. A parameter that the checkpoint lacks, such as one of a fresh head, is left out.
+
+    Raises:
+        ValueError: a parameter is only a part of a tensor in the checkpoint, or is stored in another order.
+    """
+    names, keys = list(names), list(keys)
+    try:
+        origins = _origins(build_without_weights(folder, CLASS_OF_TASK_TYPE[task_type]), keys)
+    except ValueError:
+        return {name: name for name in names if name in keys}
+    parts = [name for name in names if any(origin.converted for origin in origins.get(name, []))]
+    if parts:
+        raise ValueError(
+            f"{some(parts)}: trained in full, but only a part of a tensor in the base checkpoint, or stored in another "
+            f"order. That cannot be merged: {_REMEDY}"
+        )
+    return {name: origins[name][0].key for name in names if len(origins.get(name, [])) == 1}
+
+
 def _refuse_shared(model: Any, modules: Iterable[str]) -> None:
     """Refuse modules whose weight is another module's as well: merging would change both."""
     groups: dict[int, list[str]] = {}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from salient_ds.export.atomic import atomic_directory
 from salient_ds.export.base_files import BaseFiles, copy_all_but_weights, open_base
-from salient_ds.export.disk_names import locate_weights
+from salient_ds.export.disk_names import locate_trained, locate_weights
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.merged_shards import Changes, bytes_as, read_header, write_shard
 from salient_ds.export.meta import ExportMeta, write_json, write_record
@@ -62,13 +62,13 @@ def write_merged(
     """
     check_factors(factors)
     files = open_base(base)
-    trained = trained or {}
     _check_mergeable(factors, files.config())
     key_of = locate_weights([item.name for item in factors], files.file_of, files.folder, meta.task_type)
-    changes = Changes({key_of[item.name]: item for item in factors}, trained, dtype)
-    added = {name: value.detach().cpu().contiguous() for name, value in trained.items() if name not in files.file_of}
+    replaced, added = _in_full(trained or {}, files, meta.task_type)
+    changes = Changes({key_of[item.name]: item for item in factors}, replaced, dtype)
+    fill = dtype or _stored_dtype(files.config())
+    added = {name: value.to(fill) if value.is_floating_point() else value for name, value in added.items()}
     if dtype is not None:
-        added = {name: value.to(dtype) if value.is_floating_point() else value for name, value in added.items()}
         stated = _with_dtype(files.config(), dtype) or {"dtype": _name(dtype)}
         config_updates = stated | dict(config_updates or {})
     names = _shard_names(len(files.shards) + bool(added))
@@ -94,6 +94,30 @@ def write_merged(
         stored = " and ".join(sorted(map(_name, changes.stored)))
         print(changes.rounding.line(stored), file=sys.stderr, flush=True)
     return target
+
+
+def _in_full(
+    trained: Mapping[str, Tensor], files: BaseFiles, task_type: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters trained in full that replace tensors of the base, by their names there, and those that are added.
+
+    Of a tied parameter, which comes under several names, only those count that the base has.
+    """
+    if not trained:
+        return {}, {}
+    key_of = locate_trained(trained, files.file_of, files.folder, task_type)
+    replaced = {key_of[name]: value for name, value in trained.items() if name in key_of}
+    there = {id(value) for value in replaced.values()}
+    added = {name: value.detach().cpu().contiguous() for name, value in trained.items()
+             if name not in key_of and id(value) not in there}  # fmt: skip
+    return replaced, added
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The data type that config.json states; float32 if it states none."""
+    stated = next((config[key] for key in _DTYPE_KEYS if config.get(key) is not None), "float32")
+    found = getattr(torch, str(stated), torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def copy_companions(files: BaseFiles, folder: Path, config_updates: Mapping[str, Any]) -> None:

@@ -44,6 +44,8 @@ class ExportMeta:
     """Run directory or checkpoint that the adapter was taken from."""
     template: Mapping[str, Any] | None = None
     """Name of the prompt template and hash of a rendered sample. Evaluation refuses any other template."""
+    task: Mapping[str, Any] | None = None
+    """The task with a metric that it was trained for: its description, the length of rows, and attention."""
     base_model: str | None = None
     """Value of ``base_model_name_or_path`` (default: where the base is read from)."""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
@@ -78,6 +80,7 @@ def write_record(
         "dtype": dtype,
         **rank_entries({item.name: item.rank for item in factors}),
         "template": dict(meta.template) if meta.template is not None else None,
+        **({"task": dict(meta.task)} if meta.task is not None else {}),
         "source_run": meta.source_run,
         "versions": dict(meta.versions),
         **(more or {}),

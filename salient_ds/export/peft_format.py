@@ -25,6 +25,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of ``max_lora_rank`` that vLLM accepts (vLLM 0.33)."""
 HEADS: dict[str, tuple[str, ...]] = {"SEQ_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Modules that PEFT always restores whole for a task type. An adapter file without them does not load."""
+_OTHER_HEADS = ("classification_head",)
+"""Heads that PEFT does not know (BART, T5). It restores them like any module that is stored in full."""
 PadTo = int | Literal["vllm"] | None
 
 
@@ -54,7 +56,7 @@ def write_peft(
     Args:
         dtype: dtype of the stored factors.
         pad_to: for "padded" only: a rank, "vllm" for the next value of VLLM_RANKS, or None for the largest live rank.
-        trained: parameters trained in full (a classification head), by full name.
+        trained: parameters trained in full (a classification head), by full name. Stored in ``dtype``, too.
 
     Raises:
         ValueError: as :func:`check_factors`; a head that PEFT needs is neither in ``trained`` nor in ``base``; an
@@ -69,7 +71,7 @@ def write_peft(
     largest = max(item.rank for item in factors)
     rank = padded_rank(largest, pad_to) if form == "padded" else largest
     pairs = _padded_pairs(factors, rank) if form == "padded" else _ragged_pairs(factors)
-    tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in heads.items()}
+    tensors = {f"base_model.model.{name}": _stored(name, value, dtype) for name, value in heads.items()}
     for pair in pairs:
         tensors |= _named(pair, dtype)
     base_name = meta.base_name(base)
@@ -156,6 +158,14 @@ def as_stored(factor: Tensor, dtype: torch.dtype, module: str, letter: str) -> T
     return cast
 
 
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of its own: safetensors refuses tied parameters, which share memory."""
+    cast = value.detach().cpu().to(dtype) if value.is_floating_point() else value.detach().cpu()
+    if not cast.isfinite().all():
+        raise ValueError(f"{name!r} reaches {value.abs().max():.3g}, too large for {dtype}: export as float32")
+    return cast.clone().contiguous()
+
+
 def _config(
     ranks: Mapping[str, int],
     rank: int,
@@ -210,7 +220,7 @@ def _heads(task_type: str, base: Path | str, trained: Mapping[str, Tensor]) -> t
     heads, wanted = dict(trained), HEADS.get(task_type, ())
     if wanted and not any(_owner(name, wanted) in wanted for name in heads):
         heads |= head_tensors(base, wanted)
-        if not any(_owner(name, wanted) in wanted for name in heads):
+        if not any(_owner(name, (*wanted, *_OTHER_HEADS)) in (*wanted, *_OTHER_HEADS) for name in heads):
             raise ValueError(
                 f"task_type {task_type} needs the head ({' or '.join(wanted)}) in the adapter, and the base "
                 f"checkpoint {str(base)!r} has none: pass the head of the trained model"

@@ -10,7 +10,7 @@ Shape legend: I = in features, O = out features, r = live rank of a module.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,10 +63,14 @@ def write_shortcuts(
     norm_after_shortcut: str | None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write weights, settings and ``salient_ds.json`` to ``target``, all or nothing.
 
     Modules that are off are left out. Scales are folded into the factors, as in the other forms.
+
+    Args:
+        trained: parameters trained in full (a classification head), by full name.
 
     Raises:
         ValueError: there is nothing to export, or a value is not finite.
@@ -75,8 +79,10 @@ def write_shortcuts(
     check_factors(factors)
     pairs = [pair for pair in map(fold, factors) if pair is not None]
     tensors = {f"{p.name}.lora_{f}": v.to(dtype).contiguous() for p in pairs for f, v in _halves(p)}
+    tensors |= {name: value.to(dtype).clone().contiguous() for name, value in (trained or {}).items()}
     settings = {
         "format": FORMAT,
+        "in_full": sorted(trained or {}),
         "norm_after_shortcut": norm_after_shortcut or "none",
         "ranks": {pair.name: pair.rank for pair in pairs},
     }
@@ -114,6 +120,7 @@ def load_shortcuts(model: nn.Module, path: Path | str) -> nn.Module:
     linears = {name: rank for name, rank in ranks.items() if not is_shortcut(name)}
     shortcuts = {name: rank for name, rank in ranks.items() if is_shortcut(name)}
     _check_names(model, linears, shortcuts, folder)
+    in_full = _parameters(model, settings.get("in_full", ()), weights, folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, rank in linears.items():
@@ -123,7 +130,23 @@ def load_shortcuts(model: nn.Module, path: Path | str) -> nn.Module:
         setattr(model.get_submodule(parent), child, _filled(wrapped, name, weights))
     if shortcuts or settings["norm_after_shortcut"] == "reuse":
         _add(model, shortcuts, weights, settings["norm_after_shortcut"])
+    for name, parameter in in_full.items():
+        parameter.data.copy_(weights[name])
     return model
+
+
+def _parameters(
+    model: nn.Module, names: Iterable[str], weights: Mapping[str, Tensor], folder: Path
+) -> dict[str, nn.Parameter]:
+    """The parameters that were trained in full, by name."""
+    here = dict(model.named_parameters(remove_duplicate=False))
+    wrong = [name for name in names if name not in here or here[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(
+            f"{folder} holds {wrong[0]!r} in full, which this model lacks or has in another shape: load the model with "
+            "the head, and the number of classes, that were trained"
+        )
+    return {name: here[name] for name in names}
 
 
 def _check_names(model: nn.Module, linears: Mapping[str, int], shortcuts: Mapping[str, int], folder: Path) -> None:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from salient_ds.config.run import ModelConfig, RunConfig, TrainConfig
-from salient_ds.models.meta_model import AUTO_CLASSES
+from salient_ds.models.families import family_problems
+from salient_ds.models.heads import draw_head, head_settings, label_problem, refuse_mismatched, split_fresh
+from salient_ds.models.meta_model import AUTO_CLASSES, attention_of, attention_problem
 from salient_ds.models.packing import packing_problems
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Training precision by its name in the configuration."""
 
-PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM"}
+PEFT_TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "question-answering": "QUESTION_ANS",
+}
 """The task_type that PEFT and vLLM read from an exported adapter."""
 
 
@@ -54,11 +63,40 @@ def partitioned_loading(ds_config: dict[str, Any]) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]) -> nn.Module:
-    """The base model in training precision, without adapters; on CPU, or partitioned under ZeRO-3.
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model in training precision, without adapters."""
+
+    model: nn.Module
+    """On CPU, or partitioned under ZeRO-3."""
+    fresh: tuple[str, ...] = ()
+    """Parameters of the head that the checkpoint lacks. They begin at random values."""
+
+    @property
+    def note(self) -> str | None:
+        """One line for the user about the fresh head."""
+        if not self.fresh:
+            return None
+        return f"fresh head, not in the checkpoint: {', '.join(self.fresh)}"
+
+
+def load_model(
+    model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any], labels: Sequence[str] = ()
+) -> nn.Module:
+    """As :func:`load_base`, the model alone."""
+    return load_base(model, train, ds_config, labels).model
+
+
+def load_base(
+    model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any], labels: Sequence[str] = ()
+) -> BaseModel:
+    """The base model with the head for the run's task. What the checkpoint lacks of it gets its initial values here.
+
+    Args:
+        labels: names of the classes, in the order of their numbers; empty: as the checkpoint has them.
 
     Raises:
-        ValueError: the checkpoint does not hold every weight of the model.
+        ValueError: the checkpoint does not hold every weight of the model, or a head of another size.
     """
     import transformers
 
@@ -69,18 +107,32 @@ def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
         "dtype": dtype,
     }
     auto = getattr(transformers, AUTO_CLASSES[model.task])
-    with partitioned_loading(ds_config):
+    settings = head_settings(model, labels)
+    missing: list[str] = []
+    stored = dict(getattr(_read_config(model), "id2label", None) or {}) if labels else {}
+    refuse_attention(model)
+    with partitioned_loading(ds_config), no_load_report(model.task != "causal-lm"):
         if model.random_weights:
-            config = transformers.AutoConfig.from_pretrained(model.path, revision=model.revision)
+            config = transformers.AutoConfig.from_pretrained(model.path, revision=model.revision, **settings)
             loaded: nn.Module = auto.from_config(config, **common)
+            missing = [name for name, _ in loaded.named_parameters() if split_fresh(loaded, [name])[0]]
         else:
-            loaded, info = auto.from_pretrained(model.path, revision=model.revision, output_loading_info=True, **common)
-            if info["missing_keys"]:
-                missing = sorted(info["missing_keys"])
-                raise ValueError(
-                    f"{model.path} lacks {len(missing)} weights of the model, for example {missing[:3]}: "
-                    "download it again, or choose the task that it was saved for"
-                )
+            loaded, info = auto.from_pretrained(
+                model.path, revision=model.revision, output_loading_info=True, ignore_mismatched_sizes=True,
+                **common, **settings,
+            )  # fmt: skip
+            refuse_mismatched(model, info["mismatched_keys"])
+            missing = sorted(info["missing_keys"])
+    fresh, lost = split_fresh(loaded, missing)
+    if lost:
+        raise ValueError(
+            f"{model.path} lacks {len(lost)} weights of the model, for example {lost[:3]}: "
+            "download it again, or choose the task that it was saved for"
+        )
+    problem = label_problem(stored, labels) if stored and not fresh else None
+    if problem is not None:
+        raise ValueError(problem)
+    draw_head(loaded, fresh, train.seed)
     loaded.config.use_cache = False  # type: ignore[union-attr]
     if train.activation_checkpointing != "none":
         # Reentrant checkpointing under ZeRO-3 with a frozen base keeps every gathered weight until backward ends.
@@ -88,7 +140,46 @@ def load_model(model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
         if train.activation_checkpointing == "selective":
             options["context_fn"] = keep_products
         loaded.gradient_checkpointing_enable(options)  # type: ignore[operator]
-    return loaded
+    return BaseModel(loaded, tuple(fresh))
+
+
+@contextlib.contextmanager
+def no_load_report(quiet: bool) -> Iterator[None]:
+    """Keep transformers from printing a table of the weights that a fresh head lacks: one line of ours names them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    if quiet:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def attention_for(model: ModelConfig) -> str:
+    """The attention implementation for a model that no run file chooses one for: "sdpa", or "eager" without that."""
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[model.task])
+    kind = type(_read_config(model))
+    return "sdpa" if kind not in auto._model_mapping or "sdpa" in attention_of(auto._model_mapping[kind]) else "eager"
+
+
+def refuse_attention(model: ModelConfig) -> None:
+    """Check that the model's class has the attention implementation that the run asks for.
+
+    Raises:
+        ValueError: it has not (DeBERTa has eager only).
+    """
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[model.task])
+    kind = type(_read_config(model))
+    if kind in auto._model_mapping:
+        problem = attention_problem(model.attn_implementation, attention_of(auto._model_mapping[kind]))
+        if problem is not None:
+            raise ValueError(problem)
 
 
 def keep_products() -> Any:
@@ -114,18 +205,21 @@ def hidden_size(model: ModelConfig) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def refuse_packing(run: RunConfig) -> None:
-    """Check that the model may train on packed examples, if the run packs. Its weights are not read.
+def refuse_unfit(run: RunConfig) -> None:
+    """Check that the model fits the task, and may train on packed examples if the run packs. No weights are read.
 
     ``salient-ds check`` says the same earlier, unless config.json was not on the machine yet.
 
     Raises:
-        ValueError: as :func:`~salient_ds.models.packing.packing_problems` says.
+        ValueError: as :func:`~salient_ds.models.families.family_problems` and
+            :func:`~salient_ds.models.packing.packing_problems` say.
     """
+    config = _read_config(run.model).to_dict()
+    problems = family_problems(run.model.task, config, run.model.path)
     if run.data.packing:
-        problems = packing_problems(run.model, _read_config(run.model).to_dict(), run.data.max_length)
-        if problems:
-            raise ValueError("; ".join(problems))
+        problems += packing_problems(run.model, config, run.data.max_length)
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _read_config(model: ModelConfig) -> Any:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 OWN_FILES = ("run.yaml", "ds_config.json", "allocations.jsonl", "allocations.png", "metrics.jsonl", "run.json",
-             "checkpoints", "adapter", "search", "ranks.png", "summary.json", ".shared", ".lock")  # fmt: skip
+             "checkpoints", "adapter", "evaluation", "search", "ranks.png", "summary.json", ".shared",
+             ".lock")  # fmt: skip
 
 
 class RunDirectoryError(RuntimeError):

@@ -50,6 +50,8 @@ class Progress:
         self.loss: float | None = None
         """Smoothed loss."""
         self.last_loss: float | None = None
+        self.evaluated = ""
+        """The last value of the metric that the run is about, such as "accuracy 0.8125"; it is shown from then on."""
         self.tokens = 0
         self._clock = clock
         self._started = self._latest = clock()
@@ -139,6 +141,7 @@ class Progress:
             parts.append(f"{_count(self._speed)} tok/s")
         if self.total_rank is not None:
             parts.append(f"total rank {self.total_rank}")
+        parts += [self.evaluated] if self.evaluated else []
         return "  ".join(parts)
 
     def _print(self, text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from salient_ds.monitor.directory import RunDirectory
@@ -63,15 +65,16 @@ class RunLog:
         )  # fmt: skip
         append_record(self.directory.allocations, record)
 
-    def evaluation(self, loss: float) -> None:
-        """Log the held-out loss at this step."""
-        write_monitors(self.engine.engine, {"Eval/loss": loss})
+    def evaluation(self, values: Mapping[str, float]) -> None:
+        """Log the held-out loss and metrics at this step, by name."""
+        write_monitors(self.engine.engine, {f"Eval/{name}": value for name, value in values.items()})
         if self.main:
-            append_metrics(self.directory.metrics, {"step": self.engine.step, "eval_loss": loss})
+            named = {f"eval_{name}": value if isfinite(value) else None for name, value in values.items()}
+            append_metrics(self.directory.metrics, {"step": self.engine.step, **named})
 
-    def summary(self, progress: Progress) -> None:
-        """Write the totals of the training loop."""
-        progress.write_summary(self.directory.summary)
+    def summary(self, progress: Progress, **more: Any) -> None:
+        """Write the totals of the training loop, and ``more``."""
+        progress.write_summary(self.directory.summary, **more)
 
     def pictures(self) -> None:
         """Draw the rank heat map, and the ranks over the events."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from salient_ds.adapters.bank import layer_of
+from salient_ds.adapters.full import parts
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config.run import RunConfig
 from salient_ds.config.speed import compiles, row_multiple
@@ -46,6 +47,7 @@ def assemble(
     steps_per_epoch: int | None = None,
     probe_data: ProbeData | None = None,
     make_engine: MakeEngine | None = None,
+    fresh: Sequence[str] = (),
 ) -> AllocatingEngine:
     """Put adapters, method and DeepSpeed engine around ``model``.
 
@@ -58,6 +60,7 @@ def assemble(
         steps_per_epoch: needed by methods whose events are given in epochs.
         probe_data: needed by methods that probe: the batches of events that come before a step.
         make_engine: used instead of :func:`salient_ds.engine.build.build_engine` (benchmarks).
+        fresh: names of the parameters that the checkpoint of the base lacked; see :class:`BaseModel`.
 
     Raises:
         ValueError: the checkpoint lacks rows but this run's adapters are not packed, or the kernels of ``speed.liger``
@@ -70,10 +73,11 @@ def assemble(
     else:
         leave_out_masks(model, device)
     if plan.sharded_base:
-        ShardedBase(model, ds_config, device)  # before adapters are added, because it must not partition them
+        full = parts(model, full_shape).trained(config.adapter, fresh)
+        ShardedBase(model, ds_config, device, full)  # before adapters are added, because it must not partition them
         ds_config = adapter_config(ds_config)
     dtype = DTYPES[config.train.precision]
-    adapted = adapt(model, config, dtype, device, plan.grows_in_flight, full_shape)
+    adapted = adapt(model, config, dtype, device, plan.grows_in_flight, full_shape, fresh)
     if plan.packed:
         adapted.pack()
     for adapter in adapted.adapters.values():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.targets import is_shortcut
-from salient_ds.engine.shard_files import MANIFEST, sha256_of
+from salient_ds.engine.shard_files import MANIFEST, ShardReader, sha256_of
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.streamed import Entry
 from salient_ds.heterolora.export import refuse_shortcuts
@@ -24,12 +24,18 @@ class CheckpointSource:
 
     Raises:
         CheckpointError: there is no whole checkpoint.
-        ValueError: shortcuts act, which no LoRA format can hold.
+        ValueError: shortcuts act, which no LoRA format can hold, or modules were trained in full.
     """
 
     def __init__(self, run: Path) -> None:
         self.place = newest_checkpoint(run).resolve()
-        config, meta = checkpoint_facts(run, self.place)
+        config, meta, _ = checkpoint_facts(run, self.place)
+        in_full = ShardReader(self.place, contents=False).manifest.get("in_full", ())
+        if in_full:
+            raise ValueError(
+                f"{run} trained {len(in_full)} parameters in full ({in_full[0]['name']}, ...): export it first with "
+                "salient-ds export, and shrink the adapter that this writes"
+            )
         self._adapters = CheckpointFactors(self.place)
         shortcuts = [self._adapters.read(name) for name in self._adapters.names if is_shortcut(name)]
         norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")

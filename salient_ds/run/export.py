@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that a finished run chose by ``train.best_metric``; None if it chose none, or is not finished."""
+    try:
+        step = json.loads((run / "summary.json").read_text(encoding="utf-8"))["best"]["step"]
+    except (OSError, ValueError, KeyError):
+        return None
+    path = run / "checkpoints" / f"step-{step or 0:08d}"
+    return path if (path / MANIFEST).is_file() else None
+
+
 class CheckpointFactors:
     """The adapters of a checkpoint, read one at a time as fp32 CPU tensors, with the mask of the rows that count.
 
@@ -89,6 +100,25 @@ def read_factors(checkpoint: Path) -> list[AdapterFactors]:
     return [adapters.read(name) for name in adapters.names]
 
 
+def read_in_full(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The parameters that were trained in full, as fp32 CPU tensors, by name. A tied one comes under all its names."""
+    reader = ShardReader(checkpoint, contents=False)
+    found: dict[str, torch.Tensor] = {}
+    for item in reader.manifest.get("in_full", ()):
+        value = reader.read("master", item["name"], 0, prod(item["shape"])).view(item["shape"]).float()
+        found |= dict.fromkeys(item["names"], value)
+    return found
+
+
+def _task(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``salient-ds evaluate`` needs to score the adapter by itself; None for instructions."""
+    data = config["data"]
+    if data.get("task") is None:
+        return None
+    attention = config["model"]["attn_implementation"]
+    return {"task": data["task"], "max_length": data["max_length"], "attn_implementation": attention}
+
+
 def _drops_masked(item: dict[str, Any]) -> bool:
     return bool(item.get("drops_masked", item["form"] in _FORMS_THAT_DROP_MASKED))
 
@@ -105,8 +135,8 @@ def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> A
     return AdapterFactors(item["name"], A, sigma, B, mask, item["scaling"])
 
 
-def checkpoint_facts(run: Path, checkpoint: Path) -> tuple[dict[str, Any], ExportMeta]:
-    """The configuration of a checkpoint's run, and what an export of it records."""
+def checkpoint_facts(run: Path, checkpoint: Path) -> tuple[dict[str, Any], ExportMeta, dict[str, Any] | None]:
+    """The configuration of a checkpoint's run, what an export of it records, and what config.json says of its head."""
     folder = run if (run / "run.yaml").is_file() else checkpoint.parent.parent
     config = yaml.safe_load((folder / "run.yaml").read_text())
     facts = json.loads((folder / "run.json").read_text())
@@ -115,8 +145,9 @@ def checkpoint_facts(run: Path, checkpoint: Path) -> tuple[dict[str, Any], Expor
         task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
         source_run=str(checkpoint),
         template=facts["template"],
+        task=_task(config),
     )
-    return config, meta
+    return config, meta, facts.get("head")
 
 
 def export_run(
@@ -136,7 +167,7 @@ def export_run(
         run: run directory with run.yaml and run.json beside its checkpoints, or one of these checkpoints.
         form: None chooses "peft", or "shortcuts" for an adapter that no other form can hold.
         overwrite: replace what ``target`` holds.
-        checkpoint: the checkpoint to export (default: the newest one).
+        checkpoint: the checkpoint to export (default: the best one, if the run chose it by a metric, else the newest).
         base: base model, if it is not where training found it.
         dtype: of the tensors (default: float32 for an adapter, as in the base for a merged model).
         pad_to: rank of the form "padded"; see :func:`salient_ds.export.peft_format.write_peft`.
@@ -145,16 +176,28 @@ def export_run(
         CheckpointError: there is no whole checkpoint.
         ValueError: the export is not possible as asked; the message gives the remedy.
     """
-    chosen = checkpoint or newest_checkpoint(run)
-    config, meta = checkpoint_facts(run, chosen)
+    chosen = checkpoint or best_checkpoint(run) or newest_checkpoint(run)
+    config, meta, head = checkpoint_facts(run, chosen)
     factors, place = read_factors(chosen), base or config["model"]["path"]
     norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
     if form is None:
         form = "shortcuts" if shortcuts_act(factors, norm) else "peft"
     if form == "shortcuts":
         return write_shortcuts(
-            target, factors, meta, place, norm_after_shortcut=norm, dtype=dtype or torch.float32, overwrite=overwrite
-        )
+            target, factors, meta, place, norm_after_shortcut=norm, dtype=dtype or torch.float32, overwrite=overwrite,
+            trained=read_in_full(chosen),
+        )  # fmt: skip
     refuse_shortcuts(factors, form, norm)
     factors = [item for item in factors if not is_shortcut(item.name)]  # all of them off
-    return export_adapter(factors, meta, target, form, place, dtype, overwrite, pad_to=pad_to)
+    return export_adapter(
+        factors,
+        meta,
+        target,
+        form,
+        place,
+        dtype,
+        overwrite,
+        pad_to=pad_to,
+        trained=read_in_full(chosen),
+        config_updates=head if form == "merged" else None,
+    )

@@ -1,11 +1,12 @@
-"""From files to micro-batches: the part of a run that brings data, tokenizer and template together."""
+"""From files to micro-batches: the part of a run that brings data, tokenizer and template or task together."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from salient_ds.data.dataset import InstructionDataset, build_dataset, split_eva
 from salient_ds.data.formats import read_data
 from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler
+from salient_ds.data.tasks.base import Task
+from salient_ds.data.tasks.collate import TaskCollator
+from salient_ds.data.tasks.dataset import TaskDataset, load_task
 from salient_ds.data.template_base import Template
 from salient_ds.data.templates import get_template
 from salient_ds.engine.reports import MicroBatch
@@ -25,15 +29,67 @@ from salient_ds.steps import total_steps
 
 
 @dataclass(frozen=True)
+class _Known:
+    """A collator without the columns that a model does not take."""
+
+    collator: Any
+    takes: frozenset[str]
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.collator.pad_token_id)
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.collator(items).items() if name in self.takes}
+
+
+class TrainingData(Protocol):
+    """What training needs of a data set: of instructions, or of a task with a metric."""
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """What each row counts in a mean loss."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def fingerprint(self) -> str:
+        """Equal if and only if rows and their order are equal."""
+        ...
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything a run reads besides the model."""
 
-    train: InstructionDataset
-    held_out: InstructionDataset | None
-    collator: Collator
-    record: TemplateRecord
+    train: TrainingData
+    held_out: TrainingData | None
+    collator: Collator | TaskCollator | _Known
+    record: TemplateRecord | None
+    """Of the template; None for tasks, which have none."""
     notes: list[str]
     """Lines for the log that say what was truncated or dropped."""
+    task: Task | None = None
+    """The task with a metric; None for instructions."""
+
+    def for_model(self, model: Any) -> Inputs:
+        """The same for a model that does not take everything that the tokenizer gives, such as token_type_ids."""
+        if self.task is None:
+            return self
+        takes = frozenset(inspect.signature(model.forward).parameters)
+        return replace(self, collator=_Known(self.collator, takes))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; empty if there are none."""
+        return (self.task.label_names or ()) if self.task is not None else ()
+
+    @property
+    def scored(self) -> TaskDataset | None:
+        """The held-out data, if it has a metric."""
+        return self.held_out if isinstance(self.held_out, TaskDataset) else None
 
     def total_steps(self, run: RunConfig) -> int:
         """Optimizer steps of the run: max_steps, or as many as its epochs take (the last batch is filled from the
@@ -47,6 +103,8 @@ class Inputs:
 def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
     """Read, render and tokenise the run's data. Deterministic: the result is the same on every process."""
     data = run.data
+    if data.task is not None:
+        return _task_inputs(data.task, run, tokenizer)
     template = get_template(data.template, data.rewritten_history)
     dataset, notes = _read("train", data.train, run, tokenizer, template, data.packing)
     held_out = None
@@ -59,6 +117,27 @@ def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
     notes += [date] if date else []
     collator = Collator(pad_token_id(tokenizer), attn_implementation=run.model.attn_implementation)
     return Inputs(dataset, held_out, collator, template_record(template, tokenizer), notes)
+
+
+def _task_inputs(task: Task, run: RunConfig, tokenizer: Any) -> Inputs:
+    """The data of a task with a metric."""
+    data = run.data
+    splits = data.eval is None and data.eval_size > 0
+    common: dict[str, Any] = {"bad_rows": data.bad_rows}
+    # what is held out of the training data must be decoded too
+    train, report = load_task(task, data.train, tokenizer, data.max_length, training=not splits, **common)
+    notes, held_out = report.notes("train"), None
+    if data.eval is not None:
+        held_out, report = load_task(task, data.eval, tokenizer, data.max_length, training=False, **common)
+        notes += report.notes("eval")
+    elif splits:
+        train, held_out = train.split(data.eval_size, run.train.seed)
+    return Inputs(train, held_out, task_collator(task, tokenizer), None, notes, task)
+
+
+def task_collator(task: Task, tokenizer: Any) -> TaskCollator:
+    """Makes batches of a task's rows."""
+    return TaskCollator(pad_token_id(tokenizer), task.padding_side)
 
 
 def _read(
@@ -129,7 +208,9 @@ def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) ->
     return ProbeData(count, batch)
 
 
-def _to_micro(dataset: InstructionDataset, collator: Collator, rows: np.ndarray, device: torch.device) -> MicroBatch:
+def _to_micro(
+    dataset: TrainingData, collator: Collator | TaskCollator | _Known, rows: np.ndarray, device: torch.device
+) -> MicroBatch:
     batch = collator([dataset[int(i)] for i in rows])
     if device.type == "cuda":  # a copy from memory that is not pinned waits for everything queued on the device
         batch = {k: v.pin_memory() for k, v in batch.items()}

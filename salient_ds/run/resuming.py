@@ -120,6 +120,7 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
     return {
         "method": method.model_dump(mode="json", by_alias=True),
         "adapter": _adapter(config),
+        **_head(config, inputs),
         "total_steps": total_steps,
         "data": inputs.train.fingerprint(),
         DATA_SETTINGS: {
@@ -135,9 +136,22 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
 
 
 def _adapter(config: RunConfig) -> dict[str, Any]:
-    """Section ``adapter``. Without ranks of single matrices it is what older versions recorded."""
+    """Section ``adapter``. What concerns modules that are trained in full is left out of runs that have none."""
     section = config.adapter.model_dump(mode="json")
-    return section if config.adapter.rank_pattern else {k: v for k, v in section.items() if k != "rank_pattern"}
+    if not config.adapter.rank_pattern:
+        del section["rank_pattern"]  # older versions did not record it
+    if not config.adapter.also_train:
+        del section["also_train"]
+    if config.model.task in ("causal-lm", "seq2seq-lm"):
+        del section["train_head"]  # there is no head besides
+    return section
+
+
+def _head(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """The task and the names of its classes, for heads that earlier versions did not have."""
+    if config.model.task == "causal-lm":
+        return {}
+    return {"model.task": config.model.task, "labels": list(inputs.labels)}
 
 
 def _sigma_lr(config: RunConfig) -> dict[str, Any]:
@@ -204,9 +218,10 @@ def accept(
     start = Start(step=reader.manifest["step"])
     changed = found.changed(changes)
     start.changes = [{"step": start.step, "key": c.key, "from": c.there, "to": c.here} for c in changed]
-    if start.step == total_steps and own_checkpoint(directory, path) and directory.finished_at(total_steps):
+    if own_checkpoint(directory, path) and directory.finished_at(start.step):
         start.nothing_to_do = True
-        start.notes.append(f"nothing to do: the run of {total_steps} steps is finished")
+        early = f"; it stopped early, after step {start.step} (train.patience)" if start.step < total_steps else ""
+        start.notes.append(f"nothing to do: the run of {total_steps} steps is finished{early}")
         return start
     equal = [key for key in changes if key not in start.changed_keys]
     start.notes += [f"--change {key} changes nothing, because {path} was made with the same value" for key in equal]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from salient_ds.config.run import RunConfig
 from salient_ds.data.sampler import StepSampler
 from salient_ds.engine.checkpoint import kept_rows, load, save
 from salient_ds.engine.reports import Diverged, NonFiniteLoss, StepReport
-from salient_ds.engine.shard_files import CheckpointError
+from salient_ds.engine.shard_files import CheckpointError, step_of
 from salient_ds.methods.duties import ReportingMethod, ScoringMethod
 from salient_ds.models.fingerprint import base_identity
-from salient_ds.models.kernels import loss_only
-from salient_ds.models.loading import hidden_size, load_model, load_tokenizer, refuse_packing
+from salient_ds.models.heads import head_facts, pad_with
+from salient_ds.models.loading import hidden_size, load_base, load_tokenizer, refuse_unfit
 from salient_ds.monitor.progress import Progress
 from salient_ds.monitor.run_log import RunLog
 from salient_ds.run.assemble import assemble
+from salient_ds.run.counters import Counters
 from salient_ds.run.export import export_run
 from salient_ds.run.fits import refuse_misfits
-from salient_ds.run.inputs import Inputs, evaluation_batches, load_inputs, micro_batches, probe_data
+from salient_ds.run.held_out import HeldOut
+from salient_ds.run.inputs import Inputs, load_inputs, micro_batches, probe_data
 from salient_ds.run.resuming import (
     Start,
     accept,
@@ -34,20 +36,10 @@ from salient_ds.run.resuming import (
     own_checkpoint,
     run_identity,
     ways_on,
-)
-from salient_ds.zero.collectives import all_succeeded, from_main, sum_numbers, world
+)  # fmt: skip
+from salient_ds.zero.collectives import all_succeeded, from_main, world
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
 from salient_ds.zero.sharded_base import effective_config
-
-
-@dataclass
-class Counters:
-    """State of the training loop that a checkpoint keeps, besides that of the engine."""
-
-    batches: int = 0
-    """Number of global batches consumed, including those of skipped steps."""
-    tokens: int = 0
-    skipped_in_a_row: int = 0
 
 
 class Training:
@@ -77,6 +69,10 @@ class Training:
         self.changes: list[dict[str, Any]] = []
         """Settings that changed when the run was resumed, see :class:`salient_ds.run.resuming.Start`."""
         self.identity: dict[str, Any] = {}
+        self.head: dict[str, Any] = {}
+        """What config.json of a merged model states about the head."""
+        self.saved: Path | None = None
+        """The last checkpoint that this process wrote."""
 
     @property
     def rank(self) -> int:
@@ -115,10 +111,11 @@ class Training:
 
     def load_data(self) -> None:
         """Load tokenizer and data, and compute the number of steps and the settings for DeepSpeed."""
-        refuse_packing(self.config)
+        refuse_unfit(self.config)
         self.tokenizer = load_tokenizer(self.config.model)
         self.inputs = self.read_inputs(self.config, self.tokenizer)
         self.total_steps = self.inputs.total_steps(self.config)
+        self.held_out = HeldOut(self.config, self.total_steps)
         train = self.config.train
         self.sampler = StepSampler(len(self.inputs.train), train.global_batch_size, train.seed)
         for note in self.inputs.notes:
@@ -153,7 +150,12 @@ class Training:
         """Build base model, adapters, method and engine, in this order: ZeRO-3 partitions the base while it loads."""
         config, ds_config = self.config, self.ds_config
         torch.manual_seed(config.train.seed)
-        model = load_model(config.model, config.train, ds_config)
+        base = load_base(config.model, config.train, ds_config, self.inputs.labels)
+        model = base.model
+        if base.note is not None:
+            self.say(base.note)
+        pad_with(model, self.inputs.collator.pad_token_id)
+        self.inputs = self.inputs.for_model(model)
         refuse_misfits(model, self.inputs, config.data.max_length)
         kept_N = kept_rows(self.resume_from) if self.resume_from is not None else None
         probes = config.method.probe_batches_of(config.train.micro_batch_size)
@@ -166,9 +168,13 @@ class Training:
             kept_N=kept_N,
             steps_per_epoch=self.sampler.steps_per_epoch,
             probe_data=probe_data(self.inputs, *probes, self.device) if probes is not None else None,
+            fresh=base.fresh,
         )
+        self.head = head_facts(model, config.model.task)
         method, modules = self.engine.method, self.engine.initial_layout.modules
         self.say(f"adapters: {config.method.name} on {len(modules)} matrices, rank {config.adapter.rank}")
+        if self.engine.adapted.full:
+            self.say(f"trained in full: {', '.join(self.engine.adapted.full)}")
         for note in self.engine.adapted.notes:
             self.say(f"note: {note}")
         if isinstance(method, ScoringMethod):
@@ -185,6 +191,7 @@ class Training:
             extra = load(self.engine.state, self.resume_from, self.identity, self.start.changed_keys)
             self.counters = Counters(**extra["counters"])
             self.changes = [*extra.get("changes", []), *self.start.changes]
+            self.held_out.restore(extra)
             self.say(f"continuing from {self.resume_from} after step {self.engine.step}")
         all_succeeded(True, self.device)  # every process has accepted the checkpoint
         self._record()
@@ -196,7 +203,8 @@ class Training:
         if self.is_main:
             facts = {"processes": self.world_size, "total_steps": self.total_steps, "identity": self.identity,
                      "changes": self.changes, "modules": self.engine.initial_layout.modules,
-                     "template": self.inputs.record.to_dict()}  # fmt: skip
+                     "template": self.inputs.record.to_dict() if self.inputs.record else None,
+                     "head": self.head}  # fmt: skip
             run = self.config.model_dump(mode="json", by_alias=True)
             self.directory.write_resolved(run, self.ds_config, facts)
 
@@ -206,17 +214,13 @@ class Training:
         size, device = train.micro_batch_size, self.device
         total = engine.decisions.latest.total
         with Progress(self.total_steps, engine.step, main=self.is_main, every=train.log_every, total_rank=total) as bar:
-            while engine.step < self.total_steps:
+            self.bar = bar
+            while engine.step < self.total_steps and not self.held_out.exhausted:
                 began = time.perf_counter()
                 batches, targets = micro_batches(
-                    self.inputs,
-                    self.sampler,
-                    self.counters.batches,
-                    global_rank=self.global_rank,
-                    world_size=self.world_size,
-                    size=size,
-                    device=device,
-                )
+                    self.inputs, self.sampler, self.counters.batches,
+                    global_rank=self.global_rank, world_size=self.world_size, size=size, device=device,
+                )  # fmt: skip
                 report = self._step(batches, targets)
                 if report.skipped:
                     continue
@@ -231,8 +235,6 @@ class Training:
                     self.save()
                 if self.after_step is not None:
                     self.after_step(self, report)
-        if engine.step > self.start.step or not self.directory.summary.exists():
-            self.log.summary(bar)
 
     def _step(self, batches: list[Any], targets: int) -> StepReport:
         try:
@@ -250,44 +252,45 @@ class Training:
         return report
 
     def evaluate(self) -> str:
-        """Compute the mean held-out loss per target over all processes, log it, and return it as a line of text."""
+        """Evaluate the held-out data over all processes, log it, and return it as a line of text.
+
+        If it is the best evaluation so far, a checkpoint of this step is written.
+        """
+        step = f"step {self.engine.step}"
         if self.inputs.held_out is None:
-            return f"step {self.engine.step}: no held-out data (data.eval, data.eval_size)"
-        engine = self.engine.engine
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        engine.eval()
-        with torch.no_grad():
-            size = self.config.train.micro_batch_size
-            for batch in evaluation_batches(self.inputs, self.global_rank, self.world_size, size, self.device):
-                loss = engine(**batch.inputs, **loss_only(self.config.speed)).loss
-                if batch.num_targets:
-                    total += loss.double() * batch.num_targets
-                    count += batch.num_targets
-        engine.train()
-        loss_sum, targets = sum_numbers([float(total), float(count)], self.device)
-        mean = loss_sum / max(targets, 1)
-        self.log.evaluation(mean)
-        return f"step {self.engine.step}: held-out loss {mean:.4f}"
+            return f"{step}: no held-out data (data.eval, data.eval_size)"
+        held_out = self.held_out
+        if held_out.evaluate(self.inputs, self.engine, self.tokenizer, summary(self.ds_config).stage):
+            self.save()
+        assert held_out.outcome is not None
+        self.log.evaluation(held_out.outcome.values)
+        self.bar.evaluated = held_out.shown(self.inputs)
+        return f"{step}: {held_out.text()}"
 
     def save(self) -> Path:
-        """Write a checkpoint of the current state and return its directory."""
-        extra = {"counters": asdict(self.counters), "changes": self.changes}
-        keep = self.config.train.keep_checkpoints
-        return save(self.engine.state, self.directory.checkpoints, self.identity, extra, keep)
+        """Write a checkpoint of the current state, unless there is one of this step, and return its directory."""
+        if self.saved is None or step_of(self.saved) != self.engine.step:
+            extra = {"counters": asdict(self.counters), "changes": self.changes, **self.held_out.state()}
+            place, keep = self.directory.checkpoints, self.config.train.keep_checkpoints
+            self.saved = save(self.engine.state, place, self.identity, extra, keep, self.held_out.best_step)
+        return self.saved
 
     def finish(self) -> None:
-        """Write the last checkpoint, the held-out loss, the exported adapter and pictures."""
+        """Write the last checkpoint, the evaluation, the exported adapter and pictures."""
         self.engine.finish()
         done = self.resume_from if self.engine.step == self.start.step else None  # was stopped after its last step
-        path = done if done is not None and own_checkpoint(self.directory, done) else self.save()
+        self.saved = done if done is not None and own_checkpoint(self.directory, done) else self.save()
         self.say(self.evaluate())
+        if self.engine.step > self.start.step or not self.directory.summary.exists():
+            self.log.summary(self.bar, **self.held_out.facts())
         if self.is_main:
+            path = self.held_out.result(self.saved, self.directory.checkpoints)
             export_run(self.directory.path, None, self.directory.adapter, overwrite=True, checkpoint=path)
             self.log.pictures()
             if isinstance(self.engine.method, ReportingMethod):
                 run = self.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
                 self.engine.method.write_results(self.directory.path, run)
-            self.directory.mark_finished(self.total_steps)
+            self.directory.mark_finished(self.engine.step)
             self.say(f"adapter: {self.directory.adapter}")
         all_succeeded(True, self.device)  # no process leaves while the main process still writes
 

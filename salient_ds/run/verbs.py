@@ -18,6 +18,7 @@ from salient_ds.strict import ConfigError
 if TYPE_CHECKING:
     from salient_ds.export.meta import Form
     from salient_ds.run.search import SearchOptions
+    from salient_ds.run.targets import EvaluateOptions
 
 
 def launch(
@@ -79,6 +80,23 @@ def search(run: str, overrides: list[str], options: SearchOptions, launcher: lis
              if value is not None and not isinstance(value, bool)]  # fmt: skip
     flags += ["--scale-free"] if options.scale_free else []
     return _become_launcher(["salient_ds.search", run, *overrides, *flags], launcher, processes)
+
+
+def evaluate(target: str, options: EvaluateOptions, launcher: list[str], processes: int) -> int:
+    """Score a run, an adapter or a model.
+
+    Args:
+        processes: 1 scores in this process. Any other number replaces it by the ``deepspeed`` launcher (0: the launcher
+            decides how many).
+
+    Returns:
+        The exit status.
+    """
+    from salient_ds.run.evaluate import run_evaluate
+
+    if processes == 1:
+        return run_evaluate(target, options)
+    return _become_launcher(["salient_ds.evaluate", target, json.dumps(asdict(options))], launcher, processes)
 
 
 def convert_toml(

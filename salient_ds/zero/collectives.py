@@ -91,6 +91,16 @@ def from_everyone(value: Any) -> list[Any]:
     return found
 
 
+def to_main(value: Any) -> list[Any] | None:
+    """The ``value`` of every process, by global rank, on the main process; None on the others. Values are pickled."""
+    here = world()
+    if here.world_size == 1:
+        return [value]
+    found: list[Any] | None = [None] * here.world_size if here.global_rank == 0 else None
+    dist.gather_object(value, found)
+    return found
+
+
 def from_main(values: list[Any], device: torch.device) -> list[Any]:
     """The ``values`` of the main process, on every process. They are pickled, so they should be small."""
     if world().world_size > 1:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -43,21 +44,26 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class ShardedBase:
     """The layers of a model, partitioned over processes and gathered by hooks."""
 
-    def __init__(self, model: nn.Module, ds_config: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, ds_config: dict[str, Any], device: torch.device, full: Collection[str] = ()
+    ) -> None:
         """Take over ``model`` (loaded under ZeRO-3, without adapters) from DeepSpeed.
 
         Args:
             ds_config: resolved DeepSpeed settings of stage 3. Only ``offload_param`` is read.
             device: where layers run. This process' parts are kept there, or in CPU memory with ``offload_param``.
+            full: paths of modules that will be trained in full. They stay whole on every process.
 
         Raises:
             ValueError: layers are skipped at random, share parameters, or hold several data types.
         """
         layers = layers_of(model)
         _refuse_what_cannot_be_sharded(model, layers)
-        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        whole = {id(p) for path in full for p in model.get_submodule(path).parameters()}
+        inside = {id(parameter) for layer in layers for parameter in layer.parameters()} - whole
         _replace(model, [p for p in model.parameters() if id(p) not in inside], take_whole)
-        self._shards = [_Shard(layer) for layer in layers]
+        whole = {id(p) for path in full for p in model.get_submodule(path).parameters()}  # they are new objects
+        self._shards = [_Shard(layer, whole) for layer in layers]
         size = max((shard.whole_bytes for shard in self._shards), default=0)
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(BUFFERS, len(layers)))]
         self._held: list[int | None] = [None] * BUFFERS
@@ -121,9 +127,14 @@ class ShardedBase:
 class _Shard:
     """The layout of one layer as a flat run of bytes, and this process' part of it."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, whole: Collection[int]) -> None:
+        """
+        Args:
+            whole: ids of the parameters that are left out, because they stay whole on every process.
+        """
         global_rank, world_size = world()
-        parameters = list(layer.parameters())
+        self._whole = whole
+        parameters = self._sharded(layer)
         self._shapes = [full_shape(p) for p in parameters]
         self._sizes = [math.prod(s) * p.element_size() for s, p in zip(self._shapes, parameters, strict=True)]
         self._offsets = [0]
@@ -134,6 +145,9 @@ class _Shard:
         self._begin = global_rank * self._part_bytes
         self._part = torch.zeros(0, dtype=torch.uint8)
 
+    def _sharded(self, layer: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in layer.parameters() if id(parameter) not in self._whole]
+
     def take(self, layer: nn.Module, buffer: Tensor, offload: dict[str, Any] | None) -> None:
         """Keep this process' part of the layer, and make the layer's parameters views of ``buffer``.
 
@@ -143,7 +157,7 @@ class _Shard:
         home = buffer.device if offload is None else torch.device("cpu")
         pinned = offload is not None and buffer.device.type == "cuda" and bool(offload.get("pin_memory", False))
         self._part = torch.zeros(self._part_bytes, dtype=torch.uint8, device=home, pin_memory=pinned)
-        parameters = list(layer.parameters())
+        parameters = self._sharded(layer)
         where = {id(parameter): index for index, parameter in enumerate(parameters)}
 
         def view(old: nn.Parameter) -> Tensor:
@@ -154,7 +168,7 @@ class _Shard:
             return buffer[begin : begin + size].data.view(old.dtype).view(self._shapes[index])
 
         _replace(layer, parameters, view)
-        for parameter in layer.parameters():
+        for parameter in self._sharded(layer):
             mark_not_available(parameter)  # so that an engine over the model does not broadcast the buffers
 
     def _keep(self, whole: Tensor, offset: int) -> None:

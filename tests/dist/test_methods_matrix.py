@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora-paper": {"name": "adalora", "preset": "paper"} | CUBIC,
     # events after steps 6, 11 and, the phase being over, 14
     "lora2": {"name": "lora2", "inner_width": 3} | CUBIC | {"interval": 5},
-    "adalora-gate": {"name": "adalora", "score": "gate_fisher"} | CUBIC,
+    "adalora-gate": {"name": "adalora", "score": "gate_fisher"} | CUBIC | {"interval": 5},
     "salientlora-gate": {
         "name": "salientlora",
         "score": "gate_fisher",

@@ -20,6 +20,19 @@ def take_whole(parameter: nn.Parameter) -> Tensor:
     return whole
 
 
+def put_whole(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write ``value`` (the same on every process) into a parameter, which DeepSpeed may have partitioned.
+
+    Collective: all processes call it, for their parameters in the same order.
+    """
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(value)
+        return
+    parameter.all_gather(param_list=[parameter])  # type: ignore[attr-defined]
+    parameter.data.copy_(value)
+    parameter.partition(param_list=[parameter], has_been_updated=True)  # type: ignore[attr-defined]
+
+
 def mark_not_available(parameter: nn.Parameter) -> None:
     """Mark the parameter as partitioned, so that an engine over the model does not broadcast it."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus

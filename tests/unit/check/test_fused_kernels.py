@@ -151,7 +151,8 @@ def test_assembling_a_run_applies_them_first(settings: dict[str, Any]) -> None: 
 
 def test_evaluation_asks_for_the_loss_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from salient_ds.engine.reports import MicroBatch
-    from salient_ds.run import training
+    from salient_ds.run import evaluating
+    from salient_ds.run.held_out import HeldOut
 
     seen: list[dict[str, Any]] = []
 
@@ -165,14 +166,13 @@ def test_evaluation_asks_for_the_loss_only(monkeypatch: pytest.MonkeyPatch) -> N
         def train(self) -> None: ...
 
     batch = MicroBatch({"input_ids": torch.zeros(1, 2)}, 3, ())
-    monkeypatch.setattr(training, "evaluation_batches", lambda *_: iter([batch]))
-    run = training.Training.__new__(training.Training)
-    run.config = SimpleNamespace(speed=LOSS, train=SimpleNamespace(micro_batch_size=1))  # type: ignore[assignment]
-    run.inputs = SimpleNamespace(held_out=[1])  # type: ignore[assignment]
-    run.engine = SimpleNamespace(engine=Engine(), step=1)  # type: ignore[assignment]
-    run.log = SimpleNamespace(evaluation=lambda mean: None)  # type: ignore[assignment]
-    run.device, run.global_rank, run.world_size = CPU, 0, 1
-    assert run.evaluate().endswith("2.0000")
+    monkeypatch.setattr(evaluating, "evaluation_batches", lambda *_: iter([batch]))
+    train = SimpleNamespace(micro_batch_size=1, best_metric=None)
+    held_out = HeldOut(SimpleNamespace(speed=LOSS, train=train, data=SimpleNamespace(task=None)), 1)  # type: ignore[arg-type]
+    engine: Any = SimpleNamespace(engine=Engine(), step=1, device=CPU, adapted=SimpleNamespace(generate=None))
+    inputs: Any = SimpleNamespace(scored=None)
+    assert not held_out.evaluate(inputs, engine, None, 2)
+    assert held_out.text().endswith("2.0000")
     assert [inputs["skip_logits"] for inputs in seen] == [True]
 
 

@@ -12,7 +12,7 @@ import torch
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import ModelConfig, parse_config
 from salient_ds.models.attention import NAME
-from salient_ds.models.loading import refuse_packing
+from salient_ds.models.loading import refuse_unfit
 from salient_ds.models.packing import GROUPS, REFUSED, packing_problems
 from salient_ds.run.assemble import assemble
 from tests.unit.models.packing_cases import alone, difference, packed, tiny, together
@@ -125,7 +125,7 @@ def settings(tmp_path: Path, tiny_llama: Path, tiny_alpaca: Path) -> dict[str, A
 def test_check_and_training_refuse(settings: dict[str, Any], tmp_path: Path, tiny_llama: Path) -> None:
     run = parse_config(settings)
     assert preflight(run).problems == []
-    refuse_packing(run)
+    refuse_unfit(run)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "lfm2", "num_hidden_layers": 2}))
@@ -134,8 +134,8 @@ def test_check_and_training_refuse(settings: dict[str, Any], tmp_path: Path, tin
     for quick in (False, True):
         assert any("'lfm2' has convolutions" in problem for problem in preflight(run, quick=quick).problems)
     with pytest.raises(ValueError, match="'lfm2' has convolutions.*set data.packing=false"):
-        refuse_packing(run)
-    refuse_packing(parse_config(changed | {"data": settings["data"] | {"packing": False}}))
+        refuse_unfit(run)
+    refuse_unfit(parse_config(changed | {"data": settings["data"] | {"packing": False}}))
 
 
 class Stop(Exception):

@@ -16,7 +16,7 @@ from tests.support.tiny_architectures import tiny_config
 def inputs(train: list[int], held_out: list[int] | None = None, pad: int = 0) -> Any:
     """As much of the run's inputs as is looked at: one example per part."""
     rows = [[{"input_ids": np.array(part, np.int32)}] if part is not None else None for part in (train, held_out)]
-    return SimpleNamespace(train=rows[0], held_out=rows[1], collator=SimpleNamespace(pad_token_id=pad))
+    return SimpleNamespace(train=rows[0], held_out=rows[1], collator=SimpleNamespace(pad_token_id=pad), task=None)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,107 @@
+"""Section ``data`` of a run file: what is trained on, and how rows become tokens. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from salient_ds.data.tasks.base import Task
+from salient_ds.data.tasks.table import task_of
+from salient_ds.strict import Strict, did_you_mean
+
+
+class DataConfig(Strict):
+    """Section ``data`` of a run file."""
+
+    train: str
+    """Training data: a .json, .jsonl or .parquet file, or a `datasets` name ("name", "name:config", "name[split]")."""
+    eval: str | None = None
+    """Held-out data, in the same form as `train`."""
+    eval_size: float = Field(0, ge=0)
+    """Without `eval`: hold out this many training rows, or this fraction of them if below 1. With `packing`, packed
+    sequences are counted instead of rows. 0: hold out nothing."""
+    task: SerializeAsAny[Task] | None = None
+    """A task with a metric: its name, such as "glue/mnli", "squad/v2" or "summarisation/xsum", or a description with
+    `kind` (classification, regression, question-answering, summarisation) or `like` (the name of a task, whose fields
+    it replaces). Without `train` and `eval`, the task's own data sets are used. Default: instruction data."""
+    format: Literal["auto", "alpaca", "messages", "sharegpt"] = "auto"
+    """Format of the rows. auto: found from the keys of the first row that fits one of the formats."""
+    template: str = "alpaca"
+    """Prompt template: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer (the tokenizer's own chat template), or
+    fastchat:NAME (any template of FastChat)."""
+    max_length: int = Field(512, gt=1)
+    """Maximum number of tokens per example. Longer examples are cut on the right; the log says how many were cut. For
+    summaries it limits the source, and question answering cuts longer contexts into windows of this length."""
+    empty_answers: Literal["error", "skip"] = "error"
+    """What to do with rows whose answer is empty (the published Alpaca file holds 28). error: refuse the file. skip:
+    leave those rows out."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be trained on as they are: an answer first, a user turn last, tools or a system
+    message that the template does not print, ... error: refuse the file, with counts by kind. skip: leave them out, and
+    report the counts."""
+    rewritten_history: Literal["per_answer", "last_answer"] = "per_answer"
+    """For a tokenizer's chat template that rewrites earlier turns, such as Qwen3's, which drops the thoughts of earlier
+    answers. per_answer: every answer becomes an example of its own, rendered as the last one, as the model writes it.
+    last_answer: only the last answer of a conversation is trained on. Other templates are not concerned."""
+    packing: bool = False
+    """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other. Models that
+    were not tested to keep them apart are refused (salient_ds/models/README.md lists those that were)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_data(cls, values: Any) -> Any:
+        """Fill in the data sets of a task that has some."""
+        if not isinstance(values, Mapping) or values.get("task") is None:
+            return values
+        try:
+            task = task_of(values["task"])
+        except ValueError:
+            return {"train": "", **values}  # the field's own validator says what is wrong
+        own = {"train": task.train} if values.get("train") is None and task.train else {}
+        if own and values.get("eval") is None and task.eval and not values.get("eval_size"):
+            own["eval"] = task.eval
+        return {**values, **own}
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _known_task(cls, value: Any) -> Any:
+        return value if value is None else task_of(value)
+
+
+_INSTRUCTIONS_ONLY = ("format", "template", "empty_answers", "rewritten_history", "packing")
+
+
+def task_problems(data: DataConfig, head: str) -> list[str]:
+    """What of section ``data`` does not fit the task or ``model.task``: one sentence each, with value and remedy.
+
+    Args:
+        head: ``model.task``.
+    """
+    task = data.task
+    if task is None:
+        if head == "causal-lm":
+            return []
+        return [f"model.task={head} needs a task with labels: set data.task, or model.task=causal-lm"]
+    problems = []
+    if head != task.head:
+        problems.append(f"data.task={task.name} needs model.task={task.head}, not {head}: set model.task={task.head}")
+    for name in _INSTRUCTIONS_ONLY:
+        value = getattr(data, name)
+        if value != DataConfig.model_fields[name].default:
+            problems.append(
+                f"data.{name}={value} is for instruction data, and nothing reads it with data.task: remove it"
+            )
+    return problems + task.length_problems(data.max_length, None)
+
+
+def metric_problems(wanted: str | None, data: DataConfig) -> list[str]:
+    """Why ``train.best_metric`` cannot be chosen by: at most one sentence."""
+    known = ["loss", *(data.task.metrics if data.task is not None else ())]
+    if wanted is None or wanted in known or (wanted == "auto" and data.task is not None):
+        return []
+    if wanted == "auto":
+        return ["train.best_metric=auto is the metric of data.task, and there is no task: use loss"]
+    hint = did_you_mean(wanted, known, before="; ")
+    return [f"train.best_metric={wanted}: this run has {', '.join(known)}{hint}"]
