@@ -115,7 +115,7 @@ def inject(
 
     Raises:
         ValueError: ``adapter.target_modules`` matches no linear layer; the message lists the available names. It may be
-            empty only if ``adapter.shortcuts`` is set. Or ``adapter.rank_pattern`` or ``also_train`` name what is not there.
+            empty only if ``adapter.shortcuts`` is set. Or ``rank_pattern`` or ``also_train`` name what is not there.
     """
     full = parts(model, shape_of).trained(adapter, fresh)
     for name, parameter in model.named_parameters():

@@ -173,7 +173,7 @@ class RunConfig(Strict):
         if self.train.sigma_lr != "auto" and not self.has_singular_values:
             problems.append(f"train.sigma_lr is for singular values, method {self.method.name} has none: remove it")
         if self.adapter.rank_pattern and self.method.grows:
-            why = f"adapter.rank_pattern gives initial ranks, but method {self.method.name} lets all grow from the same one"
+            why = f"adapter.rank_pattern gives initial ranks, but method {self.method.name} grows all from the same one"
             problems.append(f"{why}: remove the pattern, or use method.name=lora")
         problems += task_problems(self.data, self.model.task)
         problems += metric_problems(self.train.best_metric, self.data)
