@@ -10,7 +10,7 @@ the processes. Because everyone gets the same numbers, copies agree on processes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,20 +49,13 @@ def rotate_adapters(shards: ShardMap, mask_N: Tensor, device: torch.device) -> S
     found_2N = torch.zeros(2, len(mask_N), dtype=torch.float64)
     for group in _groups(_pairs(shards), len(kinds), world_size):
         sizes = [len(kinds) * sum(owned.numel for owned in pair) for _, pair in group]
-        whole = torch.cat([_gather(shards, pair, kinds, device) for _, pair in group])
+        flats = torch.cat([_gather(shards, pair, kinds, device) for _, pair in group]).split(sizes)
         # all processes rotate at the same time, each its own matrices
-        mine = [(pair, flat) for (index, pair), flat in zip(group, whole.split(sizes), strict=True)
+        mine = [(pair, flat) for (index, pair), flat in zip(group, flats, strict=True)
                 if index % world_size == global_rank]  # fmt: skip
-        small = [(pair, flat) for pair, flat in mine if len(flat) < SMALL * len(kinds)]
-        host = torch.cat([flat for _, flat in small]).cpu() if small else whole.new_zeros(0)  # one copy for all of them
-        on_host = host.split([len(flat) for _, flat in small])
-        large = [item for item in mine if all(item[1] is not flat for _, flat in small)]
-        for pair, flat in [*zip((pair for pair, _ in small), on_host, strict=True), *large]:
-            first, live_r = shards.rank_layout.offsets[pair[0].module], masks[pair[0].module].nonzero().view(-1)
-            found_2N[:, first + live_r] = _rotate_one(flat, pair, kinds, live_r.to(flat.device)).cpu()
-        for (_, flat), rotated in zip(small, host.to(device).split([len(flat) for _, flat in small]), strict=True):
-            flat.copy_(rotated)
-        for (index, pair), flat in zip(group, whole.split(sizes), strict=True):
+        for module, live_r, found_2r in _rotate_all(mine, kinds, masks):
+            found_2N[:, shards.rank_layout.offsets[module] + live_r] = found_2r
+        for (index, pair), flat in zip(group, flats, strict=True):
             if world_size > 1:
                 dist.broadcast(flat, src=index % world_size)
             _write(shards, pair, kinds, flat)
@@ -71,6 +64,28 @@ def rotate_adapters(shards: ShardMap, mask_N: Tensor, device: torch.device) -> S
         dist.all_reduce(gathered_2N)
         found_2N = gathered_2N.cpu()
     return Spectrum(*found_2N)
+
+
+def _rotate_all(
+    mine: list[tuple[Pair, Tensor]], kinds: tuple[str, ...], masks: Sequence[Tensor]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Rotate matrices in place. Gives number, live rows, and what was found about them (2, r), of each matrix.
+
+    Small ones go to the host and back together, in one copy each way.
+    """
+    small = [(pair, flat) for pair, flat in mine if len(flat) < SMALL * len(kinds)]
+    if small:
+        sizes = [len(flat) for _, flat in small]
+        host = torch.cat([flat for _, flat in small]).cpu()
+        for (pair, _), flat in zip(small, host.split(sizes), strict=True):
+            live_r = masks[pair[0].module].nonzero().view(-1)
+            yield pair[0].module, live_r, _rotate_one(flat, pair, kinds, live_r)
+        for (_, flat), rotated in zip(small, host.to(small[0][1].device).split(sizes), strict=True):
+            flat.copy_(rotated)
+    for pair, flat in mine:
+        if len(flat) >= SMALL * len(kinds):
+            live_r = masks[pair[0].module].nonzero().view(-1)
+            yield pair[0].module, live_r, _rotate_one(flat, pair, kinds, live_r.to(flat.device)).cpu()
 
 
 def _groups(pairs: list[Pair], kinds: int, world_size: int) -> Iterator[list[tuple[int, Pair]]]:

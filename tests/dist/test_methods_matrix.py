@@ -52,10 +52,10 @@ PLACES: dict[str, dict[str, Any]] = {
 FEWER = {
     "lora-svd": ["stage0", "stage3"],
     "adalora-paper": ["stage0", "stage2", "stage3"],
-    "adalora-gate": ["stage0", "stage3"],
-    "salientlora-gate": ["stage0", "stage2", "stage3"],
-    "spectral-curvature": ["stage1", "stage2"],
-    "spectral-gate": ["stage0", "stage2", "stage3"],
+    "adalora-gate": ["stage3"],
+    "salientlora-gate": ["stage2"],
+    "spectral-curvature": ["stage1"],
+    "spectral-gate": ["stage0", "stage2"],
 }
 CELLS = [(method, place) for method in METHODS for place in FEWER.get(method, PLACES)]
 EXTRA = {
