@@ -24,7 +24,7 @@ demo: $(BIN)/.installed-demo
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/demo/demo.py $(if $(TINY),--tiny)
 
 test: $(BIN)/.installed-test
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile  # a file's fixtures are made once
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
