@@ -48,3 +48,14 @@ def ask(module: str, question: Mapping[str, Any]) -> dict[str, Any]:
 def reply(answer: Mapping[str, Any]) -> None:
     """Print an answer for :func:`ask`."""
     print(json.dumps(answer), flush=True)
+
+
+def tokenizer_of(question: Mapping[str, Any]) -> Any:
+    """In the helper: the tokenizer that a question names. If it cannot be loaded, that is the answer: returns None."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(question["tokenizer"], trust_remote_code=question["trust_remote_code"])
+    except Exception as error:  # each library has its own kinds
+        reply({"error": f"the tokenizer of {question['tokenizer']} cannot be loaded: {error}"})
+        return None

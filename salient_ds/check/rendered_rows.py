@@ -7,7 +7,7 @@ import sys
 from itertools import islice
 from typing import Any
 
-from salient_ds.check.helper_process import ask, reply
+from salient_ds.check.helper_process import ask, reply, tokenizer_of
 from salient_ds.config.run import RunConfig
 
 SAMPLE = 1000
@@ -35,20 +35,14 @@ def rendered(run: RunConfig, path: str, tokenizer: str) -> tuple[int, list[str]]
 
 def main(question: dict[str, Any]) -> None:
     """Answer one question."""
-    from transformers import AutoTokenizer
-
     from salient_ds.data.chat_template import fixed_date_note
     from salient_ds.data.formats import read_data
     from salient_ds.data.rendering import render_file
     from salient_ds.data.templates import get_template
     from salient_ds.data.tokenize import TokenizationReport, tokenize_all
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            question["tokenizer"], trust_remote_code=question["trust_remote_code"]
-        )
-    except Exception as error:  # each library has its own kinds
-        reply({"error": f"the tokenizer of {question['tokenizer']} cannot be loaded: {error}"})
+    tokenizer = tokenizer_of(question)
+    if tokenizer is None:
         return
     template = get_template(question["template"], question["rewritten_history"])
     path, fmt, empty, bad = (question[key] for key in ("path", "format", "empty_answers", "bad_rows"))

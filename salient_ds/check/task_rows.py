@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from salient_ds.check.helper_process import ask, reply
+from salient_ds.check.helper_process import ask, reply, tokenizer_of
 from salient_ds.check.model_files import inspect_model
 from salient_ds.check.report import Report
 from salient_ds.check.tokenizer_files import has_tokenizer
@@ -73,17 +73,11 @@ def _tokenizer_folder(run: RunConfig) -> str | None:
 
 def main(question: dict[str, Any]) -> None:
     """Answer one question."""
-    from transformers import AutoTokenizer
-
     from salient_ds.data.tasks.dataset import load_task
     from salient_ds.data.tasks.table import task_of
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            question["tokenizer"], trust_remote_code=question["trust_remote_code"]
-        )
-    except Exception as error:  # each library has its own kinds
-        reply({"error": f"the tokenizer of {question['tokenizer']} cannot be loaded: {error}"})
+    tokenizer = tokenizer_of(question)
+    if tokenizer is None:
         return
     task, path, longest = task_of(question["task"]), question["path"], question["max_length"]
     try:
