@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from salient_ds.adapters.forms import AdapterForm, SVDForm
 from salient_ds.ranks import Event, RankLayout
+from salient_ds.steps import steps_or_fraction
 from salient_ds.strict import Strict
 
 if TYPE_CHECKING:
@@ -184,6 +185,13 @@ class MethodConfig(Strict):
     def event_notes(self, events: Sequence[Event], target: int) -> list[str]:
         """What a user should know about the schedule before the run starts."""
         return []
+
+
+def warmup_steps(chosen: float | None, standard: float, preset: str, total_steps: int) -> int:
+    """A warm-up in steps. One that is not set is ``standard`` of the run with the preset standard, else 0."""
+    if chosen is None:
+        chosen = standard if preset == "standard" else 0.0
+    return steps_or_fraction(chosen, total_steps)
 
 
 class TargetConfig(MethodConfig):

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from salient_ds.methods.options import TargetConfig
+from salient_ds.methods.options import TargetConfig, warmup_steps
 from salient_ds.ranks import Event, RankLayout
 from salient_ds.salience.budget import AllocationPlan
 from salient_ds.salience.cubic_budget import cubic_schedule
-from salient_ds.steps import steps_or_fraction
 
 if TYPE_CHECKING:
     from salient_ds.adapters.options import AdapterConfig
@@ -87,11 +86,6 @@ class SensitivityConfig(TargetConfig):
         preset = SENSITIVITY_PRESETS[self.preset]
         return SensitivityOptions(self.moment or preset.moment, self.ties or preset.ties)
 
-    def _warmup(self, chosen: float | None, standard: float) -> float:
-        if chosen is not None:
-            return chosen
-        return standard if self.preset == "standard" else 0.0
-
     def plan(self, layout: RankLayout, total_steps: int) -> AllocationPlan:
         """The numbers behind the events: totals and warm-ups.
 
@@ -102,8 +96,8 @@ class SensitivityConfig(TargetConfig):
             total_steps=total_steps,
             initial_total=layout.total,
             target_total=self.wanted_total(len(layout.ranks)),
-            initial_warmup=steps_or_fraction(self._warmup(self.initial_warmup, 0.1), total_steps),
-            final_warmup=steps_or_fraction(self._warmup(self.final_warmup, 0.3), total_steps),
+            initial_warmup=warmup_steps(self.initial_warmup, 0.1, self.preset, total_steps),
+            final_warmup=warmup_steps(self.final_warmup, 0.3, self.preset, total_steps),
         )
 
     def events(self, layout: RankLayout, total_steps: int, steps_per_epoch: int | None = None) -> list[Event]:

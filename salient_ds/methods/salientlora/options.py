@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from salient_ds.methods.options import TargetConfig
+from salient_ds.methods.options import TargetConfig, warmup_steps
 from salient_ds.ranks import Event, RankLayout
 from salient_ds.salience.budget import AllocationPlan, paper_schedule, reference_schedule
-from salient_ds.steps import steps_or_fraction
 
 if TYPE_CHECKING:
     from salient_ds.adapters.options import AdapterConfig
@@ -164,11 +163,6 @@ class SalientLoRAConfig(TargetConfig):
             chosen[field.name] = getattr(preset, field.name) if own is None else own
         return SalientOptions(**chosen)
 
-    def _warmup(self, chosen: float | None, standard: float) -> float:
-        if chosen is not None:
-            return chosen
-        return standard if self.preset == "standard" else 0.0
-
     def plan(self, layout: RankLayout, total_steps: int) -> AllocationPlan:
         """The numbers behind the events: totals, warm-ups, windows.
 
@@ -179,8 +173,8 @@ class SalientLoRAConfig(TargetConfig):
             total_steps=total_steps,
             initial_total=layout.total,
             target_total=self.wanted_total(len(layout.ranks)),
-            initial_warmup=steps_or_fraction(self._warmup(self.initial_warmup, 0.1), total_steps),
-            final_warmup=steps_or_fraction(self._warmup(self.final_warmup, 0.3), total_steps),
+            initial_warmup=warmup_steps(self.initial_warmup, 0.1, self.preset, total_steps),
+            final_warmup=warmup_steps(self.final_warmup, 0.3, self.preset, total_steps),
             window_initial=self.window_initial,
             window_final=self.window_final,
         )
