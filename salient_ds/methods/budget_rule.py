@@ -1,6 +1,6 @@
 """Which rows a budget keeps: ``method.budget_unit``. Importing this file loads no torch.
 
-Shape legend: N = rows that exist now.
+Shape legend: N = rows that exist now, L = those of them that are ranked.
 """
 
 from __future__ import annotations
@@ -48,9 +48,19 @@ class BudgetRule:
 
         return torch.tensor(self._cost_M, dtype=torch.float64)[layout.module_of_row_N]
 
-    def per_parameter(self, gain_N: Tensor, layout: RankLayout) -> Tensor:
-        """``gain_N`` as it is, or divided by the cost of each row."""
-        return gain_N / self.cost(layout).to(gain_N) if self.parameters else gain_N
+    def per_parameter(
+        self, gain_L: Tensor, layout: RankLayout, live_N: Tensor | None = None, power: float = 1.0
+    ) -> Tensor:
+        """``gain_L`` as it is, or divided by the cost of each row to the ``power``.
+
+        Args:
+            live_N: which rows of ``layout`` the gains belong to; None: all.
+        """
+        if not self.parameters:
+            return gain_L
+        cost_N = self.cost(layout)
+        cost_L = cost_N if live_N is None else cost_N[live_N.to(cost_N.device)]
+        return gain_L / cost_L.to(gain_L) ** power
 
     def select(self, score_N: Tensor, event: Event, live_N: Tensor, layout: RankLayout) -> Tensor:
         """The rows to keep (bool, N): those with the highest scores. Pruned rows do not come back."""

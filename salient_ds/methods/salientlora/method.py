@@ -182,11 +182,8 @@ class SalientLoRA:
 
     def _scores(self, window_LT: Tensor, sizes: list[int], live_N: Tensor | None = None) -> Tensor:
         """Scores (L,) of the given rows. Matrix k owns ``sizes[k]`` of them; ``live_N``: which they are (None: all)."""
-        cost_L = self._rule.cost(self.layout).to(window_LT.device)
-        cost_L = cost_L if live_N is None else cost_L[live_N]
         if self.config.score == "gate_fisher":
-            gain_L = window_LT.double().square().mean(1)
-            return gain_L / cost_L if self._rule.parameters else gain_L
+            return self._rule.per_parameter(window_LT.double().square().mean(1), self.layout, live_N)
         options, reference = self.options, self.reference_numerics
         norms_TM2 = torch.stack(self._losses[: window_LT.shape[1]]).to(window_LT.device)
         norms_TM2 = norms_TM2.float() if reference else norms_TM2.double()
@@ -195,8 +192,8 @@ class SalientLoRA:
         if options.loss_weights == "normalised":
             weights_KT = weights_KT / weights_KT.mean(1, keepdim=True)
         magnitude_L = score.magnitude(window_LT, weights_KT, sizes, options.magnitude == "signed")
-        if self._rule.parameters:  # the gain is the square of a singular value
-            magnitude_L = magnitude_L / cost_L.sqrt()
+        # the gain is the square of a singular value
+        magnitude_L = self._rule.per_parameter(magnitude_L, self.layout, live_N, power=0.5)
         influence_L = influence(
             window_LT,
             self.config.beta,
