@@ -2,7 +2,8 @@
 
     python eval/evidence/arms.py OUT --task spanish --rank 1
 
-All arms have the scaling 2 and end with as many parameters as uniform LoRA of the given rank.
+All arms have the scaling 2. Except where their name says otherwise they end with as many parameters as uniform LoRA of
+the given rank; LoRA^2's outer factors come on top.
 """
 
 from __future__ import annotations
@@ -15,48 +16,79 @@ import yaml
 
 WIDE = 8
 """Rank that pruning methods begin with."""
+BASES = {"spanish": "smollm2", "describe": "smollm2", "sarcasm": "smollm2", "headlines": "minilm", "topics": "minilm"}
+"""Task -> the model that it is run with unless ``--model`` names another base run."""
+LABELS = {
+    "headlines": ["plain", "sarcastic"],
+    "topics": [
+        "Arts", "Biology and health sciences", "Everyday life", "Geography", "History", "Mathematics", "People",
+        "Philosophy and religion", "Physical sciences", "Society and social sciences", "Technology",
+    ],
+}  # fmt: skip
+
+Overrides = dict[str, Any]
 
 
-def arms(rank: int, wide: int, found: list[Path]) -> dict[str, Any]:
+def arms(rank: int, wide: int, found: list[Path]) -> dict[str, Overrides]:
     """Name -> overrides of the base run. ``found``: files of ranks that LoRA is trained with."""
 
-    def uniform(rank: int, **method: Any) -> dict[str, Any]:
-        return {"adapter": {"rank": rank, "alpha": 2 * rank}, "method": {"name": "lora"} | method}
+    def arm(rank: int, name: str, **method: Any) -> Overrides:
+        return {"adapter.rank": rank, "adapter.alpha": 2 * rank, "method": {"name": name} | method}
 
-    def retrained(path: Path) -> dict[str, Any]:
-        return {"adapter": {"rank": 1, "alpha": 2, "rank_pattern": str(path)}, "method": {"name": "lora"}}
+    def retrained(path: Path) -> Overrides:
+        return arm(1, "lora") | {"adapter.rank_pattern": str(path)}
 
-    def pruned(name: str, **options: Any) -> dict[str, Any]:
-        budget = {"name": name, "target_rank": rank, "budget_unit": "parameters"}
-        return {"adapter": {"rank": wide, "alpha": 2 * wide}, "method": budget | options}
+    def pruned(name: str, **options: Any) -> Overrides:
+        return arm(wide, name, target_rank=rank, budget_unit="parameters", **options)
 
     windows = {"window_initial": 5, "window_final": 30}  # for runs of a few hundred steps
     often = [round(0.1 + 0.05 * k, 2) for k in range(11)]  # eleven events from 0.1 to 0.6
+    grown = {"interval": 10, "top_h": 15, "add": 1, "target_rank": rank}
     return {
-        "lora": uniform(rank),
-        "lora-wide": uniform(wide),
-        "svd-lora": uniform(rank, form="svd"),
-        "spectral-energy": pruned("spectral", score="energy"),
-        "spectral-curvature": pruned("spectral", score="curvature"),
-        "spectral-curvature-5": pruned("spectral", score="curvature", prune_at=often[::2][:5]),
-        "spectral-curvature-11": pruned("spectral", score="curvature", prune_at=often),
-        "spectral-gate-5": pruned("spectral", score="gate_fisher", window=10, prune_at=often[::2][:5]),
-        "spectral-curvature-early": pruned("spectral", score="curvature", prune_at=0.1),
-        "spectral-curvature-at-0.2": pruned("spectral", score="curvature", prune_at=0.2),
-        "spectral-gate-early": pruned("spectral", score="gate_fisher", window=15, prune_at=0.12),
+        "lora": arm(rank, "lora"),
+        "rslora": arm(rank, "lora", rslora=True),
+        "lora-wide": arm(wide, "lora"),
+        "svd-lora": arm(rank, "lora", form="svd"),
+        "spectral": pruned("spectral"),
+        "spectral-energy": pruned("spectral", score="energy", prune_at=0.4),
+        "spectral-late": pruned("spectral", prune_at=0.4),
+        "spectral-5": pruned("spectral", prune_at=often[::2][:5]),
+        "spectral-11": pruned("spectral", prune_at=often),
+        "spectral-gate": pruned("spectral", score="gate_fisher", window=15, prune_at=0.12),
+        "spectral-gate-5": pruned("spectral", score="gate_fisher", window=25, prune_at=often[::2][:5]),
+        "spectral-gate-11": pruned("spectral", score="gate_fisher", window=14, prune_at=often),
+        "spectral-random": pruned("spectral", score="random"),
+        "spectral-uniform": pruned("spectral", compete="in_matrix"),
         "salientlora": pruned("salientlora", **windows),
+        "salientlora-magnitude": pruned("salientlora", **windows, **{"lambda": 1.0}),
+        "salientlora-influence": pruned("salientlora", **windows, **{"lambda": 0.0}),
+        "salientlora-paper": pruned("salientlora", **windows, preset="paper"),
         "salientlora-gate": pruned("salientlora", score="gate_fisher", **windows),
         "adalora": pruned("adalora"),
         "adalora-gate": pruned("adalora", score="gate_fisher"),
-    } | {f"lora-ranks-of-{path.stem.removeprefix('ranks-')}": retrained(path) for path in found}
+        "lora2": pruned("lora2"),
+        "increlora": arm(wide, "increlora", **grown),
+        "heterolora": arm(
+            wide, "heterolora", keep=rank / wide, budget_unit="params", interval=30, interval_unit="steps",
+            probe_batches=8, search_end=0.6,
+        ),
+    } | {f"lora-ranks-of-{path.stem.removeprefix('ranks-')}": retrained(path) for path in found}  # fmt: skip
+
+
+def task_of(name: str) -> Overrides:
+    """Section ``data.task`` of a classifier; nothing for instruction data."""
+    if name not in LABELS:
+        return {}
+    return {"data.task": {"kind": "classification", "columns": ["text"], "labels": LABELS[name]}}
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder to write TASK-rRANK.yaml into.")],
-    task: Annotated[str, typer.Option(help="spanish, describe or sarcasm.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write TASK-MODEL-rRANK.yaml into.")],
+    task: Annotated[str, typer.Option(help="spanish, describe, sarcasm, headlines or topics.")],
+    model: Annotated[str, typer.Option(help="Base run beside this file: smollm2, smollm2-classifier, minilm.")] = "",
     rank: Annotated[int, typer.Option(min=1, help="Rank of uniform LoRA: the budget of all arms.")] = 1,
     seeds: Annotated[int, typer.Option(min=2, help="Number of fresh seeds.")] = 5,
-    per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 10,
+    per_gpu: Annotated[int, typer.Option(min=1, help="Runs that share a GPU.")] = 9,
     only: Annotated[str, typer.Option(help="Arms, separated by commas; default: all.")] = "",
     lrs: Annotated[str, typer.Option(help="Learning rates.")] = "1e-3,2e-3,4e-3,8e-3",
     widen: Annotated[int, typer.Option(help="Further rates on either side.")] = 2,
@@ -68,13 +100,16 @@ def main(
     if only:
         chosen = {name: chosen[name] for name in only.split(",")}
     data = Path("evid/data").resolve()
-    for overrides in chosen.values():
-        overrides["data.train"] = str(data / f"{task}-train.jsonl")
-        overrides["data.eval"] = str(data / f"{task}-validation.jsonl")
-    name = f"{task}-r{rank}"
+    base = model or BASES[task]
+    name = f"{task}-{base}-r{rank}"
     spec = {
-        "run": str(Path(__file__).with_name("smollm2.yaml")),
+        "run": str(Path(__file__).with_name(f"{base}.yaml")),
         "output_dir": str(runs / name),
+        "overrides": {
+            "data.train": str(data / f"{task}-train.jsonl"),
+            "data.eval": str(data / f"{task}-validation.jsonl"),
+        }
+        | task_of(task),
         "arms": chosen,
         "baseline": "lora",
         "lr": [float(lr) for lr in lrs.split(",")],

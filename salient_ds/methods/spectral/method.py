@@ -5,6 +5,7 @@ Shape legend: N = rows that exist now.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -96,7 +97,10 @@ class Spectral(BaseMethod):
         score_N = self._scores(event)
         bad = modules_of_rows(self.layout, ~score_N.isfinite())
         refuse_non_finite("scores of rows", self.layout.modules, bad, f"at step {event.step}")
-        score_N = self._rule.per_parameter(score_N, self.layout)
+        if self.config.compete == "in_matrix":
+            score_N = -places_in_matrices(score_N, previous.mask_N, self.layout)
+        else:
+            score_N = self._rule.per_parameter(score_N, self.layout)
         mask_N = self._rule.select(score_N, event, previous.mask_N, self.layout)
         threshold = score_at_cut(score_N, mask_N, previous.mask_N)
         self._spectrum = None
@@ -106,6 +110,8 @@ class Spectral(BaseMethod):
         if self.config.score == "gate_fisher":
             return self._squares_N.cpu() / event.window
         assert self._spectrum is not None, "rotated before every event"
+        if self.config.score == "random":
+            return random_scores(self._spectrum.sigma_N)
         return self._spectrum.sigma_N.square() if self.config.score == "energy" else self._spectrum.curvature_N
 
     def shared_state(self) -> dict[str, Any]:
@@ -115,3 +121,26 @@ class Spectral(BaseMethod):
     def load_state(self, shared: dict[str, Any], read: ReadShard) -> None:
         """Continue in the middle of a window."""
         self._squares_N = shared["squares_N"].clone()
+
+
+def random_scores(sigma_N: Tensor) -> Tensor:
+    """A draw of N numbers (float64). Its seed is in the digits of ``sigma_N``.
+
+    So it is the same on every process, and another one in every run.
+    """
+    digest = hashlib.sha256(sigma_N.double().cpu().numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(len(sigma_N), dtype=torch.float64, generator=generator)
+
+
+def places_in_matrices(score_N: Tensor, live_N: Tensor, layout: RankLayout) -> Tensor:
+    """Place of each row among the rows of its matrix (N,) float64: 0 for the highest score.
+
+    Rows not in ``live_N`` come last. Equal scores keep the order of the rows.
+    """
+    place_N = torch.empty(layout.total, dtype=torch.float64)
+    score_N = torch.where(live_N.to(score_N.device), score_N, float("-inf"))
+    for first, rank in zip(layout.offsets[:-1], layout.ranks, strict=True):
+        order = torch.argsort(score_N[first : first + rank], descending=True, stable=True)
+        place_N[first + order.to(place_N.device)] = torch.arange(rank, dtype=torch.float64)
+    return place_N

@@ -19,10 +19,13 @@ class SpectralConfig(TargetConfig):
     """When rows are removed: steps, or fractions of all steps below 1, rising. With several events the total rank falls
     by the same factor at each of them. Early is better and cheaper: most of the run then trains the ranks that stay
     (eval/records/*evidence*)."""
-    score: Literal["energy", "curvature", "gate_fisher"] = "curvature"
+    score: Literal["energy", "curvature", "gate_fisher", "random"] = "curvature"
     """What a row is kept for. energy: its squared singular value. curvature: the same, weighted with Adam's second
     moments, an estimate of what its removal costs. gate_fisher: the mean over `window` steps of
-    (sigma dL/dsigma)^2; rows are rotated once before that."""
+    (sigma dL/dsigma)^2; rows are rotated once before that. random: a draw, as a control for comparisons."""
+    compete: Literal["everywhere", "in_matrix"] = "everywhere"
+    """Which rows compete for the budget. everywhere: those of all matrices. in_matrix: only those of the same matrix,
+    so that all matrices end with the same rank, as a control for comparisons."""
     window: int = Field(20, ge=1)
     """Steps that `score: gate_fisher` averages over, right before every event."""
     rslora: bool = False

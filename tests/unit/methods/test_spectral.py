@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from salient_ds.methods.spectral.method import Spectral
+from salient_ds.methods.spectral.method import Spectral, random_scores
 from salient_ds.methods.spectral.options import SpectralConfig
-from salient_ds.ranks import Event, RankLayout, Spectrum, initial_decision
+from salient_ds.ranks import Event, RankDecision, RankLayout, Spectrum, initial_decision
 
 LAYOUT = RankLayout(("a", "b"), (4, 4), (6, 8), (6, 5))
 
@@ -76,3 +76,27 @@ def test_one_threshold_over_all_matrices() -> None:
 def test_scores_that_are_not_finite_name_the_matrix() -> None:
     with pytest.raises(ValueError, match=r"scores of rows of 1 matrices \(b\) were not finite at step 40"):
         decide("energy", [1.0] * 7 + [float("nan")], [1.0] * 8)
+
+
+def control(previous: list[bool], **options: Any) -> list[bool]:
+    method = Spectral(SpectralConfig.model_validate({"target_rank": 1, "prune_at": 40} | options), LAYOUT, 100)
+    ones_N = torch.ones(8).double()
+    method.take_spectrum(Spectrum(ones_N, torch.tensor([1.0, 3, 2, 1, 9, 7, 8, 6]).double()))
+    before = RankDecision(0, sum(previous), torch.tensor(previous))
+    kept: list[bool] = method.allocate({}, method.events[-1], before).mask_N.tolist()
+    return kept
+
+
+@pytest.mark.parametrize("unit", ["ranks", "parameters"])
+def test_rows_that_compete_in_their_matrix_leave_equal_ranks(unit: str) -> None:
+    first, second = [False, True, False, False], [True, False, False, False]
+    assert control([True] * 8, compete="in_matrix", budget_unit=unit) == first + second
+    gone = [True, False, True, True] + [False, True, True, True]
+    assert control(gone, compete="in_matrix", budget_unit=unit) == [False, False, True, False] * 2
+
+
+def test_a_random_draw_is_the_same_everywhere_and_another_in_every_run() -> None:
+    found = control([True] * 8, score="random")
+    assert sum(found) == 2 and found == control([True] * 8, score="random")
+    one_N = torch.tensor([1.0, 2.0, 3.0])
+    assert random_scores(one_N).tolist() != random_scores(one_N * (1 + 1e-6)).tolist()
