@@ -46,8 +46,10 @@ def check_disk(run: RunConfig, report: Report) -> None:
     size, train = report.facts.get("checkpoint_bytes"), run.train
     if size is None:
         return
-    saves = 1 + (report.facts.get("total_steps", 0) // train.save_every if train.save_every else 0)
-    copies = min(saves, train.keep_checkpoints + 1)  # the oldest is deleted after a new one is complete
+    steps = train.save_steps
+    saves = 1 + (report.facts.get("total_steps", 0) // steps if steps else 0)
+    copies = train.keep_checkpoints + 1  # the oldest is deleted after a new one is complete
+    copies = copies if train.save_seconds else min(saves, copies)
     needed = size * copies
     if needed > free:
         report.problems.append(

@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from salient_ds.adapters.inject import AdaptedModel
-from salient_ds.config.run import TrainConfig
+from salient_ds.config.train import TrainConfig
 from salient_ds.salience.learning_rate import RatePlan
 from salient_ds.steps import steps_or_fraction
 from salient_ds.zero.collectives import world
@@ -17,6 +17,7 @@ from salient_ds.zero.ds_json import summary
 from salient_ds.zero.environment import make_engine
 from salient_ds.zero.internals.clipping import can_fold_clipping, fold_clipping
 from salient_ds.zero.internals.layouts import full_shape
+from salient_ds.zero.internals.skipping import skip_non_finite
 
 
 def parameter_groups(adapted: AdaptedModel, lr: float, weight_decay: float, sigma_ratio: float) -> list[dict[str, Any]]:
@@ -132,6 +133,7 @@ def build_engine(
     )
     if bound:
         fold_clipping(engine, bound)
+    skip_non_finite(engine)
     return engine
 
 

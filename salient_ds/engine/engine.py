@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.engine.compact import Resizer
 from salient_ds.engine.decisions import Decisions
-from salient_ds.engine.loss_check import LossCheck
+from salient_ds.engine.loss_check import LossCheck, StepLoss
 from salient_ds.engine.reports import EventReport, MicroBatch, NonFiniteLoss, StepReport
 from salient_ds.engine.shards import ShardMap
 from salient_ds.engine.state import AllocationState
@@ -54,6 +54,9 @@ class AllocatingEngine:
         if isinstance(method, SharingMethod) and world().world_size > 1:
             method.share = share_of_work()
         self._events = {event.step: event for event in method.events}
+        self.flags: dict[str, Callable[[], bool]] = {}
+        """Questions that every process answers for itself in every step, by name; the same names on all processes.
+        :attr:`StepReport.raised` holds those that any process answered with yes. The answers travel with the loss."""
 
     @property
     def step(self) -> int:
@@ -110,11 +113,14 @@ class AllocatingEngine:
         batches = list(micro_batches)
         assert len(batches) == self.engine.gradient_accumulation_steps(), "one micro-batch per accumulation step"
         if self.before is not None:
+            self.state.may_change()
             self.before.take_due()
-        loss = self._forward_backward(batches, global_targets)
+        verdict = self._forward_backward(batches, global_targets)
+        self.state.may_change()
         self.engine.step()
         skipped = not self.engine.was_step_applied()
-        report = StepReport(loss, skipped, self.engine.get_global_grad_norm())
+        report = StepReport(verdict.loss, skipped, self.engine.get_global_grad_norm())
+        report.raised = frozenset(name for name, up in zip(sorted(self.flags), verdict.flags, strict=True) if up)
         penalty = self._end_penalty()
         scores = self._end_scores()
         if not skipped:
@@ -136,9 +142,9 @@ class AllocatingEngine:
             report.penalty_value = penalty.value()
         return report
 
-    def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> float:
+    def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> StepLoss:
         scale = world().world_size * len(batches) / max(global_targets, 1)
-        check = LossCheck(self.device, global_targets)
+        check = LossCheck(self.device, global_targets, [self.flags[name]() for name in sorted(self.flags)])
         if not self.adapted.model.training:
             self.engine.train()  # only when needed: it visits every module, which takes the host milliseconds
         self._arm_scores()
@@ -160,7 +166,7 @@ class AllocatingEngine:
             self._end_penalty()
             self._end_scores()
             raise NonFiniteLoss(self.step + 1, self._gather_indices(batches if verdict.broken_here else []))
-        return verdict.loss
+        return verdict
 
     def _gather_indices(self, batches: list[MicroBatch]) -> list[int]:
         mine = [i for batch in batches for i in batch.indices]
@@ -205,4 +211,5 @@ class AllocatingEngine:
 
     def finish(self) -> None:
         """Call after the last step: a decision that still waits for a next step takes effect now."""
+        self.state.may_change()
         self.decisions.settle()

@@ -1,11 +1,13 @@
 """Checks that the loss of a step is finite on every process, before parameters change and without stalling the device.
 
 The loss depends on the forward pass only. It is copied to the host while the backward pass runs, so that waiting for it
-does not mean waiting for the gradients.
+does not mean waiting for the gradients. Flags travel with it: what one process notices (time to save, a signal), all
+processes know after the same step, at no further collective.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,8 @@ class StepLoss:
     """The loss of at least one process is not finite."""
     broken_here: bool
     """The loss of this process is not finite."""
+    flags: tuple[bool, ...] = ()
+    """Of every flag, whether at least one process raised it."""
 
 
 class LossCheck:
@@ -33,10 +37,12 @@ class LossCheck:
     Args:
         device: where the losses are.
         global_targets: number of targets in the whole global batch.
+        flags: those that this process raises; as many on every process.
     """
 
-    def __init__(self, device: torch.device, global_targets: int) -> None:
+    def __init__(self, device: torch.device, global_targets: int, flags: Sequence[bool] = ()) -> None:
         self._targets = max(global_targets, 1)
+        self._flags = torch.tensor(list(map(float, flags)), dtype=torch.float64)
         self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._host: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -51,6 +57,8 @@ class LossCheck:
         finite = self._total.isfinite()
         broken = (~finite).double()
         numbers = torch.stack([torch.where(finite, self._total, 0.0) / self._targets, broken])
+        if len(self._flags):
+            numbers = torch.cat([numbers, self._flags.to(self._total.device, non_blocking=True)])
         if world().world_size > 1:
             dist.all_reduce(numbers)
         numbers = torch.cat([numbers, broken.view(1)])
@@ -67,5 +75,5 @@ class LossCheck:
         assert self._host is not None, "start() comes first"
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, broken, here = self._host.tolist()
-        return StepLoss(loss, broken > 0, here > 0)
+        loss, broken, *flags, here = self._host.tolist()
+        return StepLoss(loss, broken > 0, here > 0, tuple(count > 0 for count in flags))

@@ -55,6 +55,8 @@ class StepReport:
     event: EventReport | None = None
     compaction: float | None = None
     """Seconds it took to drop pruned rows after this step; None if nothing was dropped."""
+    raised: frozenset[str] = frozenset()
+    """Names of the engine's flags that at least one process raised in this step. Equal on all processes."""
 
     # Become numbers only on access, because reading a value waits for the device and then leaves it idle.
     @property

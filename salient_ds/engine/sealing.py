@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from salient_ds.engine.shard_files import (
     manifest_sum,
     step_of,
 )
+
+PARTIAL = ".partial"
+"""End of the name of a directory that is not a whole checkpoint yet, or not any more."""
 
 Written = dict[str, dict[str, Any]]
 """Size ("bytes") and "sha256" of files by name, computed from what was in memory, not from what was read back."""
@@ -111,9 +115,20 @@ def _sync_folder(path: Path) -> None:
 
 
 def remove_others(folder: Path, step: int, keep: int, spare: int | None = None) -> None:
-    """Remove all checkpoints in ``folder`` but the last ``keep`` whole ones up to ``step`` and that of ``spare``."""
+    """Remove all checkpoints in ``folder`` but the last ``keep`` whole ones up to ``step`` and that of ``spare``.
+
+    Each is renamed first, so that a removal that is interrupted leaves no checkpoint that looks damaged.
+    """
     whole = [path for path in find_checkpoints(folder) if step_of(path) <= step]
     kept = whole[-keep:] + [path for path in whole if step_of(path) == spare]
     for path in checkpoint_dirs(folder):
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.rename(path.with_name(f"{path.name}{PARTIAL}"))
+    remove_debris(folder)
+
+
+def remove_debris(folder: Path) -> None:
+    """Remove what saves and removals that were interrupted have left in ``folder``."""
+    for path in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from salient_ds.methods.duties import Method, RotatingMethod
 from salient_ds.ranks import Event, RankDecision, RankLayout, initial_decision
 from salient_ds.zero.collectives import all_equal, packed_sum, world
 from salient_ds.zero.internals.engine_state import basic_optimizer
+
+
+class Copying(Protocol):
+    """A copy of tensors that is being taken by a thread."""
+
+    taken: threading.Event
+    """Set once the tensors may change."""
 
 
 class AllocationState:
@@ -51,6 +59,8 @@ class AllocationState:
         self.device = device
         self.step = 0
         """Applied optimizer steps so far (DeepSpeed's global_steps also counts skipped ones)."""
+        self.snapshot: Copying | None = None
+        """A copy of the tensors that a checkpoint is being made of."""
         initial = initial_decision(method.policy, adapted.layout)
         if not bool(initial.mask_N.all()):
             adapted.set_mask(initial.mask_N, method.policy.gate_forward, initial.hold)
@@ -73,6 +83,12 @@ class AllocationState:
         if self.method.needs_before:
             basic_optimizer(engine).register_step_pre_hook(self._before_optimizer)
         basic_optimizer(engine).register_step_post_hook(self._after_optimizer)
+
+    def may_change(self) -> None:
+        """Wait until masters, moments and statistics have been copied, if a checkpoint is being made of them."""
+        if self.snapshot is not None:
+            self.snapshot.taken.wait()
+            self.snapshot = None
 
     def forget(self) -> None:
         """Drop all references to the engine and to views of its buffers. :meth:`adopt` must follow."""

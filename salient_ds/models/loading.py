@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from salient_ds.config.run import ModelConfig, RunConfig, TrainConfig
+from salient_ds.config.run import ModelConfig, RunConfig
+from salient_ds.config.train import TrainConfig
 from salient_ds.models.families import family_problems
 from salient_ds.models.heads import draw_head, head_settings, label_problem, refuse_mismatched, split_fresh
 from salient_ds.models.meta_model import AUTO_CLASSES, attention_of, attention_problem

@@ -30,12 +30,12 @@ class RunLog:
             truncate_after(self.directory.allocations, step)
             truncate_metrics(self.directory.metrics, step)
 
-    def step(self, report: Any, tokens: int, all_tokens: int, seconds: float, last: bool) -> None:
+    def step(self, report: Any, tokens: int, counters: Any, seconds: float, last: bool) -> None:
         """Log one applied step. ``report`` is a :class:`~salient_ds.engine.reports.StepReport`.
 
         Args:
             tokens: tokens of this step.
-            all_tokens: tokens of the run so far.
+            counters: :class:`~salient_ds.run.counters.Counters` of the run so far.
             seconds: duration of this step.
             last: whether this is the last step of the run; it is always logged.
         """
@@ -50,8 +50,8 @@ class RunLog:
         if engine.step % self.every == 0 or report.event is not None or last:
             append_metrics(self.directory.metrics, {
                 "step": engine.step, "loss": report.loss, "grad_norm": report.grad_norm, "penalty": report.penalty,
-                "total_rank": total, "tokens": all_tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
-                "lr": engine.engine.get_lr()[0],
+                "total_rank": total, "tokens": counters.tokens, "skipped_steps": counters.skipped, "seconds": seconds,
+                "tokens_per_second": tokens / seconds, "lr": engine.engine.get_lr()[0],
             })  # fmt: skip
         if report.event is not None:
             self._event(report.event)

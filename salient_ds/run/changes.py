@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from salient_ds.config.run import ModelConfig, RunConfig, TrainConfig
+from salient_ds.config.run import ModelConfig, RunConfig
+from salient_ds.config.train import TrainConfig
 from salient_ds.engine.identity import CHANGEABLE
 from salient_ds.strict import did_you_mean
 

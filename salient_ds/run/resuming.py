@@ -26,6 +26,7 @@ from salient_ds.engine.shard_files import (
     find_checkpoints,
     step_of,
 )
+from salient_ds.models.fingerprint import base_identity
 from salient_ds.models.loading import model_identity
 from salient_ds.monitor.directory import RunDirectory, RunDirectoryError, claim, shared_by_all
 from salient_ds.run.assemble import compaction
@@ -237,6 +238,43 @@ def accept(
     if later:
         start.notes.append(f"checkpoints of later steps are removed at the next save: {', '.join(later)}")
     return start
+
+
+def agree(
+    directory: RunDirectory,
+    path: Path | None,
+    config: RunConfig,
+    identity: dict[str, Any],
+    total_steps: int,
+    changes: Sequence[str],
+    device: torch.device,
+) -> tuple[dict[str, Any], Start]:
+    """Call :func:`accept` on the main process, and tell all processes what came out.
+
+    Returns:
+        What identifies the base model, and how the run begins.
+
+    Raises:
+        CheckpointError: on all processes, if the run may not resume.
+    """
+    problem, base, start = None, {}, Start()
+    if world().global_rank == 0:
+        try:
+            base = base_identity(config.model, config.train.seed)
+            start = accept(directory, path, identity | base, total_steps, changes)
+        except (CheckpointError, OSError, ValueError) as error:
+            problem = str(error)
+    problem, base, start = from_main([problem, base, start], device)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return base, start
+
+
+def base_of(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """What identifies the base model, as the main process sees it, on all processes."""
+    found = base_identity(config.model, config.train.seed) if world().global_rank == 0 else {}
+    answer: dict[str, Any] = from_main([found], device)[0]
+    return answer
 
 
 def own_checkpoint(directory: RunDirectory, path: Path) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from salient_ds.config.run import ModelConfig, TrainConfig
+from salient_ds.config.run import ModelConfig
+from salient_ds.config.train import TrainConfig
 from salient_ds.data.tasks.dataset import load_task
 from salient_ds.models.heads import pad_with
 from salient_ds.models.loading import attention_for, load_base, load_tokenizer

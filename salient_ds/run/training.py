@@ -13,11 +13,9 @@ import torch
 
 from salient_ds.config.run import RunConfig
 from salient_ds.data.sampler import StepSampler
-from salient_ds.engine.checkpoint import kept_rows, load, save
+from salient_ds.engine.checkpoint import kept_rows, load
 from salient_ds.engine.reports import Diverged, NonFiniteLoss, StepReport
-from salient_ds.engine.shard_files import CheckpointError, step_of
 from salient_ds.methods.duties import ReportingMethod, ScoringMethod
-from salient_ds.models.fingerprint import base_identity
 from salient_ds.models.heads import head_facts, pad_with
 from salient_ds.models.loading import hidden_size, load_base, load_tokenizer, refuse_unfit
 from salient_ds.monitor.progress import Progress
@@ -28,16 +26,18 @@ from salient_ds.run.export import export_run
 from salient_ds.run.fits import refuse_misfits
 from salient_ds.run.held_out import HeldOut
 from salient_ds.run.inputs import Inputs, load_inputs, micro_batches, probe_data
+from salient_ds.run.keeping import Keeper
 from salient_ds.run.resuming import (
     Start,
-    accept,
+    agree,
+    base_of,
     built_identity,
     open_run,
     own_checkpoint,
     run_identity,
     ways_on,
 )  # fmt: skip
-from salient_ds.zero.collectives import all_succeeded, from_main, world
+from salient_ds.zero.collectives import all_succeeded, world
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
 from salient_ds.zero.sharded_base import effective_config
 
@@ -71,8 +71,6 @@ class Training:
         self.identity: dict[str, Any] = {}
         self.head: dict[str, Any] = {}
         """What config.json of a merged model states about the head."""
-        self.saved: Path | None = None
-        """The last checkpoint that this process wrote."""
 
     @property
     def rank(self) -> int:
@@ -101,8 +99,11 @@ class Training:
             return
         self.build()
         self.restore()
-        self.loop()
-        self.finish()
+        try:
+            self.loop()
+            self.finish()
+        finally:
+            self.keeper.close()
 
     def open_directory(self, resume: str, overwrite: bool) -> None:
         """Claim the run directory, and agree with all processes on the checkpoint to resume."""
@@ -132,16 +133,9 @@ class Training:
             CheckpointError: on all processes, if they differ in more than ``changes``.
         """
         self.identity = run_identity(self.config, self.inputs, self.total_steps, self.ds_config)
-        problem, base, start = None, {}, Start()
-        if self.is_main:
-            try:
-                base = base_identity(self.config.model, self.config.train.seed)
-                start = accept(self.directory, self.resume_from, self.identity | base, self.total_steps, changes)
-            except (CheckpointError, OSError, ValueError) as error:
-                problem = str(error)
-        problem, base, self.start = from_main([problem, base, start], self.device)
-        if problem is not None:
-            raise CheckpointError(problem)
+        base, self.start = agree(
+            self.directory, self.resume_from, self.config, self.identity, self.total_steps, changes, self.device
+        )
         self.identity |= base
         for note in self.start.notes:
             self.say(note)
@@ -185,8 +179,7 @@ class Training:
     def restore(self) -> None:
         """Restore the checkpoint to resume, if there is one. Only then write to the run directory."""
         if "base weights" not in self.identity:  # they were downloaded meanwhile
-            found = base_identity(self.config.model, self.config.train.seed) if self.is_main else {}
-            self.identity |= from_main([found], self.device)[0]
+            self.identity |= base_of(self.config, self.device)
         if self.resume_from is not None:
             extra = load(self.engine.state, self.resume_from, self.identity, self.start.changed_keys)
             self.counters = Counters(**extra["counters"])
@@ -197,6 +190,7 @@ class Training:
         self._record()
         self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
         self.log.rewind(self.engine.step)
+        self.keeper = Keeper(self.engine, self.directory.checkpoints, self.config.train, self.identity)
 
     def _record(self) -> None:
         """Write the resolved settings and some facts of the run into its directory."""
@@ -211,7 +205,6 @@ class Training:
     def loop(self) -> None:
         """Train until the last step, with evaluations and checkpoints on the way."""
         train, engine, log = self.config.train, self.engine, self.log
-        size, device = train.micro_batch_size, self.device
         total = engine.decisions.latest.total
         with Progress(self.total_steps, engine.step, main=self.is_main, every=train.log_every, total_rank=total) as bar:
             self.bar = bar
@@ -219,19 +212,22 @@ class Training:
                 began = time.perf_counter()
                 batches, targets = micro_batches(
                     self.inputs, self.sampler, self.counters.batches,
-                    global_rank=self.global_rank, world_size=self.world_size, size=size, device=device,
+                    global_rank=self.global_rank, world_size=self.world_size, size=train.micro_batch_size,
+                    device=self.device,
                 )  # fmt: skip
                 report = self._step(batches, targets)
+                self.keeper.after_step(report)
                 if report.skipped:
+                    bar.message(f"step {engine.step + 1} skipped: {self.counters.skips()}")
                     continue
                 tokens = self.world_size * sum(b.inputs["input_ids"].numel() for b in batches)
                 self.counters.tokens += tokens
                 bar.update(engine.step, report.loss, tokens, engine.decisions.latest.total)
                 last = engine.step == self.total_steps
-                log.step(report, tokens, self.counters.tokens, time.perf_counter() - began, last)
+                log.step(report, tokens, self.counters, time.perf_counter() - began, last)
                 if train.eval_every and engine.step % train.eval_every == 0 and not last:
                     bar.message(self.evaluate())
-                if train.save_every and engine.step % train.save_every == 0 and not last:
+                if self.keeper.wants(report) and not last:
                     self.save()
                 if self.after_step is not None:
                     self.after_step(self, report)
@@ -240,16 +236,19 @@ class Training:
         try:
             report = self.engine.train_step(batches, targets)
         except NonFiniteLoss as error:
-            raise Diverged(f"{error}; {ways_on(self.directory.checkpoints)}, or look at those rows") from error
-        self.counters.batches += 1
-        self.counters.skipped_in_a_row = self.counters.skipped_in_a_row + 1 if report.skipped else 0
+            raise Diverged(f"{error}; {self._ways_on()}, or look at those rows") from error
+        self.counters.count(report.skipped)
         if self.counters.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise Diverged(
                 f"{self.counters.skipped_in_a_row} steps in a row were skipped because of non-finite gradients (bound: "
-                f"train.max_skipped_steps) after step {self.engine.step}; {ways_on(self.directory.checkpoints)}, look "
+                f"train.max_skipped_steps) after step {self.engine.step}; {self._ways_on()}, look "
                 "at the data, or begin again with train.precision=bf16"
             )
         return report
+
+    def _ways_on(self) -> str:
+        self.keeper.wait()  # all processes stop at this step
+        return ways_on(self.directory.checkpoints)
 
     def evaluate(self) -> str:
         """Evaluate the held-out data over all processes, log it, and return it as a line of text.
@@ -268,23 +267,24 @@ class Training:
         return f"{step}: {held_out.text()}"
 
     def save(self) -> Path:
-        """Write a checkpoint of the current state, unless there is one of this step, and return its directory."""
-        if self.saved is None or step_of(self.saved) != self.engine.step:
-            extra = {"counters": asdict(self.counters), "changes": self.changes, **self.held_out.state()}
-            place, keep = self.directory.checkpoints, self.config.train.keep_checkpoints
-            self.saved = save(self.engine.state, place, self.identity, extra, keep, self.held_out.best_step)
-        return self.saved
+        """Begin a checkpoint of the current state, unless there is one of this step, and return its directory.
+
+        It is written while training goes on. ``self.keeper.wait()`` waits for it.
+        """
+        extra = {"counters": asdict(self.counters), "changes": self.changes, **self.held_out.state()}
+        return self.keeper.save(extra, self.held_out.best_step)
 
     def finish(self) -> None:
         """Write the last checkpoint, the evaluation, the exported adapter and pictures."""
         self.engine.finish()
         done = self.resume_from if self.engine.step == self.start.step else None  # was stopped after its last step
-        self.saved = done if done is not None and own_checkpoint(self.directory, done) else self.save()
+        saved = done if done is not None and own_checkpoint(self.directory, done) else self.save()
         self.say(self.evaluate())
+        self.keeper.wait()
         if self.engine.step > self.start.step or not self.directory.summary.exists():
-            self.log.summary(self.bar, **self.held_out.facts())
+            self.log.summary(self.bar, skipped_steps=self.counters.skipped, **self.held_out.facts())
         if self.is_main:
-            path = self.held_out.result(self.saved, self.directory.checkpoints)
+            path = self.held_out.result(saved, self.directory.checkpoints)
             export_run(self.directory.path, None, self.directory.adapter, overwrite=True, checkpoint=path)
             self.log.pictures()
             if isinstance(self.engine.method, ReportingMethod):

@@ -10,6 +10,7 @@ import torch
 
 from salient_ds.engine.engine import AllocatingEngine
 from salient_ds.engine.reports import NonFiniteLoss
+from salient_ds.zero.internals.layouts import full_numel
 from tests.dist import scenario
 from tests.dist.scenario import TOTAL_STEPS, Case
 
@@ -57,6 +58,34 @@ def overflow(global_rank: int, world_size: int, model: Path, case: Case) -> dict
         "digests": [d.digest() for d in decisions],
         "global_steps": engine.engine.global_steps,
     }
+
+
+def infinite_gradient(global_rank: int, world_size: int, model: Path, case: Case) -> dict[str, Any]:
+    """Process 1 has one infinite gradient in the fourth batch: all skip that step, and go on with the next batch."""
+    engine = scenario.build(case, model, world_size)
+    fed = 0
+    while engine.step < 3:  # fp16 skips some by itself
+        engine.train_step(*scenario.batches(fed, global_rank, world_size))
+        fed += 1
+    parameter = next(p for p in engine.adapted.trained.parameters() if p.requires_grad and full_numel(p) > 0)
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.clone()
+        grad.view(-1)[:1] = float("inf")
+        return grad
+
+    handle = parameter.register_hook(spoil) if global_rank == world_size - 1 else None
+    before, rate = masters(engine), engine.engine.get_lr()
+    spoilt = engine.train_step(*scenario.batches(3, global_rank, world_size))
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, masters(engine), strict=True))
+    if handle is not None:
+        handle.remove()
+    kept_rate = engine.engine.get_lr() == rate
+    report = engine.train_step(*scenario.batches(4, global_rank, world_size))
+    finite = all(bool(tensor.isfinite().all()) for tensor in masters(engine))
+    engine.engine.destroy()
+    return {"skipped": spoilt.skipped, "unchanged": unchanged, "kept_rate": kept_rate, "taken": not report.skipped,
+            "finite": finite, "step": engine.step, "norm": report.grad_norm}  # fmt: skip
 
 
 def disagreement(global_rank: int, world_size: int, model: Path) -> str:
@@ -109,11 +138,14 @@ def events_cost(global_rank: int, world_size: int, model: Path) -> dict[str, int
     return {"ordinary_min": min(counts), "ordinary_max": max(counts), "event_max": max(with_event.values())}
 
 
-def everything(global_rank: int, world_size: int, model: Path, overflow_cases: list[Case]) -> dict[str, Any]:
+def everything(
+    global_rank: int, world_size: int, model: Path, overflow_cases: list[Case], infinite: list[Case]
+) -> dict[str, Any]:
     """All faults in one process group; the collectives are counted last, because that leaves wrappers behind."""
     return {
         "nan": nan_loss(global_rank, world_size, model),
         "overflow": [overflow(global_rank, world_size, model, case) for case in overflow_cases],
+        "infinite": [infinite_gradient(global_rank, world_size, model, case) for case in infinite],
         "disagreement": disagreement(global_rank, world_size, model),
         "cost": events_cost(global_rank, world_size, model),
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from salient_ds.config.run import RunConfig
-from salient_ds.engine import checkpoint
+from salient_ds.engine import checkpoint, saving
 from salient_ds.engine.build import scheduler_factory
 from salient_ds.engine.checkpoint import compare_with
 from salient_ds.engine.engine import AllocatingEngine
@@ -79,18 +79,18 @@ def failing_save(global_rank: int, world_size: int, model: Path, folder: Path) -
     scenario.advance(engine, 3, global_rank, world_size)
     checkpoint.save(engine.state, folder, IDENTITY, {}, keep=2)
     scenario.advance(engine, 5, global_rank, world_size)
-    real, messages = checkpoint.write_file, []
+    real, messages = saving.write_file, []
 
     def full_disk(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if global_rank == 1:
-        checkpoint.write_file = full_disk
+        saving.write_file = full_disk
     try:
         checkpoint.save(engine.state, folder, IDENTITY, {}, keep=2)
     except checkpoint.CheckpointError as error:
         messages.append(str(error))
-    checkpoint.write_file = real
+    saving.write_file = real
     after_failure = [p.name for p in checkpoint.find_checkpoints(folder)], sorted(p.name for p in folder.iterdir())
     try:
         checkpoint.load(engine.state, checkpoint.find_checkpoints(folder)[-1], IDENTITY | {"method": "other"})

@@ -14,11 +14,15 @@ from tests.support.spawn import spawn
 
 HUGE_SCALE = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 24, "hysteresis": 1}}
 OVERFLOWING = [Case(2, "fp16", ds=HUGE_SCALE), Case(3, "fp16", zero=TINY_PARTITIONS, ds=HUGE_SCALE)]
+INFINITE = [
+    Case(0), Case(0, train={"max_grad_norm": 0.0}), Case(1), Case(2), Case(3, zero=TINY_PARTITIONS), Case(0, "bf16"),
+    Case(2, speed={"zero3": "sharded_base"}),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def two(tiny_llama: Path) -> list[Any]:
-    return spawn(2, fault_worker.everything, tiny_llama, OVERFLOWING)
+    return spawn(2, fault_worker.everything, tiny_llama, OVERFLOWING, INFINITE)
 
 
 def test_nan_loss_stops_every_process_before_the_step(two: list[Any]) -> None:
@@ -34,6 +38,15 @@ def test_overflow_steps_are_not_observed(two: list[Any], index: int) -> None:
     assert [step for step, _ in first["decisions"]] == [5, 9, 14]  # counted in applied steps
     assert first["global_steps"] == 16 + first["skipped"]  # DeepSpeed's own count differs
     assert first["digests"] == second["digests"]
+
+
+@pytest.mark.parametrize("index", range(len(INFINITE)), ids=[str(k) for k in range(len(INFINITE))])
+def test_a_step_with_an_infinite_gradient_is_skipped_at_every_stage(two: list[Any], index: int) -> None:
+    for result in two:
+        found = result["infinite"][index]
+        assert found.pop("norm") > 0, INFINITE[index]
+        expected = {"skipped": True, "unchanged": True, "kept_rate": True, "taken": True, "finite": True, "step": 4}
+        assert found == expected, INFINITE[index]
 
 
 def test_disagreement_is_an_error_on_every_process(two: list[Any]) -> None:

@@ -234,11 +234,14 @@ def test_a_loss_that_is_not_finite_says_how_to_go_on(whole: Path) -> None:
     run = Training.__new__(Training)
     run.engine = SimpleNamespace(train_step=broken)  # type: ignore[assignment]
     run.directory = RunDirectory(whole.parents[1])
+    waited: list[bool] = []
+    run.keeper = SimpleNamespace(wait=lambda: waited.append(True))  # type: ignore[assignment]
     with pytest.raises(ValueError, match=f"step 9 is not finite.*{whole.name}.*--resume auto --change train.lr"):
         run._step([], 1)
     shutil.rmtree(whole)
     with pytest.raises(ValueError, match="begin again with a lower train.lr and --overwrite"):
         run._step([], 1)
+    assert waited == [True, True]  # a checkpoint that is being written counts
 
 
 def as_format_1(path: Path) -> None:

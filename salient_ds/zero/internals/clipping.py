@@ -51,10 +51,14 @@ def fold_clipping(engine: Any, bound: float) -> None:
     zero.check_overflow = lambda partition_gradients=True: None  # DeepSpeed checks the norm next
 
 
-def norm_over_processes(grads: Sequence[torch.Tensor], device: torch.device | str) -> torch.Tensor:
-    """Norm (0-dim, fp32) of gradients that are partitioned over processes; not finite if any element is not."""
+def norm_over_processes(grads: Sequence[torch.Tensor], device: torch.device | str, whole: bool = False) -> torch.Tensor:
+    """Norm (0-dim, fp32) of gradients that are partitioned over processes; not finite if any element is not.
+
+    Args:
+        whole: every process has all gradients, and nothing is summed.
+    """
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
     total = torch.stack([torch.zeros((), device=device), *norms]).square().sum()
-    if world().world_size > 1:
+    if world().world_size > 1 and not whole:
         dist.all_reduce(total)
     return total.sqrt()
