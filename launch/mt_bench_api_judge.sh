@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MT-Bench with a judge behind an API. The judge is GPT-4 unless JUDGE_MODEL names another.
-# One start of this script never spends more than MAX_COST dollars.
+# Judging the same answers never costs more than MAX_COST dollars, however often this script is started: an attempt
+# whose bill is unknown counts at the most it can cost. (eval/mt_bench/README.md, "Money".)
 #
 #   export OPENAI_API_KEY=...
 #   MAX_COST=6 launch/mt_bench_api_judge.sh launch/recipes/llama-7b-alpaca-salientlora.yaml

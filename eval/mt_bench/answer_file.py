@@ -76,7 +76,8 @@ def answer_row(model: str, question_id: int, turns: Sequence[TurnResult], settin
 class AnswerJournal:
     """Existing answers of one model, and a way to add more. Use it as a context manager.
 
-    ``done`` holds the ids of the questions that are answered.
+    ``done`` holds the ids of the questions that are answered. A row that the server refused (``refused``) is none: it
+    stands in the answer file, and the next run asks again.
 
     Raises:
         ValueError: existing answers were made with other settings, or another process is writing the same file.
@@ -85,7 +86,7 @@ class AnswerJournal:
     def __init__(self, path: Path, settings: Row, global_rank: int = 0) -> None:
         self.path, self.settings, self.global_rank = path, settings, global_rank
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = {row["question_id"] for row in self._rows()}
+        self.done = {row["question_id"] for row in self._rows() if not row.get("refused")}
         self._part = self._open_part(global_rank)
 
     def __enter__(self) -> AnswerJournal:

@@ -23,13 +23,7 @@ from .verdicts import Reply
 
 def request_key(endpoint: Endpoint, messages: Messages, repeat: int = 0) -> str:
     """Hash everything that can change the reply: endpoint, model, messages, parameters and number of the repeat."""
-    content = {
-        "base_url": endpoint.base_url,
-        "model": endpoint.model,
-        "messages": messages,
-        "parameters": endpoint.parameters(),
-        "repeat": repeat,
-    }
+    content = {**endpoint.identity(), "messages": messages, "repeat": repeat}
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from tqdm import tqdm
 
 from .answering import Prompter
-from .cache import ReplyCache
 from .cli_common import (
     EXIT_CHECK_FAILED,
-    EXIT_STOPPED,
     Data,
     JudgeModel,
     console,
@@ -27,12 +24,10 @@ from .cli_common import (
     takes,
 )
 from .client import Endpoint, JudgeClient
-from .cost import Budget, Price
 from .generate import generate, sample_prompter
-from .judge import Judging, Summary
-from .matches import Mode, Options
+from .judge_command import judge
 from .questions import QuestionSet
-from .store import Layout, check_model_name, load_answers, merge_judgments
+from .store import Layout
 
 if TYPE_CHECKING:
     from .agree import Agreement
@@ -44,103 +39,7 @@ app = typer.Typer(
     help="Generate and judge answers to MT-Bench style questions, and report the scores.",
 )
 app.command()(plainly(generate))
-
-
-@app.command()
-@plainly
-@takes(found=question_set, target=judge_endpoint(attempts=8))
-def judge(
-    found: QuestionSet,
-    target: Endpoint,
-    data: Data = Path("data"),
-    model: Annotated[list[str] | None, typer.Option(help="Model to judge (repeatable; default: all).")] = None,
-    mode: Annotated[str, typer.Option(help="single, pair-baseline or pair-all.")] = "single",
-    baseline: Annotated[str | None, typer.Option(help="Baseline model of pair-baseline.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Concurrent calls.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Number of verdicts per answer.")] = 1,
-    parser: Annotated[
-        str, typer.Option(help="Parser that decides the score: strict or fastchat (both are kept).")
-    ] = "strict",
-    judge_truncated: Annotated[bool, typer.Option(help="Also judge truncated answers.")] = False,
-    ask_again: Annotated[bool, typer.Option(help="Repeat calls whose reply had no readable verdict.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only count calls, tokens and dollars.")] = False,
-    max_cost: Annotated[float | None, typer.Option(help="Most dollars this run may spend.")] = None,
-    price_prompt: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens.")] = None,
-    price_completion: Annotated[float | None, typer.Option(help="Dollars per million completion tokens.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Reply cache (default: next to the judgments).")] = None,
-) -> None:
-    """Judge answers. Run the same command to continue after a stop: answered calls are not repeated."""
-    chosen: Any = mode
-    options = Options(
-        mode=chosen,
-        baseline=baseline,
-        repeats=repeats,
-        concurrency=concurrency,
-        parser=parser,
-        truncated=judge_truncated,
-        ask_again=ask_again,
-    )
-    show_origin(found)
-    layout = Layout(data, found.bench)
-    names = _models(layout, model or [], chosen, baseline)
-    answers = {name: load_answers(layout.answers(name)) for name in names}
-    price = _price(price_prompt, price_completion)
-    budget = Budget(price, max_cost, target.max_tokens)
-    with ReplyCache(cache or layout.cache(target.model)) as replies:
-        run = Judging(found, answers, target, replies, options)
-        if dry_run:
-            _show_pairs("dry run: nothing was asked", run.estimate(price))
-            return
-        client = JudgeClient(target)
-        with tqdm(total=int(run.estimate()["calls"]), unit="call", desc=target.model) as bar:
-            summary = run.run(client, budget, lambda calls: _advance(bar, calls))
-        client.close()
-        file = layout.judgments(target.model, options.kind, found.reference_name)
-        merge_judgments(file, run.rows(summary))
-    _show_summary(summary, file)
-    if summary.stopped:
-        raise typer.Exit(EXIT_STOPPED)
-
-
-def _advance(bar: Any, calls: int) -> None:
-    bar.update(calls)
-
-
-def _models(layout: Layout, wanted: list[str], mode: Mode, baseline: str | None) -> list[str]:
-    names = wanted or layout.models()
-    if not names:
-        raise ValueError(f"no answers below {layout.answers('MODEL').parent}; generate some first, or set --data")
-    if mode == "pair-baseline" and baseline and baseline not in names:
-        names = [*names, baseline]
-    for name in names:
-        check_model_name(name)
-    return names
-
-
-def _price(prompt: float | None, completion: float | None) -> Price | None:
-    if (prompt is None) != (completion is None):
-        raise ValueError("--price-prompt and --price-completion go together")
-    return Price(prompt, completion) if prompt is not None and completion is not None else None
-
-
-def _show_pairs(title: str, values: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
-    for name, value in values.items():
-        table.add_row(name.replace("_", " "), f"{value:,.2f}" if name.startswith("dollars") else f"{value:,}")
-    console.print(table)
-
-
-def _show_summary(summary: Summary, file: Path) -> None:
-    values: dict[str, Any] = {"calls made": summary.asked, "from the cache": summary.from_cache}
-    values |= {name: summary.statuses[name] for name in ("graded", "unparsed", "failed")}
-    values |= {"prompt tokens": summary.prompt_tokens, "completion tokens": summary.completion_tokens}
-    if summary.dollars is not None:
-        values["dollars"] = summary.dollars
-    _show_pairs(f"judgments in {file}", values)
-    for reason, count in summary.reasons.most_common(10):
-        console.print(f"  {count} x {escape(reason)}")
-    if summary.stopped:
-        console.print(f"[bold red]stopped early:[/] {escape(summary.stopped)}. Run the same command to go on.")
+app.command()(judge)
 
 
 @app.command()

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, ParamSpec, get_type_hints
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from .client import Endpoint, HopelessError
+from .endpoint import parse_extra_body, parse_header
 from .questions import QuestionSet, load_question_set
 
 console = Console(soft_wrap=True, highlight=False)
@@ -23,13 +25,28 @@ SourcePath = Annotated[
 ]
 References = Annotated[str, typer.Option(help="gpt-4 (as published) or corrected (a separate score).")]
 JudgeModel = Annotated[str, typer.Option("--judge-model", help="The judge's name at the endpoint.")]
-BaseUrl = Annotated[str, typer.Option("--base-url", help="OpenAI-compatible endpoint.")]
+BaseUrl = Annotated[
+    str | None, typer.Option("--base-url", help="OpenAI-compatible endpoint (default: OpenAI's, or litellm's).")
+]
+Service = Annotated[str, typer.Option(help="openai (any compatible server), or litellm (Anthropic, Gemini, ...).")]
 KeyEnv = Annotated[str, typer.Option("--api-key-env", help="Environment variable with the API key.")]
 Temperature = Annotated[str, typer.Option(help="A number, or none to not send it.")]
 TokenParameter = Annotated[str, typer.Option(help="max_tokens, max_completion_tokens or none.")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of one judgment.")]
+ReplyCeiling = Annotated[
+    int | None, typer.Option(help="Most tokens that one reply can have (for --max-cost; default: --max-tokens).")
+]
+Header = Annotated[
+    list[str] | None, typer.Option("--header", help="'Name: value', or 'Name: env:VARIABLE' (repeatable).")
+]
+KeyHeader = Annotated[
+    str | None, typer.Option(help="Header of the key (default: Authorization; api-key with ?api-version=).")
+]
+ExtraBody = Annotated[str | None, typer.Option(help="JSON object that is added to each request.")]
+ReasoningEffort = Annotated[str | None, typer.Option(help="Sent as reasoning_effort, for example low.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Ask for streams, for servers that send nothing else.")]
 MergeSystem = Annotated[bool, typer.Option("--merge-system", help="Put the system text into the user message.")]
-Timeout = Annotated[float, typer.Option(help="Time limit of one attempt (seconds).")]
+Timeout = Annotated[float, typer.Option(help="Time limit of one whole attempt (seconds).")]
 Attempts = Annotated[int, typer.Option(help="Attempts before a call counts as failed.")]
 
 P = ParamSpec("P")
@@ -100,11 +117,20 @@ def judge_endpoint(attempts: int) -> Callable[..., Endpoint]:
 
     def endpoint(
         judge_model: JudgeModel = "gpt-4",
-        base_url: BaseUrl = "https://api.openai.com/v1",
+        base_url: BaseUrl = None,
+        service: Service = "openai",
         api_key_env: KeyEnv = "OPENAI_API_KEY",
+        api_key_header: KeyHeader = None,
+        header: Header = None,
         temperature: Temperature = "0",
+        top_p: Annotated[float | None, typer.Option(help="Not sent by default.")] = None,
+        seed: Annotated[int | None, typer.Option(help="Not sent by default.")] = None,
+        reasoning_effort: ReasoningEffort = None,
+        extra_body: ExtraBody = None,
+        stream: Stream = False,
         token_parameter: TokenParameter = "max_tokens",
         max_tokens: MaxTokens = 2048,
+        reply_ceiling: ReplyCeiling = None,
         merge_system: MergeSystem = False,
         timeout: Timeout = 120.0,
         attempts: Attempts = attempts,
@@ -113,14 +139,34 @@ def judge_endpoint(attempts: int) -> Callable[..., Endpoint]:
             degree = None if temperature.lower() == "none" else float(temperature)
         except ValueError:
             raise ValueError(f"--temperature {temperature!r} must be a number or none") from None
-        fields: dict[str, Any] = {
-            "model": judge_model, "base_url": base_url, "api_key_env": api_key_env, "temperature": degree,
-            "max_tokens": max_tokens, "token_parameter": token_parameter, "merge_system": merge_system,
-            "timeout_s": timeout, "max_attempts": attempts,
-        }  # fmt: skip
-        return Endpoint(**fields)
+        vendor = "" if service == "litellm" else "https://api.openai.com/v1"
+        return make_endpoint(
+            model=judge_model, base_url=base_url or vendor, service=service, api_key_env=api_key_env,
+            api_key_header=api_key_header, temperature=degree, top_p=top_p, seed=seed, stream=stream,
+            reasoning_effort=reasoning_effort, max_tokens=max_tokens, token_parameter=token_parameter,
+            reply_ceiling=reply_ceiling, merge_system=merge_system, timeout_s=timeout, max_attempts=attempts,
+            header=header, extra_body=extra_body,
+        )  # fmt: skip
 
     return endpoint
+
+
+def make_endpoint(header: list[str] | None, extra_body: str | None, **fields: Any) -> Endpoint:
+    """Make an endpoint of command-line values.
+
+    Raises:
+        ValueError: a value is not allowed. The message says which and what to do, one sentence per value.
+    """
+    headers = dict(map(parse_header, header or []))
+    try:
+        return Endpoint(headers=headers, extra_body=parse_extra_body(extra_body), **fields)
+    except ValidationError as error:
+        said = [
+            entry["msg"].removeprefix("Value error, ") if entry["type"] == "value_error"
+            else f"{'.'.join(map(str, entry['loc']))}={entry['input']!r}: {entry['msg']}"
+            for entry in error.errors()
+        ]  # fmt: skip
+        raise ValueError("; ".join(said)) from None
 
 
 def escape(text: str) -> str:

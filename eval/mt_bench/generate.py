@@ -16,13 +16,19 @@ from .cli_common import (
     EXIT_STOPPED,
     Attempts,
     Data,
+    ExtraBody,
+    Header,
     KeyEnv,
+    KeyHeader,
+    ReasoningEffort,
     Source,
     SourcePath,
+    Stream,
     Timeout,
     TokenParameter,
     console,
     escape,
+    make_endpoint,
     show_origin,
 )
 from .client import Endpoint, JudgeClient
@@ -40,6 +46,10 @@ TemplateName = Annotated[
     str | None, typer.Option(help="For models without a template record. Else it must be that of training.")
 ]
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")
+]
+
 
 def generate(
     model: Annotated[
@@ -49,6 +59,7 @@ def generate(
     base: Base = None,
     tokenizer: TokenizerName = None,
     template: TemplateName = None,
+    trust_remote_code: TrustRemoteCode = False,
     data: Data = Path("data"),
     questions: Source = "mt_bench",
     questions_path: SourcePath = None,
@@ -69,6 +80,11 @@ def generate(
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent questions to a server.")] = 8,
     token_parameter: TokenParameter = "max_tokens",
     api_key_env: KeyEnv = "OPENAI_API_KEY",
+    api_key_header: KeyHeader = None,
+    header: Header = None,
+    reasoning_effort: ReasoningEffort = None,
+    extra_body: ExtraBody = None,
+    stream: Stream = False,
     timeout: Timeout = 600.0,
     attempts: Attempts = 8,
 ) -> None:
@@ -85,7 +101,7 @@ def generate(
         )
     found = load_question_set(questions, questions_path)
     show_origin(found)
-    source = find_source(model, base, tokenizer) if model is not None else None
+    source = find_source(model, base, tokenizer, trust_remote_code) if model is not None else None
     prompter, record = _template(source, template, tokenizer, stop or [], endpoint is not None)
     name = model_id or default_name(model or str(model_name))
     check_model_name(name)
@@ -107,11 +123,12 @@ def generate(
             split=tensor_parallel > 1,
         )
     else:
-        fields: dict[str, Any] = {
-            "model": model_name, "base_url": endpoint, "api_key_env": api_key_env, "max_tokens": max_new_tokens,
-            "token_parameter": token_parameter, "timeout_s": timeout, "max_attempts": attempts,
-        }  # fmt: skip
-        rows = _from_server(job, prompter, Endpoint(**fields), concurrency, context_window(source) if source else None)
+        server = make_endpoint(
+            model=model_name, base_url=endpoint, api_key_env=api_key_env, api_key_header=api_key_header, header=header,
+            reasoning_effort=reasoning_effort, extra_body=extra_body, stream=stream, max_tokens=max_new_tokens,
+            token_parameter=token_parameter, timeout_s=timeout, max_attempts=attempts,
+        )  # fmt: skip
+        rows = _from_server(job, prompter, server, concurrency, context_window(source) if source else None)
     if rows is not None:
         show_answers(job, rows)
 
@@ -123,6 +140,7 @@ def sample_prompter(
     base: Base = None,
     tokenizer: TokenizerName = None,
     template: TemplateName = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> tuple[Prompter, str] | None:
     """Return how ``generate`` would prompt a model, and a text about its template. None without a model.
 
@@ -131,7 +149,7 @@ def sample_prompter(
     """
     if model is None:
         return None
-    source = find_source(model, base, tokenizer)
+    source = find_source(model, base, tokenizer, trust_remote_code)
     prompter, record = _template(source, template, tokenizer, [], server=False)
     assert prompter is not None
     origin = "as in training" if source.record else "nothing recorded at training"
@@ -196,9 +214,11 @@ def _from_model(
 def _from_server(
     job: Job, prompter: Prompter | None, endpoint: Endpoint, concurrency: int, window: int | None
 ) -> list[Row]:
-    from .server_run import ServerAnswerer, answer_from_server
+    from .server_run import ServerAnswerer, answer_from_server, extra_parameters
 
     job.settings.update(endpoint=endpoint.base_url, model=endpoint.model)
+    if extra := extra_parameters(endpoint):
+        job.settings.update(parameters=extra)
     client = JudgeClient(endpoint)
     try:
         rows, problem = answer_from_server(job, ServerAnswerer(client, prompter, job, window), concurrency)
@@ -223,3 +243,6 @@ def show_answers(job: Job, rows: Sequence[Row]) -> None:
     reasons = Counter(reason for row in rows for reason in row["reasons"] if reason)
     for reason, count in reasons.most_common(5):
         console.print(f"  {count} x {escape(reason)}")
+    refused = sum(bool(row.get("refused")) for row in rows)
+    if refused:
+        console.print(f"The server refused {refused} questions. Run the same command again to ask them again.")

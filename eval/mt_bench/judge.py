@@ -8,13 +8,12 @@ calls without a reply are recorded as such; a run can be stopped and continued a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 
+from .asking import Asking
+from .asking import Summary as Summary
 from .cache import ReplyCache, request_key
-from .client import CallFailed, Endpoint, HopelessError, JudgeClient
+from .client import Endpoint, JudgeClient
 from .cost import Budget, Price, estimate_tokens
 from .judgment_rows import RowContext, pair_row, single_row
 from .matches import Answers, Match, Options, matches
@@ -23,20 +22,6 @@ from .prompts import Messages, values_for
 from .questions import QuestionSet
 from .store import Row
 from .verdicts import Failed, Reply, Verdict
-
-
-@dataclass
-class Summary:
-    """Statistics of a run. ``stopped`` is the reason if it ended early, else empty."""
-
-    asked: int = 0
-    from_cache: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    dollars: float | None = None
-    stopped: str = ""
 
 
 class Judging:
@@ -48,7 +33,7 @@ class Judging:
         self.questions, self.answers, self.endpoint = questions, answers, endpoint
         self.cache, self.options = cache, options
         self.matches = matches(questions, sorted(answers), options)
-        self._failures: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self._check_complete()
 
     def _check_complete(self) -> None:
@@ -126,79 +111,21 @@ class Judging:
         return result
 
     def run(
-        self, client: JudgeClient, budget: Budget | None = None, progress: Callable[[int], None] | None = None
+        self,
+        client: JudgeClient,
+        budget: Budget | None = None,
+        progress: Callable[[int], None] | None = None,
+        keep_going: bool = False,
     ) -> Summary:
-        """Make all calls that the cache cannot answer, at most ``concurrency`` at a time.
+        """Make all calls that the cache cannot answer, at most ``concurrency`` at a time. See :mod:`asking`."""
+        budget = budget or Budget(None, None, self.endpoint.most_completion_tokens)
+        return Asking(self, client, budget, progress, keep_going).run()
 
-        Texts are not kept in memory: a reply is written to the cache and read again when its row is written.
-        """
-        budget = budget or Budget(None, None, self.endpoint.max_tokens)
-        summary = Summary()
-        on_the_way: dict[Future[None], tuple[str, Messages]] = {}
-        asked: set[str] = set()
-        with ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge") as pool:
-            try:
-                for match, order, messages, key in self.games():
-                    if key in asked or self._known(key, match, order):
-                        summary.from_cache += key not in asked
-                        continue
-                    while len(on_the_way) >= self.options.concurrency or not budget.reserve(messages):
-                        if not on_the_way:
-                            summary.stopped = f"--max-cost {budget.limit:g} would be passed by the next call"
-                            break
-                        self._collect(client, on_the_way, budget, summary, progress)
-                        if summary.stopped:
-                            break
-                    if summary.stopped:
-                        break
-                    asked.add(key)
-                    about = {"question_id": match.question.question_id, "turn": match.turn, "shown": list(order),
-                             "prompt": match.template.name, "repeat": match.repeat}  # fmt: skip
-                    on_the_way[pool.submit(self._ask, client, messages, key, about)] = (key, messages)
-                while on_the_way:
-                    self._collect(client, on_the_way, budget, summary, progress)
-            except BaseException:
-                client.stop()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        summary.prompt_tokens, summary.completion_tokens = budget.prompt_tokens, budget.completion_tokens
-        summary.dollars = budget.spent
-        return summary
-
-    def _ask(self, client: JudgeClient, messages: Messages, key: str, about: Row) -> None:
-        self.cache.put(key, client.chat(messages), about)
-
-    def _known(self, key: str, match: Match, order: tuple[str, ...]) -> bool:
+    def known(self, key: str, match: Match, order: tuple[str, ...]) -> bool:
         """Whether the cache can answer this call. With ``ask_again``, only a reply with a readable verdict counts."""
         if key not in self.cache:
             return False
         return not self.options.ask_again or self.verdict(match, order)[0].status == "graded"
-
-    def _collect(
-        self,
-        client: JudgeClient,
-        on_the_way: dict[Future[None], tuple[str, Messages]],
-        budget: Budget,
-        summary: Summary,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        """Wait until at least one call is done, and record its outcome."""
-        for future in wait(on_the_way, return_when=FIRST_COMPLETED).done:
-            key, messages = on_the_way.pop(future)
-            summary.asked += 1
-            reply: Reply | None = None
-            try:
-                future.result()
-                stored = self.cache.get(key)
-                reply = stored[0] if stored else None
-            except CallFailed as error:
-                self._failures[key] = str(error)
-            except HopelessError as error:
-                self._failures[key] = summary.stopped = str(error)
-                client.stop()
-            budget.settle(messages, reply)
-            if progress:
-                progress(1)
 
     def verdict(self, match: Match, order: tuple[str, ...]) -> tuple[Verdict, Reply | None, float, str]:
         """Return for one game: the verdict, the reply, the time at which it was stored, and the cache key."""
@@ -208,7 +135,7 @@ class Judging:
         key = request_key(self.endpoint, self.messages(match, order), match.repeat)
         stored = self.cache.get(key)
         if stored is None:
-            return Failed(self._failures.get(key, "not judged: the run was stopped")), None, 0.0, key
+            return Failed(self.failures.get(key, "not judged: the run was stopped")), None, 0.0, key
         texts = [text for model in order for text in self.answers[model][match.question.question_id].turns]
         read = read_rating if len(order) == 1 else read_winner
         return read(stored[0], texts, self.options.parser), stored[0], stored[1], key

@@ -19,9 +19,10 @@ from .answer_file import (
     with_text_status,
 )
 from .answering import Prompter, conversation
-from .client import Body, CallFailed, GaveUp, HopelessError, JudgeClient
+from .client import Body, CallFailed, Endpoint, GaveUp, HopelessError, JudgeClient
 from .local_run import Job
 from .questions import Question
+from .refusals import FEW, Streak
 from .store import Row
 
 MOST_IN_A_ROW = 3
@@ -46,30 +47,32 @@ class ServerAnswerer:
     job: Job
     window: int | None = None
 
-    def answer(self, question: Question) -> list[TurnResult]:
-        """Return the results of all turns.
+    def answer(self, question: Question) -> tuple[list[TurnResult], CallFailed | None]:
+        """Return the results of all turns, and the server's refusal if it refused one of them.
 
         Raises:
             GaveUp: no reply; ask again later.
             HopelessError: no later call would succeed either.
         """
         results: list[TurnResult] = []
+        refusal: CallFailed | None = None
         for turn in range(1, len(question.turns) + 1):
             result = no_first_answer(results[-1]) if results else None
-            results.append(with_text_status(result or self._turn(question, [r.text for r in results], turn)))
-        return results
+            try:
+                result = result or self._turn(question, [r.text for r in results], turn)
+            except GaveUp:
+                raise
+            except CallFailed as error:
+                refusal, result = error, TurnResult("", "failed", str(error))
+            results.append(with_text_status(result))
+        return results, refusal
 
     def _turn(self, question: Question, answers: list[str], turn: int) -> TurnResult:
         size, room = self._room(question, answers)
         if room < 1:
             return prompt_too_long(size, self.window)
         body = self._body(question, answers, turn, room)
-        try:
-            reply = self.client.post("/completions" if "prompt" in body else "/chat/completions", body)
-        except GaveUp:
-            raise
-        except CallFailed as error:
-            return TurnResult("", "failed", str(error))
+        reply = self.client.post("/completions" if "prompt" in body else "/chat/completions", body)
         used = (reply.prompt_tokens, reply.completion_tokens)
         if reply.text is None or reply.finish_reason in BROKEN_OFF:
             return TurnResult("", "failed", f"no content ({reply.finish_reason or 'no reason given'})", *used)
@@ -89,7 +92,11 @@ class ServerAnswerer:
 
     def _body(self, question: Question, answers: list[str], turn: int, room: int) -> Body:
         endpoint = self.client.endpoint
-        body: Body = {"model": endpoint.model, "seed": self.job.seed_of(question.question_id, turn) % 2**31}
+        body: Body = {
+            "model": endpoint.model,
+            **extra_parameters(endpoint),
+            "seed": self.job.seed_of(question.question_id, turn) % 2**31,
+        }
         if endpoint.token_parameter != "none":
             body[endpoint.token_parameter] = room
         if self.job.temperatures is not None:
@@ -103,12 +110,18 @@ class ServerAnswerer:
         return body | ({"stop": list(self.prompter.stops)} if self.prompter.stops else {})
 
 
+def extra_parameters(endpoint: Endpoint) -> Body:
+    """Return the parameters that the user adds to each request."""
+    effort = {} if endpoint.reasoning_effort is None else {"reasoning_effort": endpoint.reasoning_effort}
+    return effort | endpoint.extra_body
+
+
 def answer_from_server(job: Job, server: ServerAnswerer, concurrency: int) -> tuple[list[Row] | None, str]:
     """Ask all questions that are not answered yet.
 
     Returns:
-        The rows of the answer file and "". If some questions got no reply, None and the reason; they are asked again
-        next time.
+        The rows of the answer file and "". If some questions got no reply, or all calls were refused, None and the
+        reason; they are asked again next time.
     """
     if job.overwrite:
         remove_answers(job.path)
@@ -146,15 +159,18 @@ def _collect(
         Why answers are missing, or "".
     """
     problem, in_a_row, stopped = "", 0, False
-    waiting: dict[Future[list[TurnResult]], Question] = {}
+    streak, refused = Streak(), dict[Question, list[TurnResult]]()
+    streak.any_reply = bool(journal.done)
+    waiting: dict[Future[tuple[list[TurnResult], CallFailed | None]], Question] = {}
     while waiting or (questions and not stopped):
-        while questions and not stopped and len(waiting) < concurrency:
+        most = concurrency if streak.any_reply else min(concurrency, FEW)
+        while questions and not stopped and len(waiting) < most:
             question = questions.popleft()
             waiting[pool.submit(server.answer, question)] = question
         for future in wait(waiting, return_when=FIRST_COMPLETED).done:
             question = waiting.pop(future)
             try:
-                turns = future.result()
+                turns, refusal = future.result()
             except (GaveUp, HopelessError) as error:
                 hopeless, in_a_row = isinstance(error, HopelessError), in_a_row + 1
                 if not stopped and (hopeless or not problem):
@@ -164,6 +180,22 @@ def _collect(
                     server.client.stop()
                 continue
             in_a_row = 0
-            journal.add(answer_row(job.model_id, question.question_id, turns, job.settings))
             bar.update()
+            if refusal is None:
+                streak.reply()
+                journal.add(answer_row(job.model_id, question.question_id, turns, job.settings))
+                continue
+            refused[question] = turns
+            reason = streak.refused(refusal)
+            if reason and not stopped:
+                problem, stopped = reason, True
+                server.client.stop()
+    if stopped:
+        return problem
+    if refused and not streak.any_reply:
+        problem = next(turn.reason for turns in refused.values() for turn in turns if turn.reason)
+    else:
+        for question, turns in refused.items():
+            row = answer_row(job.model_id, question.question_id, turns, job.settings)
+            journal.add({**row, "refused": True})
     return problem

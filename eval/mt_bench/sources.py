@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,17 +51,32 @@ class ModelSource:
         return found
 
 
-def find_source(model: str, base: str | None = None, tokenizer: str | None = None) -> ModelSource:
+def find_source(
+    model: str, base: str | None = None, tokenizer: str | None = None, trust_remote_code: bool = False
+) -> ModelSource:
     """Find out what ``model`` is, and locate its base, adapter, tokenizer and template record.
 
     Args:
         model: directory or hub name.
         base: base model of an adapter or run, if it has moved since training.
         tokenizer: directory or hub name, if the tokenizer of the adapter or base is not to be used.
+        trust_remote_code: run Python code that comes with the base model. A run directory cannot allow this: it may
+            come from somebody else.
 
     Raises:
-        ValueError: it is not a model, adapter or run; or the base of an adapter is unknown.
+        ValueError: it is not a model, adapter or run; the base of an adapter is unknown; or the run was trained with
+            the model's own code, and ``trust_remote_code`` does not allow it.
     """
+    source = _find(model, base, tokenizer)
+    if source.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"{model} was trained with model.trust_remote_code=true: Python code that comes with {source.base} would "
+            "run here. Look at it, then add --trust-remote-code"
+        )
+    return replace(source, trust_remote_code=trust_remote_code)
+
+
+def _find(model: str, base: str | None, tokenizer: str | None) -> ModelSource:
     folder = Path(model)
     if (folder / "adapter_config.json").is_file() or (folder / SHORTCUT_FILE).is_file():
         return _adapter(folder, base, tokenizer)

@@ -92,7 +92,7 @@ def test_null_and_unreadable_replies_are_counted_not_scored(judge_server: Script
     summary, rows, _ = judge(judge_server.url, tmp_path, concurrency=1)
     assert summary.statuses == {"graded": 30, "failed": 1, "unparsed": 1}
     bad = [r for r in rows if r["status"] != "graded"]
-    assert [r["score"] for r in bad] == [-1, -1] and "content_filter" in bad[0]["reason"]
+    assert [r["score"] for r in bad] == [-1, -1] and any("content_filter" in r["reason"] for r in bad)
     summary, rows, _ = judge(judge_server.url, tmp_path)
     assert summary.asked == 0 and summary.statuses["graded"] == 30
     summary, rows, _ = judge(judge_server.url, tmp_path, ask_again=True)
