@@ -9,7 +9,8 @@
 #   PROCESSES      processes for training and generating, one per GPU (default 1)
 #   FORM           peft (default), padded or merged: the exported form, which is also the model that answers
 #   BASE_TOO       1: the base model answers too, under the name "base", and the report compares both
-#   QUESTIONS      mt_bench (default) or own (our 16 questions; not MT-Bench)
+#   QUESTIONS      mt_bench (default), own (our 16 questions; not MT-Bench), or the path of a question set of your own
+#   BENCH_NAME     name of a question set of your own (default: its folder's name)
 #   MODEL_ID       name of the answers (default: name of the run directory)
 #   DATA, REPORT   folders (default data, report)
 #   JUDGE_MODEL    the judge's name at its endpoint; if it is not set, nothing is judged
@@ -34,6 +35,7 @@ for step in $steps; do
 done
 processes=${PROCESSES:-1} form=${FORM:-peft} data=${DATA:-data}
 questions=(--questions "${QUESTIONS:-mt_bench}")
+[[ -z ${BENCH_NAME:-} ]] || questions+=(--bench-name "$BENCH_NAME")
 read -r -a generate_args <<<"${GENERATE_ARGS:-}"
 read -r -a judge_args <<<"${JUDGE_ARGS:-}"
 read -r -a report_args <<<"${REPORT_ARGS:-}"

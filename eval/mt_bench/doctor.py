@@ -38,22 +38,24 @@ class Check:
 def file_checks(questions: QuestionSet) -> list[Check]:
     """Report the files' hashes (loading fails on a wrong one), and check turns and reference answers."""
     checks = [Check(f"sha256 of {name}", True, "pinned", value) for name, value in questions.sha256.items()]
-    odd = [q.question_id for q in questions.questions if len(q.turns) != 2]
+    odd = [q.question_id for q in questions.questions if len(q.turns) not in (1, 2)]
     missing = [
         q.question_id for q in questions.questions if q.needs_reference and q.question_id not in questions.references
     ]
-    checks.append(Check("every question has two turns", not odd, "none without", f"without: {odd}"))
+    checks.append(Check("every question has one or two turns", not odd, "none without", f"without: {odd}"))
     checks.append(Check("references where the protocol wants one", not missing, "none missing", f"missing: {missing}"))
     return checks
 
 
 def samples(questions: QuestionSet, merge_system: bool = False) -> Iterator[tuple[str, Messages]]:
-    """Render one prompt for each of the eight templates, with markers in place of answers."""
-    plain = next(q for q in questions.questions if not q.needs_reference)
-    with_reference = next(q for q in questions.questions if q.needs_reference)
+    """Render one prompt for each template that the questions use, with markers in place of answers."""
     for kind in ("single", "pair"):
         for turn in (1, 2):
-            for question in (plain, with_reference):
+            fits = [q for q in questions.questions if len(q.turns) >= turn]
+            firsts = {q.needs_reference: q for q in reversed(fits)}
+            for question in (firsts[needs] for needs in (False, True) if needs in firsts):
+                if not questions.prompts.has(kind, turn, question.needs_reference):
+                    continue
                 reference = questions.reference_for(question)
                 names = ["the model"] if kind == "single" else ["model A", "model B"]
                 turns = [(f"<answer 1 of {n}>", f"<answer 2 of {n}>") for n in names]
@@ -82,6 +84,10 @@ def probe(client: JudgeClient, prompts: QuestionSet) -> list[Check]:
     """
     own = load_question_set("own")
     found: list[Check] = []
+    if not prompts.prompts.has("single", 1, True) or not prompts.prompts.has("pair", 1, True):
+        return [
+            Check("probes", True, "single and pair prompts with a reference", "not asked: the prompt file lacks them")
+        ]
     for question in own.questions:
         if question.question_id in PROBED_QUESTIONS:
             right, wrong = own.references[question.question_id][0], WRONG[question.question_id]

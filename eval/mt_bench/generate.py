@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .answering import Prompter, end_text, parse_temperatures
+from .answering import Prompter, end_text, question_temperatures
 from .cli_common import (
     EXIT_STOPPED,
     Attempts,
+    BenchName,
     Data,
     ExtraBody,
     Header,
@@ -33,9 +34,9 @@ from .cli_common import (
 )
 from .client import Endpoint, JudgeClient
 from .local_run import Job, answer_locally, global_rank_and_size
-from .questions import load_question_set
 from .sources import ModelSource, choose_template, context_window, default_name, find_source
 from .store import ANSWER_STATUSES, Layout, Row, check_model_name
+from .user_sets import NO_REFERENCES, SetOptions, load_questions
 
 SERVER_TEMPLATE = "server"
 """Name of the template if the server applies its own."""
@@ -62,6 +63,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     data: Data = Path("data"),
     questions: Source = "mt_bench",
+    bench_name: BenchName = None,
     questions_path: SourcePath = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of one answer.")] = 1024,
     temperature: Annotated[
@@ -99,7 +101,7 @@ def generate(
         raise ValueError(
             f"--tensor-parallel {tensor_parallel} must be the launcher's number of processes, {size}, or 1"
         )
-    found = load_question_set(questions, questions_path)
+    found = load_questions(SetOptions(questions, questions_path, NO_REFERENCES, bench_name))
     show_origin(found)
     source = find_source(model, base, tokenizer, trust_remote_code) if model is not None else None
     prompter, record = _template(source, template, tokenizer, stop or [], endpoint is not None)
@@ -109,7 +111,9 @@ def generate(
         **record, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or [],
         "questions_sha256": next(value for key, value in found.sha256.items() if key.endswith("question.jsonl")),
     }  # fmt: skip
-    temperatures = None if endpoint is not None and temperature == "none" else parse_temperatures(temperature)
+    temperatures = (
+        None if endpoint is not None and temperature == "none" else question_temperatures(temperature, found.questions)
+    )
     job = Job(name, Layout(data, found.bench).answers(name), found.questions, temperatures, seed, settings, overwrite)
     if endpoint is None:
         assert source is not None and prompter is not None

@@ -28,8 +28,8 @@ class Job:
     model_id: str
     path: Path
     questions: tuple[Question, ...]
-    temperatures: dict[str, float] | None
-    """By category; None: the server's default."""
+    temperatures: dict[int, float] | None
+    """By question; None: the server's default."""
     seed: int
     settings: Row
     overwrite: bool = False

@@ -80,10 +80,10 @@ def matches(questions: QuestionSet, models: list[str], options: Options) -> list
     for repeat in range(options.repeats):
         for turn in (1, 2):
             for with_reference in (False, True):
-                template = questions.prompts.at(options.kind, turn, with_reference)
                 for question in questions.questions:
                     if question.needs_reference != with_reference or len(question.turns) < turn:
                         continue
+                    template = questions.prompts.at(options.kind, turn, with_reference)
                     reference = questions.reference_for(question)
                     turns = tuple(reference) if reference is not None else None
                     found += [Match(question, turn, side, template, turns, repeat) for side in sides]

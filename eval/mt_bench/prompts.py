@@ -72,29 +72,69 @@ class PromptSet:
     """The templates of one file, by kind, turn and use of a reference answer."""
 
     def __init__(self, templates: Mapping[str, Template], names: Mapping[tuple[Kind, int, bool], str]) -> None:
-        lacking = sorted(set(names.values()) - set(templates))
-        if lacking:
-            raise ValueError(f"judge prompts lack {lacking}; the file has {sorted(templates)}")
         self._templates = dict(templates)
         self._names = dict(names)
+        if not self.all():
+            raise ValueError(f"judge prompts have none of {sorted(names.values())}; the file has {sorted(templates)}")
 
     def at(self, kind: Kind, turn: int, with_reference: bool) -> Template:
-        return self._templates[self._names[kind, turn, with_reference]]
+        """Return a template.
+
+        Raises:
+            ValueError: the file lacks it.
+        """
+        name = self._names[kind, turn, with_reference]
+        if name not in self._templates:
+            raise ValueError(f"judge prompts lack {name!r}; the file has {sorted(self._templates)}")
+        return self._templates[name]
+
+    def has(self, kind: Kind, turn: int, with_reference: bool) -> bool:
+        return self._names[kind, turn, with_reference] in self._templates
 
     def all(self) -> list[Template]:
-        """Return the eight templates, in the order of the protocol."""
-        return [self._templates[name] for name in self._names.values()]
+        """Return the templates that there are, at most eight, in the order of the protocol."""
+        return [self._templates[name] for name in self._names.values() if name in self._templates]
 
 
 def load_prompts(path: Path) -> PromptSet:
-    """Read a judge prompt file. The names in it show whether it is FastChat's or our own."""
+    """Read a judge prompt file. The names in it show whether it is FastChat's or our own.
+
+    Raises:
+        ValueError: a line is damaged, lacks a key, or has a placeholder that no value fills; or no name is known.
+    """
     templates = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line.strip():
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
             row = json.loads(line)
-            templates[row["name"]] = Template(row["name"], row["system_prompt"], row["prompt_template"])
+            parts = row["name"], row["system_prompt"], row["prompt_template"]
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: a judge prompt needs name, system_prompt and prompt_template ({error!r})"
+            ) from None
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{path}, line {number}: name, system_prompt and prompt_template must be texts")
+        templates[parts[0]] = Template(*parts)
     own = any(name.startswith("own-") for name in templates)
-    return PromptSet(templates, OWN_NAMES if own else MT_BENCH_NAMES)
+    names = OWN_NAMES if own else MT_BENCH_NAMES
+    for key, name in names.items():
+        if name in templates:
+            _check_placeholders(path, templates[name], *key)
+    return PromptSet(templates, names)
+
+
+def _check_placeholders(path: Path, template: Template, kind: Kind, turn: int, with_reference: bool) -> None:
+    answers = [["", ""]] * (1 if kind == "single" else 2)
+    known = values_for(turn, ["", ""], answers, ["", ""] if with_reference else None)
+    unknown = [name for name in template.fields() if name not in known]
+    unused = [name for name in known if name.startswith("answer") and name not in template.fields()]
+    if unknown or unused:
+        raise ValueError(
+            f"{path}: prompt {template.name!r} "
+            + (f"has unknown placeholders {unknown}" if unknown else f"does not show {unused}")
+            + f"; it can use {sorted(known)}"
+        )
 
 
 def values_for(

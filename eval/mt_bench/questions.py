@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
-
-from salient_ds.strict import did_you_mean
+from pydantic import BaseModel, ConfigDict
 
 from .prompts import PromptSet, load_prompts
 
@@ -48,26 +46,22 @@ CORRECTIONS_FILE = Path(__file__).with_name("corrected_references.jsonl")
 
 
 class Question(BaseModel):
-    """One question of two turns. ``reference`` is a hand-written note that FastChat's judge never reads."""
+    """One question of one or two turns. ``reference`` is a hand-written note that FastChat's judge never reads.
+
+    ``with_reference`` says whether it is judged with a reference answer; None: by its category, as in FastChat.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     question_id: int
     category: str
     turns: tuple[str, ...]
     reference: tuple[str, ...] | None = None
-
-    @field_validator("category")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in CATEGORIES:
-            raise ValueError(
-                f"category {value!r} is none of {CATEGORIES}{did_you_mean(value, CATEGORIES, before='; ')}"
-            )
-        return value
+    required_temperature: float | None = None
+    with_reference: bool | None = None
 
     @property
     def needs_reference(self) -> bool:
-        return self.category in REFERENCE_CATEGORIES
+        return self.category in REFERENCE_CATEGORIES if self.with_reference is None else self.with_reference
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,8 @@ class QuestionSet:
 
     @property
     def title(self) -> str:
-        return "MT-Bench" if self.bench == "mt_bench" else "salient own questions (not MT-Bench)"
+        names = {"mt_bench": "MT-Bench", "salient_own": "salient own questions (not MT-Bench)"}
+        return names.get(self.bench, f"{self.bench} (not MT-Bench)")
 
     def reference_for(self, question: Question) -> Sequence[str] | None:
         """Return the reference turns if this question's category is judged with a reference, else None.
@@ -117,7 +112,7 @@ def load_question_set(source: str = "mt_bench", path: Path | None = None, refere
         files = {name: OWN_FOLDER / name for name in OWN_SHA256}
         return _load("salient_own", "this package", files, OWN_SHA256, "own")
     if source != "mt_bench":
-        raise ValueError(f"question set {source!r} is unknown; use 'mt_bench' or 'own'")
+        raise ValueError(f"question set {source!r} is unknown; use 'mt_bench', 'own' or the path of a set")
     if references not in ("gpt-4", "corrected"):
         raise ValueError(f"references={references!r}: use 'gpt-4' (as published) or 'corrected'")
     origin, files = find_mt_bench(path)
@@ -222,7 +217,10 @@ def _load(
     found = {name: sha256_of(file) for name, file in files.items()}
     wrong = [f"{files[n]} has sha256 {found[n]}, pinned is {pinned[n]}" for n in files if found[n] != pinned[n]]
     if wrong:
-        raise ValueError("changed files would give scores that cannot be compared: " + "; ".join(wrong))
+        raise ValueError(
+            "changed files would give scores that cannot be compared: " + "; ".join(wrong) + ". A set of your own: "
+            "--questions PATH --bench-name NAME"
+        )
     by_role = {Path(name).name: file for name, file in files.items()}
     questions = tuple(Question.model_validate_json(line) for line in _lines(by_role["question.jsonl"]))
     reference_file = next(file for name, file in files.items() if "reference_answer" in name)

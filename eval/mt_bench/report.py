@@ -100,7 +100,9 @@ def _refuse_mixed(rows: Sequence[Row]) -> None:
 
 def _score_name(bench: str, references: str) -> str:
     if bench != "mt_bench":
-        return "score on our own questions"
+        return "score on our own questions" if bench == "salient_own" else f"score on {bench}"
+    if "+" in references:
+        return "score on MT-Bench's questions with other judge prompts (not comparable with published scores)"
     if references == "corrected":
         return "MT-Bench score with corrected references (not comparable with published scores)"
     return "MT-Bench score"
@@ -164,7 +166,7 @@ def _model_entry(
                 "turn_1": cell(table, own, options, name, 1),
                 "turn_2": cell(table, own, options, name, 2),
             }
-            for name in (*CATEGORIES, "unknown")
+            for name in dict.fromkeys((*CATEGORIES, *table.categories))
             if name in table.categories
         },
         "length": _lengths(table, answers),

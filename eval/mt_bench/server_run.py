@@ -100,7 +100,7 @@ class ServerAnswerer:
         if endpoint.token_parameter != "none":
             body[endpoint.token_parameter] = room
         if self.job.temperatures is not None:
-            body |= {"temperature": self.job.temperatures[question.category], "top_p": 1.0}
+            body |= {"temperature": self.job.temperatures[question.question_id], "top_p": 1.0}
         if self.prompter is None:
             return body | {"messages": conversation(question, answers).messages()}
         text = self.prompter.text(question, answers)

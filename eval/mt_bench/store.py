@@ -44,8 +44,9 @@ class Layout:
         return self.data / self.bench / "model_answer" / f"{model}.jsonl"
 
     def judgments(self, judge: str, kind: str, references: str = "gpt-4") -> Path:
-        """Return the judgment file. Corrected references have a file, and so a judge name, of their own."""
-        suffix = ".corrected" if references == "corrected" else ""
+        """Return the judgment file. Corrected references, and judge prompts of the user, have files of their own."""
+        name, _, prompts = references.partition("+")
+        suffix = (".corrected" if name == "corrected" else "") + (f".{prompts}" if prompts else "")
         return self.data / self.bench / "model_judgment" / f"{file_name(judge)}{suffix}_{kind}.jsonl"
 
     def cache(self, judge: str) -> Path:
