@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from salient_ds.cli_trained import app as trained
+from salient_ds.cli_trained import launcher_options
 from salient_ds.recipes.commands import app as recipes
 from salient_ds.run.changes import ChangeOption
 from salient_ds.run.search import (
@@ -28,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(recipes, name="recipes")
+app.add_typer(trained)
 
 
 @app.callback()
@@ -49,12 +52,6 @@ def check(
     from salient_ds.check.printing import run_check
 
     raise typer.Exit(run_check(run, overrides, gpus, as_json))
-
-
-def _launcher_options(hostfile: str | None, master_port: int | None) -> list[str]:
-    """What the deepspeed launcher is told about the nodes."""
-    options = ["--hostfile", hostfile] if hostfile else []
-    return options + (["--master_port", str(master_port)] if master_port else [])
 
 
 @app.command()
@@ -80,7 +77,7 @@ def train(
         launch(
             run,
             overrides or [],
-            launcher=_launcher_options(hostfile, master_port),
+            launcher=launcher_options(hostfile, master_port),
             resume=resume,
             changes=change or [],
             overwrite=overwrite,
@@ -121,7 +118,7 @@ def search(
         rank=rank,
         output=output,
     )
-    raise typer.Exit(body(run, overrides or [], options, _launcher_options(hostfile, master_port), gpus))
+    raise typer.Exit(body(run, overrides or [], options, launcher_options(hostfile, master_port), gpus))
 
 
 @app.command()
@@ -159,122 +156,6 @@ def convert_toml(
         print_problems([f"--norm {norm!r} is unknown: choose none or reuse"])
         raise typer.Exit(2)
     raise typer.Exit(body(lora, shortcuts, model, layers, norm, output))
-
-
-@app.command()
-def evaluate(
-    target: Annotated[
-        str, typer.Argument(help="Run directory, exported adapter (ours or any of PEFT's), merged or plain model.")
-    ],
-    task: Annotated[
-        str | None, typer.Option(help="Task such as glue/rte, or a YAML file with one (default: the target's own).")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Rows to score (default: those of --split).")] = None,
-    split: Annotated[str, typer.Option(help="eval, test (no labels: predictions only) or train.")] = "eval",
-    baseline: Annotated[bool, typer.Option("--baseline", help="Score the base model beside it.")] = False,
-    base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder to write (default: RUN/evaluation, TARGET-evaluation).")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens per row (default: as in training).")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: the run's, else fp32).")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only so many rows.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
-    gpus: Annotated[int, typer.Option(min=0, help="Processes on this node (0: all GPUs).")] = 1,
-    hostfile: Annotated[str | None, typer.Option(help="File of hosts and slots, one host per line.")] = None,
-    master_port: Annotated[int | None, typer.Option(help="Port on which the processes meet.")] = None,
-) -> None:
-    """Score a run, an adapter or a model on a task; write evaluation.json and predictions.jsonl."""
-    from salient_ds.run.exits import print_problems
-    from salient_ds.run.targets import EvaluateOptions
-    from salient_ds.run.verbs import evaluate as body
-
-    for name, value, allowed in (
-        ("split", split, ("eval", "test", "train")),
-        ("precision", precision, (None, "fp32", "bf16", "fp16")),
-    ):
-        if value not in allowed:
-            print_problems([f"--{name} {value!r} is unknown: choose {', '.join(filter(None, allowed))}"])
-            raise typer.Exit(2)
-    options = EvaluateOptions(
-        task, data, split, base, baseline, output, overwrite, batch, max_length, precision, limit
-    )  # fmt: skip
-    raise typer.Exit(body(target, options, _launcher_options(hostfile, master_port), gpus))
-
-
-@app.command()
-def export(
-    run: Annotated[str, typer.Argument(help="Run directory, or one of its checkpoints.")],
-    form: Annotated[
-        str, typer.Option(help="peft (each module at its own rank), padded (all at one rank), merged or shortcuts.")
-    ] = "peft",
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder to write (default: RUN/export-FORM).")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Type of the tensors: float32, bfloat16 or float16 (default: float32; a merged model: as stored)."
-        ),
-    ] = None,
-    pad_to: Annotated[
-        str | None, typer.Option(help='Rank of form padded: a number, or "vllm" for the next one that vLLM accepts.')
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
-) -> None:
-    """Write the trained adapter for PEFT or vLLM, or a merged model."""
-    from salient_ds.run.exits import print_problems
-    from salient_ds.run.verbs import export as body
-
-    for name, value, allowed in (
-        ("form", form, ("peft", "padded", "merged", "shortcuts")),
-        ("dtype", dtype, (None, "float32", "bfloat16", "float16")),
-    ):
-        if value not in allowed:
-            print_problems([f"--{name} {value!r} is unknown: choose {', '.join(filter(None, allowed))}"])
-            raise typer.Exit(2)
-    raise typer.Exit(body(run, form, output, overwrite=overwrite, base=base, dtype=dtype, pad_to=pad_to))
-
-
-@app.command()
-def shrink(
-    adapter: Annotated[str, typer.Argument(help="PEFT LoRA adapter, whoever trained it; or a run directory.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
-    rank: Annotated[float | None, typer.Option(help="Mean rank per module to keep; may be a fraction.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Share of the squared singular values to keep, such as 0.99.")
-    ] = None,
-    parameters: Annotated[
-        str | None, typer.Option(help="Number of adapter parameters to keep at most: 5M, 300k or 5000000.")
-    ] = None,
-    uniform: Annotated[bool, typer.Option(help="Cut every module to the same rank (the baseline).")] = False,
-    form: Annotated[
-        str, typer.Option(help="peft (each module at its own rank) or padded (all at one rank, for llama.cpp).")
-    ] = "peft",
-    pad_to: Annotated[
-        str | None, typer.Option(help='Rank of form padded: a number, or "vllm" for the next one that vLLM accepts.')
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of the factors: float32, bfloat16 or float16 (default: as stored).")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
-) -> None:
-    """Cut a trained LoRA adapter to lower ranks, by one threshold over the singular values of all modules (PARA)."""
-    from salient_ds.run.exits import print_problems
-    from salient_ds.run.shrink import ShrinkOptions
-    from salient_ds.run.shrink import shrink as body
-
-    for name, value, allowed in (
-        ("form", form, ("peft", "padded")),
-        ("dtype", dtype, (None, "float32", "bfloat16", "float16")),
-    ):
-        if value not in allowed:
-            print_problems([f"--{name} {value!r} is unknown: choose {', '.join(filter(None, allowed))}"])
-            raise typer.Exit(2)
-    options = ShrinkOptions(rank, energy, parameters, uniform, form, pad_to, dtype, overwrite)
-    raise typer.Exit(body(adapter, output, options))
 
 
 @app.command()

@@ -5,7 +5,6 @@ Shapes: B = rows of a batch, P = tokens of the longest prompt, I/O = in/out feat
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import GenerationConfig
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.engine.shard_files import CheckpointError
 from salient_ds.export.fold import LoraPair, delta_weight, fold
+from salient_ds.export.lora_config import read_lora_config
 from salient_ds.heterolora.export import load_shortcuts
 from salient_ds.run.export import read_factors
 
@@ -108,7 +108,7 @@ def _pairs_of_run(checkpoint: Path) -> list[LoraPair]:
 
 
 def read_exported(folder: Path) -> list[LoraPair]:
-    """Read the factors of an adapter that ``salient-ds export`` wrote, without PEFT. Their scale is 1.
+    """Read the factors of an adapter that ``salient-ds export`` wrote, without PEFT. Scales are multiplied into B.
 
     Raises:
         ValueError: the adapter has another origin, or holds whole modules.
@@ -117,19 +117,16 @@ def read_exported(folder: Path) -> list[LoraPair]:
 
     if not (folder / RECORD_FILE).is_file():
         raise ValueError(f"{folder} was not written by salient-ds export: pip install peft to load it")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("modules_to_save"):
-        raise ValueError(f"{folder} holds whole modules {config['modules_to_save']}: pip install peft to load it")
+    stated = read_lora_config(folder)
+    if whole := stated.values.get("modules_to_save"):
+        raise ValueError(f"{folder} holds whole modules {whole}: pip install peft to load it")
     tensors = load_file(folder / "adapter_model.safetensors")
-    names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
-    return [
-        LoraPair(
-            name.removeprefix("base_model.model."),
-            tensors[f"{name}.lora_A.weight"].float(),
-            tensors[f"{name}.lora_B.weight"].float(),
-        )
-        for name in names
-    ]
+    pairs = []
+    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        stored = key.removesuffix(".lora_A.weight")
+        name, B_Or = stored.removeprefix("base_model.model."), tensors[f"{stored}.lora_B.weight"].float()
+        pairs.append(LoraPair(name, tensors[key].float(), B_Or * stated.scaling(name)))
+    return pairs
 
 
 def attach(model: nn.Module, pairs: Sequence[LoraPair]) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Kind = Literal["model", "adapter", "run"]
 RECORD_FILE = "salient_ds.json"
 SHORTCUT_FILE = "shortcut_adapter.json"
-_GENERIC = ("adapter", "checkpoints", "export-peft", "export-padded", "export-merged")
+_GENERIC = ("adapter", "checkpoints", "export-peft", "export-ragged", "export-padded", "export-merged")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
@@ -115,13 +115,15 @@ def _on_hub(name: str, tokenizer: str | None) -> ModelSource:
 
 def _adapter(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
     written = RECORD_FILE if (folder / SHORTCUT_FILE).is_file() else "adapter_config.json"
-    chosen = base or _read(folder / written).get("base_model_name_or_path")
+    stated = _read(folder / written)
+    chosen = base or stated.get("base_model_name_or_path")
     if not chosen:
         raise ValueError(f"{folder / written} does not name its base model: give --base")
     if Path(chosen).is_absolute() and not Path(chosen).is_dir():
         raise ValueError(f"the base model of {folder} is no longer at {chosen}: give --base")
     own_tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else chosen
-    return ModelSource("adapter", chosen, folder, tokenizer or own_tokenizer, _record(_read(folder / RECORD_FILE)))
+    record, revision = _record(_read(folder / RECORD_FILE)), stated.get("revision") if base is None else None
+    return ModelSource("adapter", chosen, folder, tokenizer or own_tokenizer, record, revision)
 
 
 def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:

@@ -13,7 +13,7 @@ from salient_ds.strict import did_you_mean
 
 OTHERS = "*"
 """Key for all matrices that no other key names. Without it they get ``adapter.rank``."""
-PEFT_CONFIG, SEARCHED = "adapter_config.json", "rank_pattern.json"
+PEFT_CONFIG, SEARCHED, RECORD = "adapter_config.json", "rank_pattern.json", "salient_ds.json"
 _PLACES = (PEFT_CONFIG, f"adapter/{PEFT_CONFIG}", SEARCHED)
 """What is looked for in a folder: that of an adapter, of a run, or of a search."""
 
@@ -69,6 +69,9 @@ def with_ranks_of_file(run: dict[str, Any], base: Path | None) -> dict[str, Any]
 def read_ranks(path: Path) -> dict[str, int]:
     """Read ``adapter.rank_pattern`` from what another run left: every matrix that the file does not name gets rank 0.
 
+    An adapter's salient_ds.json counts before its adapter_config.json, which states padded ranks if the adapter is
+    padded.
+
     Args:
         path: PEFT's adapter_config.json, rank_pattern.json of a search, a JSON mapping of names to ranks, or a folder
             that holds one of these: an adapter, a run directory.
@@ -84,12 +87,11 @@ def read_ranks(path: Path) -> dict[str, int]:
                 "or of a finished run, or a file"
             )
         path = found[0]
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RankFileError(f"adapter.rank_pattern={str(path)!r} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise RankFileError(f"adapter.rank_pattern={str(path)!r} holds no mapping of names to ranks")
+    if path.name == PEFT_CONFIG and (path.parent / RECORD).is_file():
+        path = path.parent / RECORD
+    data = _mapping(path)
+    if path.name == RECORD and "ranks" in data:
+        data = data["ranks"]
     ranks = _of_peft(data, path) if "rank_pattern" in data else data
     wrong = [key for key, value in ranks.items() if isinstance(value, bool) or not isinstance(value, int) or value < 0]
     if wrong:
@@ -98,6 +100,16 @@ def read_ranks(path: Path) -> dict[str, int]:
             "of 0 or more"
         )
     return {OTHERS: 0} | ranks
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RankFileError(f"adapter.rank_pattern={str(path)!r} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise RankFileError(f"adapter.rank_pattern={str(path)!r} holds no mapping of names to ranks")
+    return data
 
 
 def _of_peft(data: Mapping[str, Any], path: Path) -> dict[str, int]:

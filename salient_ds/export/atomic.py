@@ -46,6 +46,7 @@ def atomic_directory(
     try:
         fresh.mkdir()
         yield fresh
+        _open_up(fresh)
         _sync_tree(fresh)
         _swap(fresh, target, target.with_name(f"{unique}.old"))
     except BaseException as error:
@@ -96,6 +97,17 @@ def _swap(fresh: Path, target: Path, aside: Path) -> None:
     sync_path(target.parent)
     if filled:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Give all files the mode of a new file (0644 with the usual umask). safetensors creates its own with 0600."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode & 0o777 | mode)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -64,8 +64,11 @@ def load_bin(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def local_folder(base: Path | str) -> Path:
+def local_folder(base: Path | str, revision: str | None = None) -> Path:
     """The directory of ``base``: itself, or the cached snapshot of a hub name (nothing is downloaded).
+
+    Args:
+        revision: branch, tag or commit of a hub name (default: main).
 
     Raises:
         ValueError: if there is neither.
@@ -74,22 +77,23 @@ def local_folder(base: Path | str) -> Path:
         return Path(base).resolve()
     from huggingface_hub import snapshot_download
 
+    at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(str(base), local_files_only=True))
+        return Path(snapshot_download(str(base), revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"base model {str(base)!r} is neither a directory nor a hub model in the local cache: "
+            f"base model {str(base)!r}{at} is neither a directory nor a hub model in the local cache: "
             "give the checkpoint directory, or download the model first"
         ) from error
 
 
-def open_base(base: Path | str) -> BaseFiles:
+def open_base(base: Path | str, revision: str | None = None) -> BaseFiles:
     """Find the weight files, in ``from_pretrained``'s order of preference.
 
     Raises:
         ValueError: if there are none, or files named in the index are missing.
     """
-    folder = local_folder(base)
+    folder = local_folder(base, revision)
     found = next((name for name in _LAYOUTS if (folder / name).is_file()), None)
     if found is None:
         raise ValueError(f"no weights in {str(folder)!r}: expected one of {', '.join(_LAYOUTS)}")
@@ -156,9 +160,9 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def head_tensors(base: Path | str, heads: Iterable[str]) -> dict[str, Tensor]:
+def head_tensors(base: Path | str, heads: Iterable[str], revision: str | None = None) -> dict[str, Tensor]:
     """Tensors of the top-level modules named ``heads`` in the base checkpoint (empty if it has none)."""
-    files = open_base(base)
+    files = open_base(base, revision)
     pattern = re.compile(rf"(?:{'|'.join(map(re.escape, heads))})\.")
     return {key: files.read(key) for key in files.file_of if pattern.match(key)}
 

@@ -144,10 +144,16 @@ class LoraFolder:
         return self.pairs[module].dtype
 
     def read(self, module: str) -> AdapterFactors:
-        """The factors of one module, in the stored dtype, with their scale."""
+        """The factors of one module, in the stored dtype, with their scale.
+
+        In an adapter that we padded, the rows of zeros at the end of both factors do not count.
+        """
         pair = self.pairs[module]
         A_rI, B_Or = self.weights.read(pair.A.name), self.weights.read(pair.B.name)
         mask_r = torch.ones(pair.rank, dtype=torch.bool)
+        if self.record.get("form") == "padded":
+            filled_r = (A_rI != 0).any(1) | (B_Or != 0).any(0)
+            mask_r = filled_r.flip(0).cummax(0).values.flip(0)  # True up to the last row that holds something
         return AdapterFactors(module, A_rI, None, B_Or, mask_r, self.lora.scaling(module))
 
     def read_carried(self, key: str) -> Tensor:

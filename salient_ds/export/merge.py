@@ -61,7 +61,7 @@ def write_merged(
         OSError: the disk is full; ``target`` is unchanged.
     """
     check_factors(factors)
-    files = open_base(base)
+    files = open_base(base, meta.revision_of(base))
     _check_mergeable(factors, files.config())
     key_of = locate_weights([item.name for item in factors], files.file_of, files.folder, meta.task_type)
     replaced, added = _in_full(trained or {}, files, meta.task_type)
@@ -163,7 +163,7 @@ def _check_mergeable(factors: Sequence[AdapterFactors], config: Mapping[str, Any
             f"{config['model_type']} stores {', '.join(transposed[:3])} transposed (Conv1D): not supported, "
             "adapt nn.Linear layers only"
         )
-    tied = [name for name in leaves if _is_tied_head(name, config)]
+    tied = [name for name in leaves if is_tied_head(name, config)]
     if tied:
         raise ValueError(
             f"{', '.join(tied)} shares its weight with the embedding (tie_word_embeddings): merging would "
@@ -171,7 +171,8 @@ def _check_mergeable(factors: Sequence[AdapterFactors], config: Mapping[str, Any
         )
 
 
-def _is_tied_head(name: str, config: Mapping[str, Any]) -> bool:
+def is_tied_head(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the module shares its weight with the embedding, given the content of config.json."""
     head = name in ("lm_head", "embed_out", "cls.predictions.decoder")
     if not head or "model_type" not in config:
         return False

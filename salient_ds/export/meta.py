@@ -14,7 +14,8 @@ from salient_ds.export.fold import AdapterFactors
 
 RECORD_FILE = "salient_ds.json"
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS"]
-Form = Literal["peft", "padded", "merged", "shortcuts"]
+Form = Literal["ragged", "peft", "padded", "gguf", "merged", "shortcuts"]
+"""How an adapter is written. "peft" is the older name of "ragged"."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
@@ -49,6 +50,10 @@ class ExportMeta:
     base_model: str | None = None
     """Value of ``base_model_name_or_path`` (default: where the base is read from)."""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
+    revision: str | None = None
+    """Revision of a base model on the hub that was trained on."""
+    card: Mapping[str, Any] | None = None
+    """Facts for the model card (:func:`salient_ds.export.card.card_text`)."""
 
     def __post_init__(self) -> None:
         if self.task_type not in get_args(TaskType):
@@ -59,6 +64,10 @@ class ExportMeta:
         if self.base_model is not None:
             return self.base_model
         return str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+
+    def revision_of(self, base: Path | str) -> str | None:
+        """``revision``, if ``base`` is a name on the hub. A directory has none."""
+        return None if Path(base).is_dir() else self.revision
 
 
 def write_record(
@@ -77,6 +86,7 @@ def write_record(
         "method": meta.method,
         "task_type": meta.task_type,
         "base_model_name_or_path": base,
+        **({"revision": meta.revision_of(base)} if meta.revision_of(base) else {}),
         "dtype": dtype,
         **rank_entries({item.name: item.rank for item in factors}),
         "template": dict(meta.template) if meta.template is not None else None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from salient_ds.export.atomic import atomic_directory
 from salient_ds.export.base_files import head_tensors
+from salient_ds.export.card import write_card
 from salient_ds.export.fold import AdapterFactors, LoraPair, fold
+from salient_ds.export.forms import VLLM_RANKS, PeftForm, with_alpha
 from salient_ds.export.meta import ExportMeta, write_json, write_record
 from salient_ds.export.peft_loading import peft_warning
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of ``max_lora_rank`` that vLLM accepts (vLLM 0.33)."""
 HEADS: dict[str, tuple[str, ...]] = {"SEQ_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Modules that PEFT always restores whole for a task type. An adapter file without them does not load."""
 _OTHER_HEADS = ("classification_head",)
@@ -36,27 +36,28 @@ def write_peft(
     meta: ExportMeta,
     base: Path | str,
     *,
-    form: Literal["peft", "padded"],
+    form: PeftForm,
     dtype: torch.dtype = torch.float32,
     pad_to: PadTo = None,
     trained: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write ``adapter_model.safetensors``, ``adapter_config.json`` and ``salient_ds.json``, all or nothing.
+    """Write ``adapter_model.safetensors``, ``adapter_config.json``, ``salient_ds.json`` and a card, all or nothing.
 
     Prints a warning if PEFT itself would not load all of it.
 
-    Form "peft" ("ragged"): every module has its own rank. All scales are folded into the factors. So ``alpha_pattern``
-    equals ``rank_pattern`` and ``lora_alpha`` equals ``r``, and the scale is 1 for readers that honour the patterns and
-    for those that ignore them. Modules at rank 0 are left out.
+    Form "ragged": every module has its own rank, and those at rank 0 are left out. ``lora_alpha`` is the largest rank,
+    for all of them; the rest of each scale is in B (:func:`~salient_ds.export.forms.with_alpha`).
 
-    Form "padded": every module, even one at rank 0, is padded with rows of zeros to the same rank. There are no
-    patterns. This is for servers that need one rank, or that stack q, k and v of a layer and fail if one is missing.
+    Form "padded": every module, even one at rank 0, is padded with rows of zeros to the same rank, which ``lora_alpha``
+    equals. This is for servers that need one rank, or that stack q, k and v of a layer and fail if one is missing.
 
     Args:
         dtype: dtype of the stored factors.
         pad_to: for "padded" only: a rank, "vllm" for the next value of VLLM_RANKS, or None for the largest live rank.
         trained: parameters trained in full (a classification head), by full name. Stored in ``dtype``, too.
+        also: writes further files (a tokenizer, pictures) into the folder before it appears.
 
     Raises:
         ValueError: as :func:`check_factors`; a head that PEFT needs is neither in ``trained`` nor in ``base``; an
@@ -64,25 +65,29 @@ def write_peft(
         OSError: the disk is full; ``target`` is unchanged.
     """
     check_factors(factors)
-    if form == "peft" and pad_to is not None:
+    if form == "ragged" and pad_to is not None:
         raise ValueError(f"pad_to={pad_to!r} belongs to the padded form: leave it out, or export as padded")
-    heads, saved_modules = _heads(meta.task_type, base, trained or {})
+    heads, saved_modules = _heads(meta, base, trained or {})
     _check_no_head_adapted(factors, saved_modules)
     largest = max(item.rank for item in factors)
     rank = padded_rank(largest, pad_to) if form == "padded" else largest
-    pairs = _padded_pairs(factors, rank) if form == "padded" else _ragged_pairs(factors)
+    pairs = _padded_pairs(factors, rank) if form == "padded" else _ragged_pairs(factors, rank)
     tensors = {f"base_model.model.{name}": _stored(name, value, dtype) for name, value in heads.items()}
     for pair in pairs:
         tensors |= _named(pair, dtype)
     base_name = meta.base_name(base)
     ranks = {pair.name: pair.rank for pair in pairs}
     config = _config(ranks, rank, form, meta, base_name, saved_modules)
-    config["exclude_modules"] = shadowed([item.name for item in factors], ranks) or None
+    if hidden := shadowed([item.name for item in factors], ranks):
+        config["exclude_modules"] = hidden
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     with atomic_directory(target, overwrite, size, protected=(base, meta.source_run)) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)
         write_record(folder, factors, meta, form, base_name, str(dtype).removeprefix("torch."))
+        if also is not None:
+            also(folder)
+        write_card(folder, meta, form, base_name, {item.name: item.rank for item in factors}, rank)
     warning = peft_warning([pair.name for pair in pairs], base, meta.task_type)
     if warning is not None:
         print(warning, file=sys.stderr, flush=True)
@@ -120,8 +125,8 @@ def padded_rank(largest: int, pad_to: PadTo) -> int:
     return pad_to
 
 
-def _ragged_pairs(factors: Sequence[AdapterFactors]) -> list[LoraPair]:
-    return [pair for pair in map(fold, factors) if pair is not None]
+def _ragged_pairs(factors: Sequence[AdapterFactors], alpha: int) -> list[LoraPair]:
+    return [with_alpha(pair, alpha) for pair in map(fold, factors) if pair is not None]
 
 
 def _padded_pairs(factors: Sequence[AdapterFactors], rank: int) -> list[LoraPair]:
@@ -174,13 +179,15 @@ def _config(
     base_name: str,
     saved_modules: list[str],
 ) -> dict[str, Any]:
+    revision = meta.revision_of(base_name)
     return {
         "peft_type": "LORA",
         "task_type": meta.task_type,
         "base_model_name_or_path": base_name,
+        **({"revision": revision} if revision else {}),
         "inference_mode": True,
         **rank_fields(ranks, rank, form),
-        "modules_to_save": saved_modules or None,
+        **({"modules_to_save": saved_modules} if saved_modules else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -189,21 +196,20 @@ def _config(
 
 
 def rank_fields(ranks: Mapping[str, int], rank: int, form: str) -> dict[str, Any]:
-    """The fields of adapter_config.json that state modules, their ranks and scales (all of them 1).
+    """The fields of adapter_config.json that state modules, their ranks and scales.
 
     Args:
         ranks: module -> rank, for the modules that are in the file.
-        rank: the largest of them, or that which all are padded to.
+        rank: the largest of them, or that which all are padded to; also ``lora_alpha``.
     """
     # PEFT takes the first pattern that matches the end of a module path. Deeper paths come first, so that
     # "model.layers.0.q" does not match in place of "vision.model.layers.0.q".
     deepest_first = sorted(ranks, key=lambda name: -name.count("."))
-    pattern = {re.escape(name): ranks[name] for name in deepest_first} if form == "peft" else {}
+    pattern = {re.escape(name): ranks[name] for name in deepest_first} if form == "ragged" else {}
     return {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
         "target_modules": list(ranks),
         "init_lora_weights": True,
         "use_rslora": False,
@@ -215,14 +221,14 @@ def shadowed(modules: Sequence[str], kept: Collection[str]) -> list[str]:
     return [n for n in modules if n not in kept and any(n.endswith(f".{name}") for name in kept)]
 
 
-def _heads(task_type: str, base: Path | str, trained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _heads(meta: ExportMeta, base: Path | str, trained: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors stored in full beside the factors, and the names of the modules that PEFT must restore from them."""
-    heads, wanted = dict(trained), HEADS.get(task_type, ())
+    heads, wanted = dict(trained), HEADS.get(meta.task_type, ())
     if wanted and not any(_owner(name, wanted) in wanted for name in heads):
-        heads |= head_tensors(base, wanted)
+        heads |= head_tensors(base, wanted, meta.revision_of(base))
         if not any(_owner(name, (*wanted, *_OTHER_HEADS)) in (*wanted, *_OTHER_HEADS) for name in heads):
             raise ValueError(
-                f"task_type {task_type} needs the head ({' or '.join(wanted)}) in the adapter, and the base "
+                f"task_type {meta.task_type} needs the head ({' or '.join(wanted)}) in the adapter, and the base "
                 f"checkpoint {str(base)!r} has none: pass the head of the trained model"
             )
     return heads, sorted({_owner(name, wanted) for name in heads})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from salient_ds.adapters.ranked_linear import PlainLinear
 from salient_ds.adapters.survey import linear
 from salient_ds.export.fold import LoraPair, fold
+from salient_ds.export.lora_config import LoraConfig, read_lora_config
 from salient_ds.export.meta import RECORD_FILE
 from salient_ds.heterolora.export import SETTINGS, load_shortcuts, refuse_shortcuts
 from salient_ds.run.export import read_factors, read_in_full
@@ -35,10 +36,15 @@ def add_adapter(model: nn.Module, folder: Path) -> nn.Module:
     tensors = load_file(folder / "adapter_model.safetensors")
     named = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
     modules = [name.removesuffix(".lora_A.weight") for name in named if name.endswith(".lora_A.weight")]
-    pairs = [LoraPair(m, named[f"{m}.lora_A.weight"].float(), named[f"{m}.lora_B.weight"].float()) for m in modules]
+    stated = read_lora_config(folder)
+    pairs = [_pair(m, named[f"{m}.lora_A.weight"], named[f"{m}.lora_B.weight"], stated) for m in modules]
     in_full = {name: value for name, value in named.items() if ".lora_" not in name}
     apply_pairs(model, pairs, in_full, folder)
     return model
+
+
+def _pair(module: str, A_rI: Tensor, B_Or: Tensor, stated: LoraConfig) -> LoraPair:
+    return LoraPair(module, A_rI.float(), B_Or.float() * stated.scaling(module))
 
 
 def add_checkpoint(model: nn.Module, checkpoint: Path, norm_after_shortcut: str | None) -> None:

@@ -39,13 +39,12 @@ class CheckpointSource:
         self._adapters = CheckpointFactors(self.place)
         shortcuts = [self._adapters.read(name) for name in self._adapters.names if is_shortcut(name)]
         norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
-        refuse_shortcuts(shortcuts, "peft", norm)
+        refuse_shortcuts(shortcuts, "ragged", norm)
         self.modules = [name for name in self._adapters.names if not is_shortcut(name)]
         self.embeddings: set[str] = set()
         self.config: dict[str, Any] = {
             "task_type": meta.task_type,
             "base_model_name_or_path": meta.base_name(config["model"]["path"]),
-            "modules_to_save": None,
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": False,

@@ -20,12 +20,13 @@ from salient_ds.engine.shard_files import (
     damage,
     find_checkpoints,
 )
-from salient_ds.export.api import export_adapter
+from salient_ds.export.api import export_adapter, form_by_size
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta, Form
 from salient_ds.export.peft_format import PadTo
 from salient_ds.heterolora.export import refuse_shortcuts, shortcuts_act, write_shortcuts
 from salient_ds.models.loading import PEFT_TASK_TYPES
+from salient_ds.run.adapter_folder import card_facts, complete
 
 _FORMS_THAT_DROP_MASKED = ("GrowingLinear", "SwitchedLinear", "Shortcut")
 """Forms of adapters that drop masked rows, for checkpoints from before 2026-11-26, which do not state it."""
@@ -146,6 +147,8 @@ def checkpoint_facts(run: Path, checkpoint: Path) -> tuple[dict[str, Any], Expor
         source_run=str(checkpoint),
         template=facts["template"],
         task=_task(config),
+        revision=config["model"].get("revision"),
+        card=card_facts(folder, config, checkpoint),
     )
     return config, meta, facts.get("head")
 
@@ -153,7 +156,7 @@ def checkpoint_facts(run: Path, checkpoint: Path) -> tuple[dict[str, Any], Expor
 def export_run(
     run: Path,
     form: Form | None,
-    target: Path,
+    target: Path | None,
     *,
     overwrite: bool = False,
     checkpoint: Path | None = None,
@@ -165,7 +168,8 @@ def export_run(
 
     Args:
         run: run directory with run.yaml and run.json beside its checkpoints, or one of these checkpoints.
-        form: None chooses "peft", or "shortcuts" for an adapter that no other form can hold.
+        form: None chooses "padded" or "ragged" by size, or "shortcuts" for an adapter that no other form can hold.
+        target: None for the folder export-FORM in the run.
         overwrite: replace what ``target`` holds.
         checkpoint: the checkpoint to export (default: the best one, if the run chose it by a metric, else the newest).
         base: base model, if it is not where training found it.
@@ -181,7 +185,10 @@ def export_run(
     factors, place = read_factors(chosen), base or config["model"]["path"]
     norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
     if form is None:
-        form = "shortcuts" if shortcuts_act(factors, norm) else "peft"
+        form = (
+            "shortcuts" if shortcuts_act(factors, norm) else "padded" if pad_to is not None else form_by_size(factors)
+        )
+    target = target or run / f"export-{form}"
     if form == "shortcuts":
         return write_shortcuts(
             target, factors, meta, place, norm_after_shortcut=norm, dtype=dtype or torch.float32, overwrite=overwrite,
@@ -200,4 +207,5 @@ def export_run(
         pad_to=pad_to,
         trained=read_in_full(chosen),
         config_updates=head if form == "merged" else None,
+        also=lambda folder: complete(folder, config, factors, str(place), f"Ranks of {run.resolve().name}"),
     )

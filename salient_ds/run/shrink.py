@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from salient_ds.run.exits import RUN_ERROR, USAGE_ERROR, print_problems
 from salient_ds.salience.spectral_cut import Criterion, Cut
@@ -15,6 +15,7 @@ from salient_ds.salience.spectral_cut import Criterion, Cut
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from salient_ds.export.peft_format import PadTo
     from salient_ds.export.shrink import LoraSource, ModuleCut, Shrinkage
 
 CSV_FILE, PICTURE_FILE = "shrink.csv", "shrink.png"
@@ -31,7 +32,7 @@ class ShrinkOptions:
     energy: float | None = None
     parameters: str | None = None
     uniform: bool = False
-    form: str = "peft"
+    form: str | None = None
     pad_to: str | None = None
     dtype: str | None = None
     overwrite: bool = False
@@ -52,7 +53,7 @@ class ShrinkOptions:
         ((criterion, amount),) = given.items()
         return Cut(criterion, count_of(amount) if isinstance(amount, str) else amount, self.uniform)
 
-    def rows(self) -> int | Literal["vllm"] | None:
+    def rows(self) -> PadTo:
         """``--pad-to`` as a number, "vllm" or None.
 
         Raises:
@@ -60,11 +61,22 @@ class ShrinkOptions:
         """
         if self.pad_to is None:
             return None
-        if self.form != "padded":
+        if self.form not in ("padded", None):
             raise ValueError(f"--pad-to {self.pad_to} belongs to --form padded: leave it out, or write the padded form")
-        if self.pad_to != "vllm" and not re.fullmatch(r"[1-9]\d*", self.pad_to):
-            raise ValueError(f'--pad-to {self.pad_to!r} is neither a rank above 0 nor "vllm"')
-        return "vllm" if self.pad_to == "vllm" else int(self.pad_to)
+        return rows_of(self.pad_to)
+
+
+def rows_of(text: str | None) -> PadTo:
+    """``--pad-to`` of the command line.
+
+    Raises:
+        ValueError: it is neither a rank nor "vllm".
+    """
+    if text is None or text == "vllm":
+        return cast("PadTo", text)
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise ValueError(f'--pad-to {text!r} is neither a rank above 0 nor "vllm"')
+    return int(text)
 
 
 def count_of(text: str) -> int:
@@ -98,7 +110,7 @@ def shrink(adapter: str, target: str, options: ShrinkOptions) -> int:
 
     from salient_ds.engine.shard_files import CheckpointError
     from salient_ds.export.shrink import plan_cut
-    from salient_ds.export.shrunk_folder import check_out, write_shrunk
+    from salient_ds.export.shrunk_folder import check_out, chosen_form, write_shrunk
 
     out = Path(target)
     kind = getattr(torch, options.dtype) if options.dtype is not None else None
@@ -106,14 +118,18 @@ def shrink(adapter: str, target: str, options: ShrinkOptions) -> int:
         source = open_source(Path(adapter))
         check_out(source, out, options.overwrite)
         shrinkage = plan_cut(source, cut)
+        choice = chosen_form(shrinkage)
+        form = options.form or ("padded" if rows is not None else choice.form)
         write_shrunk(
-            source, shrinkage, out, form=cast(Literal["peft", "padded"], options.form), dtype=kind, pad_to=rows,
+            source, shrinkage, out, form=form, dtype=kind, pad_to=rows,
             overwrite=options.overwrite, also=lambda folder: _write_report(shrinkage, folder),
         )  # fmt: skip
     except (ValueError, OSError, CheckpointError) as error:
         print_problems([str(error)])
         return RUN_ERROR
     _print_report(source, shrinkage, out)
+    if options.form is None and rows is None and choice.note is not None:
+        print(choice.note, file=sys.stderr, flush=True)
     return 0
 
 

@@ -83,6 +83,8 @@ def target_of(place: str, options: EvaluateOptions) -> Target:
     data, labelled = _data(options, task, {}, place)
     length = options.max_length or record.get("max_length") or _LENGTH
     model = {} if not record else {"attn_implementation": record["attn_implementation"]}
+    if adapted and options.base is None and facts.get("revision"):
+        model["revision"] = facts["revision"]
     kind: Kind = "adapter" if adapted else "model"
     return Target(place, kind, base, task, data, labelled, length, options.precision or "fp32", model)
 

@@ -7,12 +7,12 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import load_config
 from salient_ds.run.changes import change_problems
-from salient_ds.run.exits import print_problems
+from salient_ds.run.exits import USAGE_ERROR, print_problems
 from salient_ds.strict import ConfigError
 
 if TYPE_CHECKING:
@@ -123,25 +123,37 @@ def convert_toml(
 
 
 def export(
-    run: str, form: str, target: str | None, *, overwrite: bool, base: str | None, dtype: str | None, pad_to: str | None
+    run: str,
+    form: str | None,
+    target: str | None,
+    *,
+    overwrite: bool,
+    base: str | None,
+    dtype: str | None,
+    pad_to: str | None,
 ) -> int:
     """Write an adapter or a merged model.
 
     Returns:
-        0, or 1 after printing why that is not possible.
+        0; 1 after printing why that is not possible; 2 if an option is wrong.
     """
     import torch
 
     from salient_ds.engine.shard_files import CheckpointError
     from salient_ds.run.export import export_run
+    from salient_ds.run.shrink import rows_of
 
-    folder = Path(target) if target else Path(run) / f"export-{form}"
-    pad: Any = int(pad_to) if pad_to and pad_to.isdigit() else pad_to
+    folder = Path(target) if target else None
     kind = getattr(torch, dtype) if dtype is not None else None
     try:
-        chosen = cast("Form", form)  # the command line has checked it
+        pad = rows_of(pad_to)
+    except ValueError as error:
+        print_problems([str(error)])
+        return USAGE_ERROR
+    try:
+        chosen = cast("Form | None", form)  # the command line has checked it
         written = export_run(Path(run), chosen, folder, overwrite=overwrite, base=base, dtype=kind, pad_to=pad)
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
         print_problems([str(error)])
         return 1
     print(written)

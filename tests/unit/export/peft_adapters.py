@@ -57,7 +57,7 @@ def dense_updates(folder: Path) -> dict[str, Tensor]:
     config, tensors = config_of(folder), load_file(folder / "adapter_model.safetensors")
 
     def stated(patterns: str, default: str, module: str) -> float:
-        table: Mapping[str, float] = config[patterns]
+        table: Mapping[str, float] = config.get(patterns, {})
         hits = [value for pattern, value in table.items() if re.search(rf"(^|\.)({pattern})$", module)]
         return hits[0] if hits else config[default]
 

@@ -26,12 +26,13 @@ def config_of(folder: Path) -> dict:
 def test_ragged_directory(llama: Case, out: Path) -> None:
     export_adapter(llama.factors, llama.meta, out, "peft", llama.base)
     assert sorted(path.name for path in out.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "salient_ds.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "salient_ds.json",
     ]  # fmt: skip
     config, tensors = config_of(out), load_file(out / "adapter_model.safetensors")
     live = {f.name: f.rank for f in llama.factors if f.rank}
     assert set(config["target_modules"]) == set(live) and len(live) < len(llama.factors)
-    assert config["rank_pattern"] == config["alpha_pattern"] == {re.escape(name): rank for name, rank in live.items()}
+    assert config["rank_pattern"] == {re.escape(name): rank for name, rank in live.items()}
+    assert "alpha_pattern" not in config, "llama.cpp and vLLM do not read it"
     assert config["r"] == config["lora_alpha"] == max(live.values())
     assert config["base_model_name_or_path"] == str(llama.base.resolve()) and config["task_type"] == "CAUSAL_LM"
     assert len(tensors) == 2 * len(live)
@@ -44,7 +45,7 @@ def test_ragged_directory(llama: Case, out: Path) -> None:
 def test_padded_directory_holds_every_module_at_one_rank(llama: Case, out: Path) -> None:
     export_adapter(llama.factors, llama.meta, out, "padded", llama.base, torch.bfloat16, pad_to=7)
     config, tensors = config_of(out), load_file(out / "adapter_model.safetensors")
-    assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["r"] == config["lora_alpha"] == 7
+    assert config["rank_pattern"] == {} and "alpha_pattern" not in config and config["r"] == config["lora_alpha"] == 7
     assert len(tensors) == 2 * len(llama.factors)
     for factors in llama.factors:
         A_PI = tensors[f"base_model.model.{factors.name}.lora_A.weight"]
@@ -58,7 +59,7 @@ def test_record(llama: Case, out: Path) -> None:
     record = json.loads((out / "salient_ds.json").read_text())
     assert record["ranks"] == {f.name: f.rank for f in llama.factors}
     assert record["total_rank"] == sum(f.rank for f in llama.factors)
-    assert (record["method"], record["form"], record["dtype"]) == ("salientlora", "peft", "float32")
+    assert (record["method"], record["form"], record["dtype"]) == ("salientlora", "ragged", "float32")
     assert record["template"] == {"name": "alpaca", "hash": "abc"} and record["source_run"] == llama.meta.source_run
     assert record["versions"]["salient_ds"] and record["versions"]["torch"] == torch.__version__
 
