@@ -205,7 +205,7 @@ def rank_fields(ranks: Mapping[str, int], rank: int, form: str) -> dict[str, Any
     # PEFT takes the first pattern that matches the end of a module path. Deeper paths come first, so that
     # "model.layers.0.q" does not match in place of "vision.model.layers.0.q".
     deepest_first = sorted(ranks, key=lambda name: -name.count("."))
-    pattern = {re.escape(name): ranks[name] for name in deepest_first} if form == "ragged" else {}
+    pattern = {_key_of(name, ranks): ranks[name] for name in deepest_first} if form == "ragged" else {}
     return {
         "r": rank,
         "lora_alpha": rank,
@@ -214,6 +214,18 @@ def rank_fields(ranks: Mapping[str, int], rank: int, form: str) -> dict[str, Any
         "init_lora_weights": True,
         "use_rslora": False,
     }
+
+
+def _key_of(name: str, names: Collection[str]) -> str:
+    """The key of a module in rank_pattern, where PEFT wants a regular expression.
+
+    PEFT before 0.14 finds a whole path only if it is written as it is. So dots are escaped only where they would match
+    something else in another path.
+    """
+    pattern = re.compile(rf"(?:.*\.)?{name}")
+    plain = re.fullmatch(r"[\w.]+", name) is not None
+    mistaken = plain and any(pattern.fullmatch(other) and not f".{other}".endswith(f".{name}") for other in names)
+    return name if plain and not mistaken else re.escape(name)
 
 
 def shadowed(modules: Sequence[str], kept: Collection[str]) -> list[str]:

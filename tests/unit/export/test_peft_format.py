@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def test_ragged_directory(llama: Case, out: Path) -> None:
     config, tensors = config_of(out), load_file(out / "adapter_model.safetensors")
     live = {f.name: f.rank for f in llama.factors if f.rank}
     assert set(config["target_modules"]) == set(live) and len(live) < len(llama.factors)
-    assert config["rank_pattern"] == {re.escape(name): rank for name, rank in live.items()}
+    assert config["rank_pattern"] == live
     assert "alpha_pattern" not in config, "llama.cpp and vLLM do not read it"
     assert config["r"] == config["lora_alpha"] == max(live.values())
     assert config["base_model_name_or_path"] == str(llama.base.resolve()) and config["task_type"] == "CAUSAL_LM"
@@ -140,6 +139,16 @@ class Nested(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.vision["layers"][0](self.layers[0](x))
+
+
+def test_dots_are_escaped_only_where_they_would_match_another_path(llama: Case, out: Path) -> None:
+    """PEFT 0.13 does not find a path that is escaped."""
+    export_adapter([one("m.a.b", [1, 0]), one("m.a_b", [1, 1]), one("m.c", [1, 1])], llama.meta, out, "ragged", "none")
+    assert config_of(out)["rank_pattern"] == {r"m\.a\.b": 1, "m.a_b": 2, "m.c": 2}
+    from peft.utils.other import get_pattern_key
+
+    keys = list(config_of(out)["rank_pattern"])
+    assert [get_pattern_key(keys, name) for name in ("m.a.b", "m.a_b", "m.c")] == keys
 
 
 @pytest.mark.parametrize("inner", [[1, 1, 1], [0, 0, 0]], ids=["both", "inner_off"])
