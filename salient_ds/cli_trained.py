@@ -137,3 +137,75 @@ def shrink(
             raise typer.Exit(2)
     options = ShrinkOptions(rank, energy, parameters, uniform, form, pad_to, dtype, overwrite)
     raise typer.Exit(body(adapter, output, options))
+
+
+BaseOption = Annotated[str | None, typer.Option(help="Base model, if it has moved since training.")]
+TemplateOption = Annotated[
+    str | None, typer.Option(help="Prompt template, if nothing says which (default: of training).")
+]
+PrecisionOption = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: bf16 on GPUs, else fp32).")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0: always the most probable token.")]
+SystemOption = Annotated[str | None, typer.Option(help="System message.")]
+CompareOption = Annotated[bool, typer.Option("--compare", help="Ask the base model too.")]
+PlaceArgument = Annotated[
+    str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run, adapter, merged or plain model: a folder or a hub name.")
+]
+
+
+@app.command()
+def chat(
+    place: PlaceArgument,
+    compare: CompareOption = False,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    precision: PrecisionOption = None,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    system: SystemOption = None,
+) -> None:
+    """Talk to what was trained, with the template of training; answers appear as they are made."""
+    from salient_ds.run.talk import TalkOptions
+    from salient_ds.run.talk import chat as body
+
+    _check_precision(precision)
+    raise typer.Exit(
+        body(place, TalkOptions(base, template, precision, max_new_tokens, temperature, seed, system, compare))
+    )
+
+
+@app.command()
+def generate(
+    place: PlaceArgument,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to answer.")] = None,
+    file: Annotated[
+        str | None, typer.Option(help="Prompts: a line each, or JSON lines with prompt, instruction or messages.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="JSON lines to write (default: answers are printed).")
+    ] = None,
+    compare: CompareOption = False,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    precision: PrecisionOption = None,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    system: SystemOption = None,
+) -> None:
+    """Answer prompts with what was trained, with the template of training."""
+    from salient_ds.run.talk import TalkOptions
+    from salient_ds.run.talk import generate as body
+
+    _check_precision(precision)
+    options = TalkOptions(base, template, precision, max_new_tokens, temperature, seed, system, compare)
+    raise typer.Exit(body(place, prompts or [], file, output, options))
+
+
+def _check_precision(value: str | None) -> None:
+    from salient_ds.run.exits import print_problems
+
+    if value not in (None, "fp32", "bf16", "fp16"):
+        print_problems([f"--precision {value!r} is unknown: choose fp32, bf16, fp16"])
+        raise typer.Exit(2)

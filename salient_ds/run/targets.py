@@ -12,6 +12,7 @@ import yaml
 
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.table import task_of
+from salient_ds.run.places import missing_folder
 
 Kind = Literal["run", "adapter", "model"]
 Split = Literal["eval", "test", "train"]
@@ -69,10 +70,9 @@ def target_of(place: str, options: EvaluateOptions) -> Target:
     folder = Path(place).expanduser()
     if (folder / "run.yaml").is_file():
         return _run_target(folder, options)
-    if not folder.is_dir() and (place.startswith((".", "/", "~")) or place.count("/") > 1):
-        raise ValueError(f"{place} does not exist: give a run, an adapter or a model directory, or a model's hub name")
-    if folder.is_file():
-        raise ValueError(f"{place} is a file: give a run, an adapter or a model directory, or a model's hub name")
+    problem = missing_folder(place)
+    if problem is not None:
+        raise ValueError(f"{problem}: give a run, an adapter or a model directory, or a model's hub name")
     facts = adapter_facts(folder) if folder.is_dir() else {}
     adapted = folder.is_dir() and is_adapter(folder)
     if folder.is_dir() and not adapted and not (folder / "config.json").is_file():
