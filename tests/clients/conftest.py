@@ -47,16 +47,17 @@ class Served:
                 "sequences": self.sequences, "count": COUNT, **more}  # fmt: skip
 
     def difference(self, logprobs: list[list[float]]) -> float:
-        """Largest absolute difference of log probabilities."""
-        pairs = zip(self.logprobs, logprobs, strict=True)
-        return max(abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
+        """Largest absolute difference of log probabilities: of whole sequences, or of the answers that end them."""
+        pairs = list(zip(self.logprobs, logprobs, strict=True))
+        assert all(len(theirs) in (len(mine), COUNT) for mine, theirs in pairs)
+        return max(abs(a - b) for mine, theirs in pairs for a, b in zip(mine[-len(theirs) :], theirs, strict=True))
 
     def assert_right(self, answer: dict[str, Any], tolerance: float) -> float:
         """The client computes the adapted model, and not the base."""
+        assert answer["answers"] == self.answers
         found = self.difference(answer["logprobs"])
         assert found < tolerance, found
         assert self.difference(self.base_logprobs) > 0.5, "the adapter must matter"
-        assert answer["answers"] == self.answers
         return found
 
 

@@ -75,11 +75,10 @@ def test_vllm_server(served: Served, tmp_path: Path, noted: Any) -> None:
             _wait(server, url, tmp_path / "log")
             for form in ("ragged", "padded"):
                 logprobs, answers = [], []
-                for prompt, sequence in zip(served.prompts, served.sequences, strict=True):
-                    scored = _complete(url, form, sequence, 1, prompt_logprobs=0)["prompt_logprobs"]
-                    logprobs.append([scored[k][str(token)]["logprob"] for k, token in enumerate(sequence) if k])
-                    answer = _complete(url, form, prompt, COUNT, return_token_ids=True, ignore_eos=True)
+                for prompt in served.prompts:
+                    answer = _complete(url, form, prompt, COUNT, return_token_ids=True, ignore_eos=True, logprobs=0)
                     answers.append(answer["token_ids"])
+                    logprobs.append(answer["logprobs"]["token_logprobs"])
                 found = {"logprobs": logprobs, "answers": answers}
                 noted("vLLM's OpenAI server", form, served.assert_right(found, TOLERANCE))
         finally:

@@ -16,15 +16,13 @@ def main():
         max_model_len=128, max_num_seqs=4, seed=0,
     )  # fmt: skip
     adapter = LoRARequest("mine", 1, job["adapter"])
-    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    scored = model.generate([TokensPrompt(prompt_token_ids=s) for s in job["sequences"]], scoring, lora_request=adapter)
-    logprobs = []
-    for tokens, output in zip(job["sequences"], scored, strict=True):
-        logprobs.append([output.prompt_logprobs[k][tokens[k]].logprob for k in range(1, len(tokens))])
-    greedy = SamplingParams(temperature=0, max_tokens=job["count"], min_tokens=job["count"], ignore_eos=True)
+    # prompt_logprobs with an adapter fail on CPUs (vLLM 0.32), so the answers' own are taken
+    greedy = SamplingParams(temperature=0, max_tokens=job["count"], ignore_eos=True, logprobs=0)
     answers = model.generate([TokensPrompt(prompt_token_ids=p) for p in job["prompts"]], greedy, lora_request=adapter)
+    outputs = [answer.outputs[0] for answer in answers]
+    logprobs = [[step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs]
     found = {"version": f"vLLM {vllm.__version__}", "logprobs": logprobs,
-             "answers": [list(a.outputs[0].token_ids) for a in answers]}  # fmt: skip
+             "answers": [list(output.token_ids) for output in outputs]}  # fmt: skip
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 
