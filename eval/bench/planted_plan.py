@@ -127,6 +127,7 @@ ARMS: tuple[Arm, ...] = (
         for name, score in (("energy", "energy"), ("curvature", "curvature"), ("gate", "gate_fisher"))
     ),
     Arm("salientlora", "salientlora", "prune"),
+    Arm("salientlora-salience", "salientlora", "prune", {"score": "salience"}),
     *(
         Arm(f"salientlora-paper-{how}", "salientlora", "prune", {"preset": "paper", "normalisation": how})
         for how in NORMALISATIONS
@@ -164,7 +165,6 @@ def method_config(arm: Arm, size: ProblemSize, training: Training) -> MethodConf
         else training.interval,
         "top_h": top_h,
         "add": 1,
-        "window": min(20, training.steps // 20),
         "inner_width": training.initial_rank,  # wide enough for every rank that LoRA^2 can keep
     }
     given = {name: value for name, value in common.items() if name in known.model_fields} | arm.options

@@ -19,7 +19,7 @@ from salient_ds.zero.sharded_base import effective_config
 
 GLOBAL_BATCH, TOTAL_STEPS, RANK = 4, 16, 5
 SALIENT = {
-    "name": "salientlora", "target_rank": 2, "initial_warmup": 2, "final_warmup": 2,
+    "name": "salientlora", "score": "salience", "target_rank": 2, "initial_warmup": 2, "final_warmup": 2,
     "window_initial": 3, "window_final": 5,
 }  # fmt: skip
 

@@ -18,7 +18,12 @@ NOTHING = {"compaction": "none"}
 LAST = {"compaction": "last"}
 EVERY = {"compaction": "every"}
 DELAYED = SALIENT | {"apply_at": "next_step"}
-SPECTRAL = {"name": "spectral", "target_rank": 2, "prune_at": [5, 13]}  # rotated again after it was compacted
+SPECTRAL = {
+    "name": "spectral",
+    "target_rank": 2,
+    "score": "curvature",
+    "prune_at": [5, 13],
+}  # rotated again after it was compacted
 MASKED = [
     Case(2, speed=NOTHING),
     Case(2, "bf16", speed=NOTHING),

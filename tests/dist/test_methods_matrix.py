@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "initial_warmup": 2,
         "final_warmup": 2,
     },
-    "spectral": {"name": "spectral", "target_rank": 2, "prune_at": [5, 9, 13]},
+    "spectral": {"name": "spectral", "target_rank": 2, "score": "energy", "prune_at": [5, 9, 13]},
     "spectral-curvature": {"name": "spectral", "target_rank": 2, "score": "curvature", "prune_at": 6},
     # rotates after steps 6 and 10; the checkpoint after step 7 lies in a window
     "spectral-gate": {"name": "spectral", "target_rank": 2, "score": "gate_fisher", "window": 3, "prune_at": [9, 13]},

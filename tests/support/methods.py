@@ -18,5 +18,5 @@ OPTIONS: dict[str, MethodConfig] = {
     "lora2": LoRA2Config(target_rank=2),
     "increlora": IncreLoRAConfig(target_rank=2, top_h=1),
     "heterolora": HeteroLoRAConfig(),
-    "spectral": SpectralConfig(target_rank=2),
+    "spectral": SpectralConfig(target_rank=2, score="curvature"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,6 +16,10 @@ from salient_ds.salience.budget import AllocationPlan, paper_schedule, reference
 if TYPE_CHECKING:
     from salient_ds.adapters.options import AdapterConfig
 
+_OF_SALIENCE = (
+    "beta", "gamma", "lambda_", "leaf_influence", "combine", "normalisation", "magnitude", "loss_weights", "edges",
+)  # fmt: skip
+"""Options that only ``score: salience`` reads."""
 _EVENT_BYTES_PER_VALUE = 24
 _EVENT_BLOCK = 256 * 2**20
 
@@ -96,10 +100,11 @@ class SalientLoRAConfig(TargetConfig):
     """Length of the first window in steps (T_i)."""
     window_final: int = Field(200, ge=2)
     """Length that windows grow to, in steps (T_f). If it equals `window_initial`, all windows have that length."""
-    score: Literal["salience", "gate_fisher"] = "salience"
-    """What singular values are kept for. salience: magnitude and influence (SalientLoRA). gate_fisher: the mean of
-    (sigma dL/dsigma)^2 over the window; of the options below, those about magnitude, influence and losses then mean
-    nothing."""
+    score: Literal["salience", "gate_fisher"] = "gate_fisher"
+    """What singular values are kept for. gate_fisher: the mean of (sigma dL/dsigma)^2 over the window. salience:
+    magnitude and influence, as in the paper. Default: gate_fisher, with which SalientLoRA beat tuned LoRA of the same
+    size where salience did not (eval/records/*evidence*); salience with the presets paper and reference, and wherever
+    an option is set that only salience reads: beta, gamma, lambda and those from leaf_influence to edges."""
     beta: float = Field(0.9, gt=0, le=1)
     """Smallest correlation of two singular values' histories that makes a dependency."""
     gamma: float = 2.0
@@ -133,12 +138,35 @@ class SalientLoRAConfig(TargetConfig):
                 f"method.gamma={self.gamma:g} must be above 1: only then does the variance grow along every edge, so "
                 "that the dependency graph has no cycle and the influence is defined (the paper uses 2)"
             )
+        self._all_read()
         if self.window_final < self.window_initial:
             raise ValueError(
                 f"method.window_final={self.window_final} is below method.window_initial={self.window_initial}: "
                 "windows grow during training, swap or raise them"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chosen_score(cls, values: Any) -> Any:
+        """Fill in ``score``, so that what is saved says which one it was."""
+        if not isinstance(values, Mapping) or values.get("score") is not None:
+            return values
+        of_salience = any(values.get(name) is not None for name in (*_OF_SALIENCE, "lambda"))
+        salience = of_salience or values.get("preset", "standard") != "standard"
+        return {**values, "score": "salience" if salience else "gate_fisher"}
+
+    def _all_read(self) -> None:
+        """Refuse options that ``score: gate_fisher`` does not read.
+
+        Raises:
+            ValueError: one of them is not at its default.
+        """
+        fields = type(self).model_fields
+        unread = [name for name in _OF_SALIENCE if getattr(self, name) != fields[name].default]
+        if self.score == "gate_fisher" and unread:
+            shown = ", ".join(f"method.{name.rstrip('_')}" for name in unread)
+            raise ValueError(f"method.score=gate_fisher does not read {shown}: remove it, or set method.score=salience")
 
     def problems(self, adapter: AdapterConfig) -> list[str]:
         """As :meth:`TargetConfig.problems`, and a budget in parameters that the released code's choices cannot keep."""

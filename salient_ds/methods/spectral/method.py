@@ -65,8 +65,7 @@ class Spectral(BaseMethod):
 
     def sums_at(self, step: int) -> bool:
         """In the windows of ``score: gate_fisher``."""
-        fisher = self.config.score == "gate_fisher"
-        return fisher and any(e.window_start <= step <= e.step for e in self.events if not self.rotates_at(e))
+        return any(e.window_start <= step <= e.step for e in self.events if not self.rotates_at(e))
 
     def step_contribution(self) -> dict[str, Tensor]:
         """``gate``: this process's share of sigma dL/dsigma of every row (N,) float64."""
@@ -79,7 +78,8 @@ class Spectral(BaseMethod):
 
     def rotates_at(self, event: Event) -> bool:
         """Before every event; with ``score: gate_fisher``, before the first of each pair."""
-        return self.config.score != "gate_fisher" or event.window_start == event.step
+        rotating = self.events[::2] if self.config.score == "gate_fisher" else self.events
+        return any(event.step == other.step for other in rotating)
 
     def take_spectrum(self, spectrum: Spectrum) -> None:
         """Keep what the rotation found until the event is decided."""

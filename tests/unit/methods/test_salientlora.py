@@ -30,7 +30,7 @@ SHARDS: dict[int, list[list[list[int]]]] = {
 
 
 def config_of(**changes: Any) -> SalientLoRAConfig:
-    base: dict[str, Any] = {"target_total": TARGET, "initial_warmup": 7, "final_warmup": 10}
+    base: dict[str, Any] = {"target_total": TARGET, "score": "salience", "initial_warmup": 7, "final_warmup": 10}
     return SalientLoRAConfig(**base | {"window_initial": 5, "window_final": 30} | changes)
 
 

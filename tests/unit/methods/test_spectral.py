@@ -16,7 +16,7 @@ LAYOUT = RankLayout(("a", "b"), (4, 4), (6, 8), (6, 5))
 
 
 def events(total_steps: int = 100, **options: Any) -> list[tuple[int, int]]:
-    config = SpectralConfig.model_validate({"target_rank": 1} | options)
+    config = SpectralConfig.model_validate({"target_rank": 1, "score": "curvature"} | options)
     return [(event.step, event.total_rank) for event in config.events(LAYOUT, total_steps)]
 
 
@@ -31,6 +31,31 @@ def test_several_events_shrink_by_one_factor() -> None:
 def test_gate_fisher_rotates_before_its_window() -> None:
     found = SpectralConfig(target_rank=1, score="gate_fisher", prune_at=[30], window=10).events(LAYOUT, 100)
     assert found == [Event(20, 8, 20, 1), Event(30, 2, 21, 10)]
+
+
+def test_by_default_a_window_fills_most_of_the_time_between_five_events() -> None:
+    found = SpectralConfig(target_rank=1).events(LAYOUT, 100)
+    assert [event.step for event in found] == [2, 10, 12, 20, 22, 30, 32, 40, 42, 50]
+    assert [event.window for event in found] == [1, 8] * 5
+    assert [event.total_rank for event in found] == [8, 6, 6, 5, 5, 3, 3, 3, 3, 2]
+
+
+@pytest.mark.parametrize(("total_steps", "steps"), [(39, [5, 10, 15, 20]), (16, [4, 8]), (8, [4]), (4, [2])])
+def test_short_runs_have_fewer_events(total_steps: int, steps: list[int]) -> None:
+    events = SpectralConfig(target_rank=1).events(LAYOUT, total_steps)
+    assert [event.step for event in events[1::2]] == steps
+
+
+@pytest.mark.parametrize("window", [8, 0.08])
+def test_a_window_is_a_number_of_steps_or_a_fraction(window: float) -> None:
+    found = SpectralConfig(target_rank=1, prune_at=[30], window=window).events(LAYOUT, 100)
+    assert [(event.step, event.window) for event in found] == [(22, 1), (30, 8)]
+
+
+def test_a_window_of_one_step_is_told_from_the_rotation_before_it() -> None:
+    method = Spectral(SpectralConfig(target_rank=1), LAYOUT, 4)
+    assert [(event.step, method.rotates_at(event)) for event in method.events] == [(1, True), (2, False)]
+    assert [step for step in range(1, 5) if method.sums_at(step)] == [2]
 
 
 def test_no_event_if_nothing_is_to_be_removed() -> None:
@@ -79,7 +104,9 @@ def test_scores_that_are_not_finite_name_the_matrix() -> None:
 
 
 def control(previous: list[bool], **options: Any) -> list[bool]:
-    method = Spectral(SpectralConfig.model_validate({"target_rank": 1, "prune_at": 40} | options), LAYOUT, 100)
+    method = Spectral(
+        SpectralConfig.model_validate({"target_rank": 1, "prune_at": 40, "score": "curvature"} | options), LAYOUT, 100
+    )
     ones_N = torch.ones(8).double()
     method.take_spectrum(Spectrum(ones_N, torch.tensor([1.0, 3, 2, 1, 9, 7, 8, 6]).double()))
     before = RankDecision(0, sum(previous), torch.tensor(previous))
