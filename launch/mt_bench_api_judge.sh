@@ -13,6 +13,6 @@
 set -euo pipefail
 : "${MAX_COST:?set MAX_COST to the dollars that judging may cost}"
 prices="--price-prompt ${PRICE_PROMPT:-30} --price-completion ${PRICE_COMPLETION:-60}"
-export QUESTIONS=mt_bench JUDGE_MODEL=${JUDGE_MODEL:-gpt-4}
+export QUESTIONS=${QUESTIONS:-mt_bench} JUDGE_MODEL=${JUDGE_MODEL:-gpt-4}
 export JUDGE_ARGS="--max-cost $MAX_COST $prices ${JUDGE_ARGS:-}"
 exec "$(dirname "$0")/mt_bench.sh" "$@"

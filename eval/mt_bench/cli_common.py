@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from .client import Endpoint, HopelessError
-from .endpoint import parse_extra_body, parse_header
+from .endpoint import VENDOR_KEYS, parse_extra_body, parse_header
 from .questions import QuestionSet
 from .user_sets import SetOptions, load_questions
 
@@ -44,7 +44,9 @@ BaseUrl = Annotated[
     str | None, typer.Option("--base-url", help="OpenAI-compatible endpoint (default: OpenAI's, or litellm's).")
 ]
 Service = Annotated[str, typer.Option(help="openai (any compatible server), or litellm (Anthropic, Gemini, ...).")]
-KeyEnv = Annotated[str, typer.Option("--api-key-env", help="Environment variable with the API key.")]
+KeyEnv = Annotated[
+    str, typer.Option("--api-key-env", help="Environment variable with the API key (litellm: the vendor's usual one).")
+]
 Temperature = Annotated[str, typer.Option(help="A number, or none to not send it.")]
 TokenParameter = Annotated[str, typer.Option(help="max_tokens, max_completion_tokens or none.")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of one judgment.")]
@@ -161,6 +163,8 @@ def judge_endpoint(attempts: int) -> Callable[..., Endpoint]:
         except ValueError:
             raise ValueError(f"--temperature {temperature!r} must be a number or none") from None
         vendor = "" if service == "litellm" else "https://api.openai.com/v1"
+        if service == "litellm" and api_key_env == "OPENAI_API_KEY":
+            api_key_env = VENDOR_KEYS.get(judge_model.partition("/")[0], api_key_env)
         return make_endpoint(
             model=judge_model, base_url=base_url or vendor, service=service, api_key_env=api_key_env,
             api_key_header=api_key_header, temperature=degree, top_p=top_p, seed=seed, stream=stream,

@@ -24,6 +24,11 @@ OWN_OPTIONS = {
     "n": "--repeats", "best_of": "--repeats",
 }  # fmt: skip
 """Keys that ``extra_body`` must not have, and the option that sets each. ``n`` would also multiply the bill."""
+VENDOR_KEYS = {
+    "anthropic": "ANTHROPIC_API_KEY", "gemini": "GEMINI_API_KEY", "mistral": "MISTRAL_API_KEY",
+    "deepseek": "DEEPSEEK_API_KEY", "groq": "GROQ_API_KEY", "cohere": "COHERE_API_KEY", "xai": "XAI_API_KEY",
+}  # fmt: skip
+"""Usual variable of the key for models that litellm calls, by the part of the model's name before the slash."""
 _SECRET_WORDS = re.compile(r"key|token|secret|passw|sig|auth|credential|code", re.IGNORECASE)
 _SECRET_HEADERS = re.compile(r"key|token|secret|passw|auth|cookie", re.IGNORECASE)
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")

@@ -10,9 +10,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .asking import Summary, plan_calls
+from .batch import BatchRun
+from .batch_service import Plans, plans_path
 from .cache import ReplyCache
 from .cli_common import EXIT_STOPPED, Data, console, escape, judge_endpoint, plainly, question_set, show_origin, takes
-from .client import Endpoint, JudgeClient
+from .client import Endpoint, GaveUp, HopelessError, JudgeClient
 from .cost import Budget, Price
 from .judge import Judging
 from .ledger import Ledger
@@ -40,6 +42,10 @@ def judge(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Do not stop when many calls in a row get the same refusal.")
     ] = False,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Order the calls as a batch (OpenAI's: half the price, within a day).")
+    ] = False,
+    poll: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at a batch.")] = 30.0,
     dry_run: Annotated[bool, typer.Option(help="Only count calls, tokens and dollars.")] = False,
     max_cost: Annotated[
         float | None,
@@ -72,18 +78,47 @@ def judge(
             _show_pairs("dry run: nothing was asked", run.estimate(price))
             return
         budget.ledger = Ledger(replies.path.with_suffix(".spent.jsonl"))
-        client = JudgeClient(target)
+        plans = Plans(plans_path(replies.path))
         try:
-            with tqdm(total=len(plan_calls(run)[0]), unit="call", desc=target.model) as bar:
-                summary = run.run(client, budget, lambda calls: _advance(bar, calls), keep_going)
+            if batch:
+                summary = _in_batches(BatchRun(run, target, budget, budget.ledger, plans, poll, _say))
+            elif plans.open():
+                raise ValueError(
+                    f"a batch of {sum(len(plan.calls) for plan in plans.open())} calls of an earlier command is on its "
+                    f"way ({plans.path}): collect it with --batch, or give another --cache to pay for them again"
+                )
+            else:
+                summary = _at_once(run, target, budget, keep_going)
         finally:
-            client.close()
             budget.ledger.close()
         file = layout.judgments(target.model, options.kind, found.reference_name)
         merge_judgments(file, run.rows(summary))
     _show_summary(summary, file)
     if summary.stopped or (summary.failed and summary.failed == summary.asked):
         raise typer.Exit(EXIT_STOPPED)
+
+
+def _at_once(run: Judging, target: Endpoint, budget: Budget, keep_going: bool) -> Summary:
+    client = JudgeClient(target)
+    try:
+        with tqdm(total=len(plan_calls(run)[0]), unit="call", desc=target.model) as bar:
+            return run.run(client, budget, lambda calls: _advance(bar, calls), keep_going)
+    finally:
+        client.close()
+
+
+def _in_batches(run: BatchRun) -> Summary:
+    try:
+        return run.run()
+    except (HopelessError, GaveUp) as error:
+        run.summary.stopped = str(error).removesuffix(". Run the same command to go on")
+        return run.summary
+    finally:
+        run.close()
+
+
+def _say(line: str) -> None:
+    console.print(escape(line))
 
 
 def _advance(bar: Any, calls: int) -> None:

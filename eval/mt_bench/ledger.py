@@ -26,6 +26,7 @@ class Ledger:
         self.path = path
         self.damaged_lines = 0
         self._calls: dict[str, dict[str, Tokens]] = {}
+        self._call_of: dict[str, str] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b")  # noqa: SIM115 - held for the life of the object
@@ -48,11 +49,15 @@ class Ledger:
         self._write({"call": key, "attempt": entry, "most": most}, sync=True)
         with self._lock:
             self._calls.setdefault(key, {})[entry] = most
+            self._call_of[entry] = key
         return entry
 
     def close_entry(self, entry: str, used: Tokens) -> None:
         """Write what an attempt used."""
         self._write({"attempt": entry, "used": used}, sync=False)
+        with self._lock:
+            if entry in self._call_of:
+                self._calls[self._call_of[entry]][entry] = used
 
     def _write(self, row: dict[str, Any], sync: bool) -> None:
         with self._lock:
@@ -63,7 +68,6 @@ class Ledger:
 
     def _read(self) -> None:
         self._file.seek(0)
-        call_of: dict[str, str] = {}
         content = self._file.read()
         for line in content.split(b"\n"):
             try:
@@ -72,8 +76,9 @@ class Ledger:
                 row = json.loads(line)
                 entry = str(row["attempt"])
                 if "call" in row:
-                    call_of[entry] = str(row["call"])
-                self._calls.setdefault(call_of[entry], {})[entry] = _tokens(row["most" if "call" in row else "used"])
+                    self._call_of[entry] = str(row["call"])
+                tokens = _tokens(row["most" if "call" in row else "used"])
+                self._calls.setdefault(self._call_of[entry], {})[entry] = tokens
             except (ValueError, KeyError, TypeError, RecursionError):
                 self.damaged_lines += 1
         if content and not content.endswith(b"\n"):
