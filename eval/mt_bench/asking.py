@@ -7,18 +7,38 @@ is too long, all are), and the others come from different questions (one that a 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from .cache import ReplyCache
 from .client import CallFailed, HopelessError, JudgeClient
 from .cost import Budget
-from .matches import Match
+from .matches import Match, Options
+from .prompts import Messages
 from .refusals import FEW, LimitReached, Streak
 
-if TYPE_CHECKING:
-    from .judge import Judging
+
+class Games(Protocol):
+    """What has to be asked, and what is known already. :class:`judge.Judging` is one."""
+
+    cache: ReplyCache
+    options: Options
+    failures: dict[str, str]
+    """Why a call got no reply, by cache key."""
+
+    def games(self) -> Iterator[tuple[Match, tuple[str, ...], Messages, str]]:
+        """Yield (match, order, messages, cache key) for every call."""
+        ...
+
+    def known(self, key: str, match: Match, order: tuple[str, ...]) -> bool:
+        """Whether the cache can answer this call."""
+        ...
+
+    def messages(self, match: Match, order: tuple[str, ...]) -> Messages:
+        """Return the messages of one call."""
+        ...
 
 
 @dataclass
@@ -51,7 +71,7 @@ class Call:
     size: int
 
 
-def plan_calls(run: Judging) -> tuple[list[Call], set[str], int]:
+def plan_calls(run: Games) -> tuple[list[Call], set[str], int]:
     """Return the calls to make in order, the keys of all games, and how many games the cache answers."""
     calls: dict[str, Call] = {}
     keys: set[str] = set()
@@ -86,7 +106,7 @@ class Asking:
     """The calls of one run. :meth:`run` makes them."""
 
     def __init__(
-        self, run: Judging, client: JudgeClient, budget: Budget, progress: Callable[[int], None] | None = None,
+        self, run: Games, client: JudgeClient, budget: Budget, progress: Callable[[int], None] | None = None,
         keep_going: bool = False,
     ) -> None:  # fmt: skip
         self.judging, self.client, self.budget, self.progress = run, client, budget, progress
@@ -161,7 +181,7 @@ class Asking:
                 self.progress(1)
 
 
-def count_earlier(budget: Budget, run: Judging, keys: Iterable[str]) -> None:
+def count_earlier(budget: Budget, run: Games, keys: Iterable[str]) -> None:
     """Count what earlier runs spent on these calls: the ledger's attempts, and cached replies that it does not know."""
     if budget.limit is None or budget.price is None:
         return

@@ -13,9 +13,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .asking import Call, Summary, count_earlier, plan_calls
+from .asking import Call, Games, Summary, count_earlier, plan_calls
 from .batch_service import PATH, BatchService, Plan, Plans, id_of
 from .completion import NoCompletion, first_choice, read_body, to_reply, usage_of
 from .cost import Budget
@@ -23,9 +23,6 @@ from .endpoint import Endpoint
 from .ledger import Ledger
 from .refusals import UNBILLED_STATUSES, HopelessError, refusal_in
 from .transport import HttpTransport
-
-if TYPE_CHECKING:
-    from .judge import Judging
 
 MOST_CALLS, MOST_BYTES_OF_CALLS = 50_000, 150 << 20
 """OpenAI takes 50,000 calls and 200 MB in one batch."""
@@ -36,7 +33,7 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 class BatchRun:
     """Judges the calls of one run in batches. ``sleep`` waits between two looks at a batch (seconds)."""
 
-    judging: Judging
+    judging: Games
     endpoint: Endpoint
     budget: Budget
     ledger: Ledger
