@@ -1,4 +1,4 @@
-"""Runs on tasks, from rows to metrics, best checkpoint and evaluation: the same on one and on two processes."""
+"""Runs on tasks, from rows to metrics, best checkpoint and evaluation: the same on one, two and four processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def scored(place: Path, two: list[Any]) -> dict[str, Any]:
     jobs: dict[str, Any] = {name: (str(place / "two" / name), {}) for name in RUNS}
     jobs["adapter"] = (str(place / "two" / "classes" / "adapter"), {"data": str(place / "eval.jsonl")})
     jobs["merged"] = (str(merged), {"data": str(place / "eval.jsonl")})
-    return {str(n): spawn(n, tasks_worker.evaluate, jobs, place / f"out-{n}") for n in (2, 1)}
+    return {str(n): spawn(n, tasks_worker.evaluate, jobs, place / f"out-{n}") for n in (4, 2, 1)}
 
 
 @each
@@ -100,9 +100,10 @@ def test_evaluate_finds_what_training_found(place: Path, two: list[Any], scored:
             continue
         assert all(report[name]["values"][best["metric"]] == pytest.approx(best["value"], rel=1e-5)
                    for report in reports)  # fmt: skip
-    lines, others = ((place / n / name / "predictions.jsonl").read_text().splitlines() for n in ("out-1", "out-2"))
-    values = [[json.loads(line)["prediction"] for line in found] for found in (lines, others)]
-    assert values[0] == (pytest.approx(values[1], rel=1e-4) if name == "numbers" else values[1])
+    lines, *others = ((place / f"out-{n}" / name / "predictions.jsonl").read_text().splitlines() for n in (1, 2, 4))
+    wanted, *values = [[json.loads(line)["prediction"] for line in found] for found in (lines, *others)]
+    for found in values:
+        assert found == (pytest.approx(wanted, rel=1e-4) if name == "numbers" else wanted)
     assert len(lines) == EVALUATED and {"id", "label", "prediction", "score"} <= json.loads(lines[0]).keys()
 
 
