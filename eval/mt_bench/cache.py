@@ -105,9 +105,23 @@ class ReplyCache:
                 self._file.truncate(start)
                 break
             try:
-                row = json.loads(line)
-                Reply.from_dict(row["reply"])
-                self._places[row["key"]] = (start, len(line))
-            except (ValueError, KeyError, TypeError):
+                key = _checked_key(json.loads(line))
+                self._places[key] = (start, len(line))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 self.damaged_lines += 1
             start += len(line)
+
+
+def _checked_key(row: Any) -> str:
+    """Return the key of a row.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no row of this file.
+    """
+    reply = Reply.from_dict(row["reply"])
+    counts = (reply.prompt_tokens, reply.completion_tokens)
+    known = isinstance(reply.text, str | None) and all(isinstance(count, int | None) for count in counts)
+    if not known or not isinstance(row["key"], str) or not isinstance(row["reply"], dict):
+        raise TypeError("wrong types")
+    float(row["tstamp"])
+    return row["key"]

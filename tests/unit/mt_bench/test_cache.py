@@ -112,3 +112,23 @@ def test_the_key_depends_on_everything_that_can_change_the_answer() -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert request_key(endpoint("http://127.0.0.1:1/v1", timeout_s=9.0, max_attempts=1), messages) == keys[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "null", "[]", "7", '"text"', "{}", '{"key": "k", "tstamp": 0}',
+        '{"key": 1, "tstamp": 0, "reply": {"text": "x"}}',
+        '{"key": "k", "tstamp": 0, "reply": []}', '{"key": "k", "tstamp": 0, "reply": "text"}',
+        '{"key": "k", "tstamp": "x", "reply": {"text": "x"}}', '{"key": "k", "tstamp": null, "reply": {"text": "x"}}',
+        '{"key": "k", "tstamp": 0, "reply": {"text": 5}}', "[" * 50_000, "9" * 5000,
+        '{"key": "k", "tstamp": 0, "reply": {"text": "x", "prompt_tokens": "many"}}',
+    ],
+)  # fmt: skip
+def test_a_line_of_wrong_types_is_skipped_and_counted(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text(line + "\n")
+    with ReplyCache(path) as cache:
+        assert len(cache) == 0 and cache.damaged_lines == 1
+        cache.put("k", Reply("good"))
+        assert (stored := cache.get("k")) is not None and stored[0].text == "good"

@@ -86,9 +86,7 @@ def test_refusals_of_one_prompt(status: int, body: Any, words: str, too_long: bo
     assert calls == 1
 
 
-@pytest.mark.parametrize(
-    "key", ["sk-proj-abcdefghijkl0123", "gsk_0123456789abcdef", "my.own-Secret_value0", "AIzaSyA-0123456789abcdef"]
-)
+@pytest.mark.parametrize("key", ["sk-proj-abcdefghijkl0123", "my.own-Secret_value0"])
 def test_no_message_shows_a_key(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     for status in (401, 400, 500, 402):
