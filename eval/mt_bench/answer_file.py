@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +23,19 @@ from .store import ANSWER_STATUSES, Row, answer_status, write_answers
 
 @dataclass(frozen=True)
 class TurnResult:
-    """Result of one turn. ``reason`` says why ``status`` is not ok."""
+    """Result of one turn. ``reason`` says why ``status`` is not ok.
+
+    ``thought`` is kept apart: it is no part of the conversation. ``cleaned`` counts characters that were replaced.
+    """
 
     text: str
     status: str = "ok"
     reason: str = ""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    thought: str = ""
+    thought_tokens: int | None = None
+    cleaned: int = 0
 
     def __post_init__(self) -> None:
         assert self.status in ANSWER_STATUSES, self.status
@@ -53,12 +59,17 @@ def with_text_status(result: TurnResult) -> TurnResult:
     if status == result.status:
         return result
     reason = result.reason or ("nothing but blanks" if status == "empty" else f"the text is {result.text!r}")
-    return TurnResult(result.text, status, reason, result.prompt_tokens, result.completion_tokens)
+    return replace(result, status=status, reason=reason)
 
 
 def answer_row(model: str, question_id: int, turns: Sequence[TurnResult], settings: Row) -> Row:
     """Make one row of the answer file: FastChat's keys, then ours. Only ``tstamp`` differs between equal answers."""
     identity = json.dumps([model, question_id, settings], sort_keys=True)
+    apart: Row = {}
+    if any(turn.thought or turn.thought_tokens for turn in turns):
+        apart |= {"thoughts": [t.thought for t in turns], "thought_tokens": [t.thought_tokens for t in turns]}
+    if any(turn.cleaned for turn in turns):
+        apart["cleaned"] = [turn.cleaned for turn in turns]
     return {
         "question_id": question_id,
         "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
@@ -70,6 +81,7 @@ def answer_row(model: str, question_id: int, turns: Sequence[TurnResult], settin
         "tokens": [[turn.prompt_tokens, turn.completion_tokens] for turn in turns],
         "template": settings.get("template"),
         "generation": settings,
+        **apart,
     }
 
 

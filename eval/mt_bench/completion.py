@@ -10,6 +10,7 @@ import json
 import math
 from typing import Any
 
+from .reply import clean_text, read_message
 from .verdicts import Reply
 
 MOST_TOKENS = 100_000_000
@@ -66,7 +67,7 @@ def _from_events(data: bytes) -> Any:
         finish = choice.get("finish_reason") or finish
     if not done and not finish:
         raise NoCompletion("the stream ended before the reply did")
-    text = {"text": message["content"]} if message["content"] is not None else {}
+    text = {"text": message["content"]} if isinstance(message["content"], str) else {}
     return {**merged, "choices": [{"index": 0, "message": message, **text, "finish_reason": finish}]}
 
 
@@ -104,18 +105,25 @@ def to_reply(body: Any, latency_s: float, attempt: int) -> Reply:
     message = choice.get("message")
     if not isinstance(message, dict) and "text" not in choice:
         raise NoCompletion("reply is cut or is no completion")
-    text = message.get("content") if isinstance(message, dict) else choice["text"]
     prompt, completion = usage_of(body)
     return Reply(
-        text=text if isinstance(text, str) else None,
+        **read_message(message, choice.get("text")),
         model=_word(body.get("model")),
-        finish_reason=_word(choice.get("finish_reason")),
+        finish_reason=_reason(choice.get("finish_reason")),
         system_fingerprint=_word(body.get("system_fingerprint")),
         prompt_tokens=prompt,
         completion_tokens=completion,
         latency_s=round(latency_s, 3),
         attempts=attempt,
+        thought_tokens=_thought_tokens(body),
     )
+
+
+def _thought_tokens(body: Any) -> int | None:
+    """Return how many completion tokens the server counts as thought, or None."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
+    return _count(details.get("reasoning_tokens")) if isinstance(details, dict) else None
 
 
 def usage_of(body: Any) -> tuple[int | None, int | None]:
@@ -139,5 +147,9 @@ def _count(value: Any) -> int | None:
     return int(value) if 0 <= value <= MOST_TOKENS and value == int(value) else None
 
 
+def _reason(value: Any) -> str:
+    return "" if value is None else _word(value) or f"of type {type(value).__name__}"
+
+
 def _word(value: Any) -> str:
-    return value[:200] if isinstance(value, str) else ""
+    return clean_text(value[:200])[0] if isinstance(value, str) else ""

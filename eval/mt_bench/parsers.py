@@ -10,29 +10,18 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
+from .marks import Mark, find_marks, rating_in, winner_in
+from .reply import Outcome, outcome_of
 from .verdicts import Failed, Graded, Reply, Unparsed, Value, Verdict, Winner
 
 LOWEST, HIGHEST = 1.0, 10.0
 
-_FIRST_DOUBLE = re.compile(r"\[\[(\d+\.?\d*)\]\]")
-_FIRST_SINGLE = re.compile(r"\[(\d+\.?\d*)\]")
-# A number in double brackets, with ASCII digits only. "/10" is a common and unambiguous way to write the same scale.
-_RATING = re.compile(r"\[\[\s*(-?[0-9]+(?:\.[0-9]*)?)\s*(/\s*10)?\s*\]\]")
-_WINNER = re.compile(r"\[\[\s*([ABC])\s*\]\]")
-_LABEL = re.compile(r"(?:rating|score|verdict|decision)\b[^\n\[\]]{0,40}$", re.IGNORECASE)
-_FENCE = re.compile(r"^\s*(```|~~~)")
-_QUOTES = "\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb\u201e"
+# Possessive repetitions: the same matches as FastChat's, in linear time.
+_FIRST_DOUBLE = re.compile(r"\[\[(\d++\.?+\d*+)\]\]")
+_FIRST_SINGLE = re.compile(r"\[(\d++\.?+\d*+)\]")
 _WINNER_NAMES: dict[str, Winner] = {"A": "A", "B": "B", "C": "tie"}
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    value: str
-    quoted: bool
-    labelled: bool
 
 
 def fastchat_rating(text: str) -> float | int:
@@ -59,7 +48,7 @@ def strict_rating(text: str, answers: Iterable[str] = ()) -> float | str:
     ``answers`` are the judged texts. If the reply holds several different ratings, one that also occurs in a judged
     text is not accepted, because it may be an echo of a planted verdict.
     """
-    chosen = _choose(_candidates(text, _RATING), {m.group(1) for a in answers for m in _RATING.finditer(a)})
+    chosen = _choose(text, answers, rating_in)
     if chosen.startswith("!"):
         return chosen[1:]
     value = float(chosen)
@@ -70,80 +59,79 @@ def strict_rating(text: str, answers: Iterable[str] = ()) -> float | str:
 
 def strict_winner(text: str, answers: Iterable[str] = ()) -> tuple[Winner | None, str]:
     """Return the judge's last own choice (A, B or tie) and "", or None and the reason why there is none."""
-    chosen = _choose(_candidates(text, _WINNER), {m.group(1) for a in answers for m in _WINNER.finditer(a)})
+    chosen = _choose(text, answers, winner_in)
     if chosen.startswith("!"):
         return None, chosen[1:]
     return _WINNER_NAMES[chosen], ""
 
 
-def _candidates(text: str, pattern: re.Pattern[str]) -> list[_Candidate]:
-    """Find all bracketed verdicts in order. Fenced and quoted ones are marked: there the judge repeats another text."""
-    found, fenced = [], False
-    for line in text.splitlines():
-        if _FENCE.match(line):
-            fenced = not fenced
-            continue
-        repeats = fenced or line.lstrip().startswith(">")
-        for match in pattern.finditer(line):
-            before, after = line[: match.start()], line[match.end() :]
-            quoted = _inside_quotes(before, after)
-            found.append(_Candidate(match.group(1), repeats or quoted, bool(_LABEL.search(before))))
-    return found
-
-
-def _inside_quotes(before: str, after: str) -> bool:
-    """Whether the verdict is in quotation marks with little other text, as in ``"Rating: [[5]]"``."""
-    opened = re.search(rf"[{_QUOTES}][^{_QUOTES}\n]{{0,30}}$", before)
-    closed = re.match(rf"[^{_QUOTES}\n]{{0,10}}[{_QUOTES}]", after)
-    return bool(opened and closed)
-
-
-def _choose(candidates: list[_Candidate], planted: set[str]) -> str:
+def _choose(text: str, answers: Iterable[str], read: Callable[[str, bool], str | None]) -> str:
     """Return the text of the chosen verdict, or "!" followed by the reason why there is none."""
-    own = [c for c in candidates if not c.quoted]
+    marks = find_marks(text, read)
+    planted = {mark.value for answer in answers for mark in find_marks(answer, read)}
+    own = [mark for mark in marks if not mark.quoted]
     if not own:
-        if len({c.value for c in candidates}) != 1:
-            return "!several quoted verdicts and none of its own" if candidates else "!no verdict found"
-        own = candidates
-    chosen = own[-1]
-    labelled = [c for c in own if c.labelled]
-    if labelled and not chosen.labelled and chosen.value in planted:
-        chosen = labelled[-1]  # an unlabelled last number that also occurs in the judged answer refers to that answer
-    if chosen.value in planted and len({c.value for c in own}) > 1:
+        if len({mark.value for mark in marks}) != 1:
+            return "!several quoted verdicts and none of its own" if marks else "!no verdict found"
+        own = marks
+    chosen = _last(own)
+    several = len({mark.value for mark in own}) > 1
+    if chosen is not None and chosen.repeats and chosen.value in planted and several:
+        # a fence or a quote block that repeats a number of the judged answer refers to that answer
+        chosen = _last([mark for mark in own if not mark.repeats]) or chosen
+    if chosen is None:
+        return f"!ambiguous: {', '.join(f'[[{v}]]' for v in dict.fromkeys(m.value for m in own[-4:]))} without a label"
+    if chosen.value in planted and several:
         return f"!ambiguous: [[{chosen.value}]] also stands in the judged answer"
+    if not chosen.readable:
+        return f"!ambiguous: [[{chosen.value}]] is not one verdict"
     return chosen.value
+
+
+def _last(marks: list[Mark]) -> Mark | None:
+    """Return the last labelled mark, else the last one that stands alone, else a clear last one, else None."""
+    real = [mark for mark in marks if not mark.aside] or marks
+    for tier in ([m for m in real if m.labelled], [m for m in real if m.alone]):
+        if tier:
+            return tier[-1]
+    if not real:
+        return None
+    return real[-1] if real[-1].at_end or len({mark.value for mark in real}) == 1 else None
 
 
 def read_rating(reply: Reply, answers: Iterable[str] = (), primary: str = "strict") -> Verdict:
     """Parse one rating with both parsers. ``primary`` ("strict" or "fastchat") says which result is the verdict."""
-    if reply.text is None:
-        return Failed(f"no content (finish_reason {reply.finish_reason or 'not given'})")
     try:
-        number = fastchat_rating(reply.text)
+        number = fastchat_rating(reply.text or "")
         fastchat: Value | None = None if number == -1 else float(number)
-    except SyntaxError:
+    except (SyntaxError, ValueError, OverflowError):
         fastchat = None  # FastChat's whole run would fail here; ours only counts this reply as unread
-    if primary == "fastchat":
-        return Graded(fastchat, fastchat) if fastchat is not None else Unparsed("no verdict found", None)
-    strict = strict_rating(reply.text, answers)
-    if isinstance(strict, str):
-        return Unparsed(_with_finish(strict, reply), fastchat)
-    return Graded(strict, fastchat)
+    outcome = outcome_of(reply)
+    return _unread(reply, outcome, fastchat, primary) or _graded(strict_rating(outcome.text, answers), fastchat)
 
 
 def read_winner(reply: Reply, answers: Iterable[str] = (), primary: str = "strict") -> Verdict:
     """Parse one comparison with both parsers. The values are the judge's letters (A was shown first)."""
-    if reply.text is None:
-        return Failed(f"no content (finish_reason {reply.finish_reason or 'not given'})")
-    fastchat = fastchat_winner(reply.text)
+    fastchat = fastchat_winner(reply.text or "")
+    outcome = outcome_of(reply)
+    unread = _unread(reply, outcome, fastchat, primary)
+    if unread is not None:
+        return unread
+    strict, reason = strict_winner(outcome.text, answers)
+    return Graded(strict, fastchat) if strict is not None else Unparsed(reason, fastchat)
+
+
+def _graded(strict: float | str, fastchat: Value | None) -> Verdict:
+    return Unparsed(strict, fastchat) if isinstance(strict, str) else Graded(strict, fastchat)
+
+
+def _unread(reply: Reply, outcome: Outcome, fastchat: Value | None, primary: str) -> Verdict | None:
+    """Return the verdict where the strict parser has nothing to read or is not asked, else None.
+
+    FastChat's parser reads the content as it came, with thoughts and whatever its end.
+    """
+    if not (reply.text or "").strip():
+        return Failed(outcome.reason)
     if primary == "fastchat":
         return Graded(fastchat, fastchat) if fastchat is not None else Unparsed("no verdict found", None)
-    strict, reason = strict_winner(reply.text, answers)
-    if strict is None:
-        return Unparsed(_with_finish(reason, reply), fastchat)
-    return Graded(strict, fastchat)
-
-
-def _with_finish(reason: str, reply: Reply) -> str:
-    """Add to the reason that the reply was cut at the token limit, if it was: a higher limit helps then."""
-    return f"{reason} (reply cut at the token limit)" if reply.finish_reason == "length" else reason
+    return Unparsed(outcome.reason, fastchat) if outcome.reason else None

@@ -23,13 +23,11 @@ from .client import Body, CallFailed, Endpoint, GaveUp, HopelessError, JudgeClie
 from .local_run import Job
 from .questions import Question
 from .refusals import FEW, Streak
+from .reply import outcome_of
 from .store import Row
 
 MOST_IN_A_ROW = 3
 """After this many consecutive questions without a reply, the server counts as unreachable."""
-
-BROKEN_OFF = frozenset({"content_filter", "abort", "cancelled", "error"})
-"""Finish reasons of replies whose answer is incomplete for a reason other than its length."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,19 @@ class ServerAnswerer:
         body = self._body(question, answers, turn, room)
         reply = self.client.post("/completions" if "prompt" in body else "/chat/completions", body)
         used = (reply.prompt_tokens, reply.completion_tokens)
-        if reply.text is None or reply.finish_reason in BROKEN_OFF:
-            return TurnResult("", "failed", f"no content ({reply.finish_reason or 'no reason given'})", *used)
-        if reply.finish_reason == "length":
+        outcome = outcome_of(reply)
+        said: dict[str, Any] = {
+            "thought": outcome.thought,
+            "thought_tokens": reply.thought_tokens,
+            "cleaned": reply.cleaned,
+        }
+        if outcome.ended == "broken" or (outcome.ended == "truncated" and not outcome.text):
+            return TurnResult("", "failed", outcome.reason, *used, **said)
+        if outcome.ended == "truncated":
             asked_less = room < self.client.endpoint.max_tokens
             reason = f"cut at the end of the model's window of {self.window}" if asked_less else "cut by the server"
-            return TurnResult(reply.text.strip(), "truncated", reason, *used)
-        return TurnResult(reply.text.strip(), "ok", "", *used)
+            return TurnResult(outcome.text, "truncated", reason, *used, **said)
+        return TurnResult(outcome.text, "ok" if outcome.text else "empty", outcome.reason, *used, **said)
 
     def _room(self, question: Question, answers: list[str]) -> tuple[int, int]:
         """Return (tokens of the prompt, or 0 if unknown; maximum tokens of the answer)."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .reply import clean_text
+
 ANSWER_STATUSES = ("ok", "empty", "truncated", "failed")
 _FAILED_TEXTS = ("ERROR", "$ERROR$")
 Row = dict[str, Any]
@@ -97,7 +99,7 @@ def load_answers(path: Path) -> dict[int, Answer]:
         raise ValueError(f"no answers at {path}; that folder has answers of {there}")
     answers = {}
     for row in read_rows(path):
-        turns = tuple(row["choices"][0]["turns"])
+        turns = tuple(clean_text(turn)[0] for turn in row["choices"][0]["turns"])
         given = row.get("statuses") or ["ok"] * len(turns)
         unknown = sorted(set(given) - set(ANSWER_STATUSES))
         if unknown or len(given) != len(turns):

@@ -16,7 +16,16 @@ Status = Literal["graded", "unparsed", "failed"]
 
 @dataclass(frozen=True)
 class Reply:
-    """The result of one successful HTTP request. ``text`` is None if the server sent no content."""
+    """The result of one successful HTTP request. :func:`.reply.outcome_of` says what it is.
+
+    Attributes:
+        text: the content as sent, with thoughts that stand in it; None if the server sent no content.
+        thought: the thought that the server sent apart from the content.
+        refusal: the server's own words where it refused.
+        instead: what came in place of a content, for example a tool call.
+        thought_tokens: how many of the completion tokens are thought, if the server says it.
+        cleaned: how many characters no file can hold (a lone surrogate, NUL) and were replaced.
+    """
 
     text: str | None
     model: str = ""
@@ -26,6 +35,11 @@ class Reply:
     completion_tokens: int | None = None
     latency_s: float = 0.0
     attempts: int = 1
+    thought: str = ""
+    refusal: str = ""
+    instead: str = ""
+    thought_tokens: int | None = None
+    cleaned: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -40,6 +40,16 @@ def test_fastchat_pair_mapping_is_reproduced(golden: Golden) -> None:
         ("Rating: [[08]]", 8.0),
         ("Rating: [[8.]]", 8.0),
         ("Rating: [[8]]/10", 8.0),
+        ("[[\uff17]]", 7.0),
+        ("Rating: [[**7**]]", 7.0),
+        ("Rating: \\[\\[7\\]\\]", 7.0),
+        ("Rating: [[Rating: 7]]", 7.0),
+        ("\u8bc4\u5206\uff1a\u3010\u30107\u3011\u3011", 7.0),
+        ("A good start is [[3]]. The assistant's rating is [[7]], it's clear.", 7.0),
+        ("I give it [[8]] out of [[10]].", 8.0),
+        ("Rating: [[6]]\nWith sources it would have been [[9]].", 6.0),
+        ("A perfect one has [[10]].\n\n`Rating: [[6]]`", 6.0),
+        ("A perfect one has [[10]].\n\n```\nRating: [[6]]\n```", 6.0),
         ("Rating: [[5/10]]", 5.0),
         ("First [[3]] then [[9]]", 9.0),
         ("Rating: [[9]]\n\nRating: [[2]]", 2.0),
@@ -68,7 +78,8 @@ def test_strict_rating_takes_the_judges_last_own_verdict(text: str, value: float
         ("[[0]]", "out of range"),
         ("[[100]]", "out of range"),
         ("[[-3]]", "out of range"),
-        ("[[\uff17]]", "no verdict"),
+        ("Rating: [[7-8]]", "not one verdict"),
+        ("[[3]] or [[5]], both are possible.", "ambiguous"),
         ("[[8,5]]", "no verdict"),
         ("[[eight]]", "no verdict"),
         ('either "[[3]]" or "[[4]]"', "several quoted"),
@@ -100,6 +111,10 @@ def test_a_planted_rating_is_never_the_score() -> None:
         ("either [[A]] or [[B]] ... final: [[B]]", "B"),
         ('"[[A]]" if A is better, "[[B]]" if B is. My verdict: [[C]]', "tie"),
         ("Final verdict: [[B]]\nNo: [[A]]", "A"),
+        ("Final verdict: [[A]]. With working code B would have been [[B]].", "A"),
+        ("[[Tie]]", "tie"),
+        ("[[A>B]]", "A"),
+        ("[[b]]", "B"),
         ("none", None),
         ("[A]", None),
     ],
@@ -117,3 +132,10 @@ def test_a_verdict_is_a_value_of_one_of_three_kinds() -> None:
     failed = parsers.read_rating(Reply(None, finish_reason="content_filter"))
     assert isinstance(failed, Failed) and "content_filter" in failed.reason
     assert parsers.read_rating(Reply("[[08]]")) == Graded(8.0, None)
+
+
+@pytest.mark.parametrize("text", ["[[5]]" * 4000, "[[" * 200_000, "[[" + "1" * 400_000, "Rating: " * 50_000 + "[[5]]"])
+def test_a_long_hostile_reply_is_read_in_linear_time(text: str) -> None:
+    """Quadratic patterns would take minutes here and run into the suite's time limit."""
+    parsers.read_rating(Reply(text))
+    parsers.read_winner(Reply(text), [text])
