@@ -47,11 +47,17 @@ def check(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of processes on all nodes together.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Tokenise all rows, not only the first ones.")] = False,
+    resume: Annotated[str, typer.Option(help="As it will be given to train.")] = "never",
+    overwrite: Annotated[bool, typer.Option(help="As it will be given to train.")] = False,
+    master_port: Annotated[int | None, typer.Option(help="As it will be given to train: is it free?")] = None,
 ) -> None:
     """Check a run without a GPU: run file, ZeRO JSON, data, model files. Print events, parameters and memory."""
     from salient_ds.check.printing import run_check
+    from salient_ds.check.start import StartOptions
 
-    raise typer.Exit(run_check(run, overrides, gpus, as_json))
+    start = StartOptions(gpus, resume, overwrite, master_port, data)
+    raise typer.Exit(run_check(run, overrides, gpus, as_json, start))
 
 
 @app.command()

@@ -209,3 +209,19 @@ def _check_precision(value: str | None) -> None:
     if value not in (None, "fp32", "bf16", "fp16"):
         print_problems([f"--precision {value!r} is unknown: choose fp32, bf16, fp16"])
         raise typer.Exit(2)
+
+
+@app.command()
+def push(
+    place: Annotated[str, typer.Argument(metavar="RUN", help="Finished run, exported adapter or merged model.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Repository on the hub: owner/name, or name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Name of the base model on the hub, if it was trained from a folder.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Upload what was trained to the Hugging Face hub (log in with `hf auth login`, or set HF_TOKEN)."""
+    from salient_ds.run.push import push as body
+
+    raise typer.Exit(body(place, name, private=private, base=base, message=message))

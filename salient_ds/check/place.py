@@ -30,10 +30,12 @@ def check_directory(run: RunConfig, report: Report) -> None:
     elif held:
         steps = sorted(p.name for p in (path / "checkpoints").glob("step-*") if not p.name.endswith(".partial"))
         last = f", last checkpoint {steps[-1]}" if steps else ", no checkpoint"
-        report.notes.append(
+        note = (
             f"output_dir={str(path)!r} already holds a run ({_some(held)}{last}): start with --resume auto to "
             "continue it or --overwrite to replace it"
         )
+        report.notes.append(note)
+        report.facts["used_directory"] = note
 
 
 def check_disk(run: RunConfig, report: Report) -> None:

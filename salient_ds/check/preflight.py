@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from salient_ds.check.built_model import BuiltModel
+from salient_ds.check.libraries import library_problems
 from salient_ds.check.memory import estimate, estimate_stages, workload
 from salient_ds.check.model_files import ModelFiles, inspect_model
 from salient_ds.check.model_fit import fitting_model, sharding_problems
@@ -59,6 +60,7 @@ def preflight(run: RunConfig, world_size: int = 1, quick: bool = False, run_sour
         checks.memory,
     ):
         checks.guarded(check)
+    checks.report.problems += library_problems(run, checks.facts.get("ds_config"))
     if not quick:
         checks.guarded(lambda: check_directory(run, checks.report))
         checks.guarded(lambda: check_disk(run, checks.report))
@@ -224,6 +226,11 @@ class _Checks:
         events = method.events(layout, steps, epoch)
         self.facts["events"] = [asdict(event) for event in events]
         self.report.notes += batch_notes + method.event_notes(events, target)
+        if events and events[-1].step >= steps and target < self.facts["initial_total"]:
+            self.report.notes.append(
+                f"no steps follow the last event, at step {events[-1].step} of {steps}: nothing recovers what is cut "
+                "there, and held-out loss rises; leave a part of the run, such as method.final_warmup=0.2"
+            )
 
     def _in_full(self) -> int:
         """Number of parameters (elements) that are trained in full."""

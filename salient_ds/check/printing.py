@@ -12,8 +12,9 @@ from rich.table import Table
 
 from salient_ds.adapters.presets import PREFIX
 from salient_ds.check.memory import GIB
-from salient_ds.check.preflight import preflight
 from salient_ds.check.report import Report
+from salient_ds.check.start import StartOptions, check_start
+from salient_ds.check.token_table import print_tokens
 from salient_ds.config.run import RunConfig, load_config
 from salient_ds.config.speed import SpeedConfig
 from salient_ds.strict import ConfigError
@@ -33,12 +34,18 @@ _COLUMNS = {
 }
 
 
-def run_check(path: str, overrides: list[str] | None = None, gpus: int = 1, as_json: bool = False) -> int:
+def run_check(
+    path: str,
+    overrides: list[str] | None = None,
+    gpus: int = 1,
+    as_json: bool = False,
+    start: StartOptions | None = None,
+) -> int:
     """Check the run file and print the report. Returns 0 if the run can start, else 1 after printing every problem."""
     run: RunConfig | None = None
     try:
         run = load_config(path, overrides)
-        report = preflight(run, world_size=gpus, run_source=path)
+        report = check_start(run, start or StartOptions(gpus), path)
     except ConfigError as error:
         report = Report(problems=error.problems)
     if as_json:
@@ -56,6 +63,8 @@ def _print_report(path: str, run: RunConfig | None, report: Report) -> None:
         _print_summary(out, path, run, report.facts)
     if report.facts.get("events"):
         out.print(_event_table(report.facts["events"]))
+    if "tokens" in report.facts:
+        print_tokens(out, report.facts["tokens"])
     if "memory" in report.facts:
         out.print(_memory_table(report.facts))
     for note in report.notes:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from salient_ds.check.preflight import preflight
+from salient_ds.check.start import PORT, StartOptions, check_start, free_port, is_taken
 from salient_ds.config.run import load_config
 from salient_ds.run.changes import change_problems
 from salient_ds.run.exits import USAGE_ERROR, print_problems
@@ -43,16 +43,24 @@ def launch(
         1, only if the check fails.
     """
     try:
-        problems = preflight(load_config(run, overrides), max(processes, 1), run_source=run).problems
+        start = StartOptions(processes, resume, overwrite, _port(launcher), elsewhere="--hostfile" in launcher)
+        problems = check_start(load_config(run, overrides), start, run).problems
     except ConfigError as error:
         problems = error.problems
     problems = problems + change_problems(changes, resume)
     if problems:
         print_problems(problems)
         return 1
+    if _port(launcher) is None and "--hostfile" not in launcher and is_taken(PORT):
+        launcher = [*launcher, "--master_port", str(free_port())]
     script = ["salient_ds.train", run, *overrides, "--resume", resume] + (["--overwrite"] if overwrite else [])
     script += [word for key in changes for word in ("--change", key)]
     return _become_launcher(script, launcher, processes)
+
+
+def _port(launcher: list[str]) -> int | None:
+    """Where the processes will meet, if somebody said so."""
+    return int(launcher[launcher.index("--master_port") + 1]) if "--master_port" in launcher else None
 
 
 def _become_launcher(script: list[str], launcher: list[str], processes: int) -> int:

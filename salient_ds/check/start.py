@@ -1,0 +1,70 @@
+"""Everything that is checked right before a run starts: the pre-flight checks, tokens, the run directory, the port."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from salient_ds.check.preflight import preflight
+from salient_ds.check.report import Report
+from salient_ds.check.token_sample import SAMPLE, check_tokens
+from salient_ds.config.run import RunConfig
+
+PORT = 29500
+"""Where the processes of the deepspeed launcher meet, if nothing else is said."""
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """How the run will be started."""
+
+    processes: int = 1
+    resume: str = "never"
+    overwrite: bool = False
+    port: int | None = None
+    all_rows: bool = False
+    """Tokenise all rows, not only the first ones."""
+    elsewhere: bool = False
+    """The processes meet on another machine, whose ports are unknown here."""
+
+
+def check_start(run: RunConfig, options: StartOptions, run_source: str = "run.yaml") -> Report:
+    """All checks. A used output directory, of which :func:`preflight` makes a note, is a problem if nobody wants it."""
+    report = preflight(run, world_size=max(options.processes, 1), run_source=run_source)
+    note = report.facts.pop("used_directory", None)
+    if note is not None and options.resume == "never" and not options.overwrite:
+        report.notes.remove(note)
+        report.problems.append(note)
+    if not any("data." in problem for problem in report.problems):
+        try:
+            check_tokens(run, report, None if options.all_rows else SAMPLE)
+        except ValueError as error:
+            if str(error) not in report.problems:
+                report.problems.append(str(error))
+    if not options.elsewhere and is_taken(options.port or PORT):
+        if options.port is not None:
+            report.problems.append(f"port {options.port} of this machine is taken: choose another with --master-port")
+        else:
+            report.notes.append(
+                f"port {PORT} of this machine is taken: salient-ds train chooses another, the deepspeed launcher needs "
+                "--master_port"
+            )
+    return report
+
+
+def is_taken(port: int) -> bool:
+    """Whether another process of this machine listens on a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
