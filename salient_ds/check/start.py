@@ -31,16 +31,15 @@ class StartOptions:
 def check_start(run: RunConfig, options: StartOptions, run_source: str = "run.yaml") -> Report:
     """All checks. A used output directory, of which :func:`preflight` makes a note, is a problem if nobody wants it."""
     report = preflight(run, world_size=max(options.processes, 1), run_source=run_source)
+    if not report.problems:  # data, template and tokenizer are sound
+        try:
+            check_tokens(run, report, None if options.all_rows else SAMPLE)
+        except ValueError as error:
+            report.problems.append(str(error))
     note = report.facts.pop("used_directory", None)
     if note is not None and options.resume == "never" and not options.overwrite:
         report.notes.remove(note)
         report.problems.append(note)
-    if not any("data." in problem for problem in report.problems):
-        try:
-            check_tokens(run, report, None if options.all_rows else SAMPLE)
-        except ValueError as error:
-            if str(error) not in report.problems:
-                report.problems.append(str(error))
     if not options.elsewhere and is_taken(options.port or PORT):
         if options.port is not None:
             report.problems.append(f"port {options.port} of this machine is taken: choose another with --master-port")

@@ -84,8 +84,8 @@ def main(question: dict[str, Any]) -> None:
     limit, shortest = int(question["max_length"]), 0
     lengths, targets, example, dropped = [], [], None, 0
     try:
-        rows = read_data(question["path"], question["format"], question["empty_answers"], question["bad_rows"])[0]
-        rows = rows if question["rows"] is None else islice(rows, int(question["rows"]))
+        read = read_data(question["path"], question["format"], question["empty_answers"], question["bad_rows"])[0]
+        rows = islice(read, question["rows"])
         whole = TokenizationReport(2**31 - 1)
         for item in tokenize_all(rows, template, tokenizer, 2**31 - 1, whole, question["bad_rows"]):
             lengths.append(len(item["input_ids"]))
