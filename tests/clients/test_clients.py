@@ -62,7 +62,8 @@ def test_vllm_server(served: Served, tmp_path: Path, noted: Any) -> None:
         port = free.getsockname()[1]
     python = python_of("vllm")
     adapters = [f"{form}={served.forms[form]}" for form in ("ragged", "padded")]
-    command = [str(python.parent / "vllm"), "serve", str(served.base), "--enable-lora", "--max-lora-rank", "8",
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(served.base),
+               "--enable-lora", "--max-lora-rank", "8",
                "--lora-modules", *adapters, "--dtype", "float32", "--enforce-eager", "--max-model-len", "128",
                "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LD_PRELOAD")}
@@ -158,8 +159,7 @@ def _converted(served: Served, form: str, tmp_path: Path) -> Path:
     return target
 
 
-FAMILIES = ["mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2", "phi3", "smollm3",
-            "starcoder2"]  # fmt: skip
+FAMILIES = ["mistral", "qwen2", "qwen3", "granite", "phi3"]
 
 
 def test_all_families_are_compared() -> None:
