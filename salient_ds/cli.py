@@ -26,15 +26,26 @@ app = typer.Typer(
     name="salient-ds",
     help="Fine-tune language models with adapters whose ranks are decided during training.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(recipes, name="recipes")
 app.add_typer(trained)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from salient_ds import __version__
+
+        print(f"salient-ds {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
     """Fine-tune language models with adapters whose ranks are decided during training."""
 
 
