@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export TORCH_EXTENSIONS_DIR
 
-.PHONY: help demo test lint coverage audit clean
+.PHONY: help demo test lint coverage audit lock clean
 
 help:
 	@echo "make demo [TINY=1]   install into $(VENV) and fine-tune a real model with SalientLoRA on 2 processes"
 	@echo "make test            install into $(VENV) and run the test suite"
 	@echo "make lint            ruff and mypy"
 	@echo "make coverage        the test suite with coverage, subprocesses included"
-	@echo "make audit           known vulnerabilities of the installed dependencies (needs the network)"
+	@echo "make audit           known vulnerabilities of the versions in requirements.lock (needs the network)"
+	@echo "make lock            write requirements.lock anew: exact versions with hashes, Linux, Python 3.11 (needs the network)"
 
 $(BIN)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,7 +39,13 @@ coverage: $(BIN)/.installed-dev
 	$(BIN)/coverage report
 
 audit: $(BIN)/.installed-dev
-	$(BIN)/pip-audit --skip-editable
+	$(BIN)/pip-audit --disable-pip --no-deps --requirement requirements.lock
+
+lock: $(BIN)/.installed-dev
+	$(BIN)/pip install --quiet "uv>=0.9"
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra demo --extra dev --extra liger --no-config --upgrade \
+	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --generate-hashes --no-annotate \
+	  --custom-compile-command "make lock" --quiet --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info

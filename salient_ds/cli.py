@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from salient_ds.cli_trained import app as trained
 from salient_ds.cli_trained import launcher_options
 from salient_ds.recipes.commands import app as recipes
 from salient_ds.run.changes import ChangeOption
+from salient_ds.run.exits import print_problems, reported
 from salient_ds.run.search import (
     BatchesOption,
     BudgetOption,
@@ -22,7 +23,15 @@ from salient_ds.run.search import (
     UnitOption,
 )  # fmt: skip
 
-app = typer.Typer(
+
+class OneLineErrors(typer.Typer):
+    """Prints errors that a user can mend in one line, whichever command they come from."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise SystemExit(reported(lambda: super(OneLineErrors, self).__call__(*args, **kwargs) or 0))
+
+
+app = OneLineErrors(
     name="salient-ds",
     help="Fine-tune language models with adapters whose ranks are decided during training.",
     no_args_is_help=True,
@@ -166,7 +175,6 @@ def convert_toml(
     output: Annotated[str | None, typer.Option("--output", "-o", help="YAML file (default: print it).")] = None,
 ) -> None:
     """Convert TOML settings of the released HeteroLoRA code to an adapter section for a run file."""
-    from salient_ds.run.exits import print_problems
     from salient_ds.run.verbs import convert_toml as body
 
     if norm not in ("none", "reuse"):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+MOST_STEPS = 10_000_000
+"""The longest run: three weeks at 0.18 s per step. A slip of the keyboard must not fill memory with a schedule."""
+
 
 def steps_per_epoch(rows: int, global_batch_size: int) -> int:
     """Global batches that cover all ``rows`` data rows once. The last one is filled up from the next epoch's order."""
@@ -17,10 +20,15 @@ def total_steps(rows: int, global_batch_size: int, epochs: float) -> int:
     six places: 4.4 * 25 is 110.00000000000001 in floating point, which must not add a 56th step.
 
     Raises:
-        ValueError: ``epochs`` is not above 0.
+        ValueError: ``epochs`` is not above 0, or the run would have more than :data:`MOST_STEPS` steps.
     """
     if not epochs > 0:
         raise ValueError(f"epochs={epochs}: must be above 0")
+    if not epochs * rows / global_batch_size <= MOST_STEPS:
+        raise ValueError(
+            f"train.epochs={epochs:g} of {rows} rows are more than {MOST_STEPS:,} steps of {global_batch_size} rows: "
+            "lower it"
+        )
     return max(1, math.ceil(round(epochs * rows, 6) / global_batch_size))
 
 

@@ -14,8 +14,8 @@ import typer
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, load_config
 from salient_ds.run.changes import ChangeOption, change_problems
+from salient_ds.run.exits import known, sentences
 from salient_ds.run.process import launched, refused
-from salient_ds.strict import ConfigError
 
 
 def main(
@@ -36,8 +36,8 @@ def main(
     try:
         config = load_config(run, overrides)
         problems = preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), quick=True).problems
-    except ConfigError as error:
-        problems = error.problems
+    except known() as error:
+        problems = sentences(error)
     changes = list(dict.fromkeys(change or []))
     status = refused(problems + change_problems(changes, resume))
     raise SystemExit(status or run_training(config, resume, overwrite, changes))

@@ -127,9 +127,8 @@ def _adapter(folder: Path, base: str | None, tokenizer: str | None) -> ModelSour
 
 
 def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
-    import yaml
-
     from salient_ds.engine.shard_files import CheckpointError
+    from salient_ds.own_files import read_object, read_settings, reading
     from salient_ds.run.export import newest_checkpoint
 
     try:
@@ -139,14 +138,17 @@ def _run(folder: Path, base: str | None, tokenizer: str | None) -> ModelSource:
     root = folder if (folder / "run.yaml").is_file() else checkpoint.parent.parent
     if not (root / "run.yaml").is_file():
         raise ValueError(f"{folder} is a checkpoint without its run: run.yaml is not in {root}")
-    model = yaml.safe_load((root / "run.yaml").read_text(encoding="utf-8"))["model"]
+    settings = read_settings(root / "run.yaml")
+    with reading(root / "run.yaml"):
+        model = dict(settings["model"])
+        model["path"] = str(model["path"])
     chosen = base or model["path"]
     return ModelSource(
         kind="run",
         base=chosen,
         update=checkpoint,
         tokenizer=tokenizer or model.get("tokenizer") or chosen,
-        record=_record(_read(root / "run.json")),
+        record=_record(read_object(root / "run.json") if (root / "run.json").is_file() else {}),
         revision=model.get("revision") if base is None else None,
         trust_remote_code=bool(model.get("trust_remote_code")),
     )

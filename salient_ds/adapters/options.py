@@ -58,8 +58,9 @@ class AdapterConfig(Strict):
     """Trainable shortcut connections (methods heterolora and lora). Default: none."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    init_std: float = Field(0.02, gt=0)
-    """Standard deviation of the normal distribution that A and B start from (0.02 in AdaLoRA and SalientLoRA)."""
+    init_std: float = Field(0.02, ge=1e-6, le=10)
+    """Standard deviation of the normal distribution that A and B start from (0.02 in AdaLoRA and SalientLoRA). It is
+    between 1e-6, below which products of A and B round to 0, and 10."""
     orthogonality: OrthogonalityConfig = OrthogonalityConfig()  # type: ignore[call-arg]
     train_head: bool | Literal["auto"] = "auto"
     """Train the head of a classifier, a regression or a question-answering model in full, beside the adapters. auto:

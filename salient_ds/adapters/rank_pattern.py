@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salient_ds.adapters.targets import is_suffix
-from salient_ds.strict import did_you_mean
+from salient_ds.strict import did_you_mean, extreme
 
 OTHERS = "*"
 """Key for all matrices that no other key names. Without it they get ``adapter.rank``."""
@@ -92,6 +92,8 @@ def read_ranks(path: Path) -> dict[str, int]:
     data = _mapping(path)
     if path.name == RECORD and "ranks" in data:
         data = data["ranks"]
+        if not isinstance(data, dict):
+            raise RankFileError(f"adapter.rank_pattern={str(path)!r}: its ranks are {data!r}, which is no mapping")
     ranks = _of_peft(data, path) if "rank_pattern" in data else data
     wrong = [key for key, value in ranks.items() if isinstance(value, bool) or not isinstance(value, int) or value < 0]
     if wrong:
@@ -105,20 +107,27 @@ def read_ranks(path: Path) -> dict[str, int]:
 def _mapping(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RankFileError(f"adapter.rank_pattern={str(path)!r} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise RankFileError(f"adapter.rank_pattern={str(path)!r} holds no mapping of names to ranks")
+    except RecursionError as error:
+        raise RankFileError(f"adapter.rank_pattern={str(path)!r} cannot be read: it is nested too deeply") from error
+    problem = extreme(data)
+    if problem is not None or not isinstance(data, dict):
+        why = f": {problem}" if problem else ""
+        raise RankFileError(f"adapter.rank_pattern={str(path)!r} holds no mapping of names to ranks{why}")
     return data
 
 
 def _of_peft(data: Mapping[str, Any], path: Path) -> dict[str, int]:
     """The ranks that PEFT's configuration (or a search's rank_pattern.json) describes."""
-    pattern = {_plain(key): value for key, value in (data["rank_pattern"] or {}).items()}
+    given = data["rank_pattern"] or {}
+    if not isinstance(given, dict):
+        raise RankFileError(f"adapter.rank_pattern={str(path)!r}: its rank_pattern is {given!r}, which is no mapping")
+    pattern = {_plain(key): value for key, value in given.items()}
     targets, rank = data.get("target_modules"), data.get("r")
     if rank is None:
         return pattern
-    if not isinstance(targets, list):
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise RankFileError(
             f"adapter.rank_pattern={str(path)!r}: its target_modules is {targets!r}, which does not list the matrices: "
             "write the ranks into the run file"

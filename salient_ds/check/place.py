@@ -50,14 +50,20 @@ def check_disk(run: RunConfig, report: Report) -> None:
         return
     steps = train.save_steps
     saves = 1 + (report.facts.get("total_steps", 0) // steps if steps else 0)
-    copies = train.keep_checkpoints + 1  # the oldest is deleted after a new one is complete
-    copies = copies if train.save_seconds else min(saves, copies)
-    needed = size * copies
-    if needed > free:
-        report.problems.append(
-            f"output_dir needs about {needed / GIB:.1f} GiB for {copies} checkpoints of {size / GIB:.1f} GiB, but "
-            f"{folder} has {free / GIB:.1f} GiB free: free some, or lower train.keep_checkpoints"
-        )
+    most = train.keep_checkpoints + 1  # the oldest is deleted after a new one is complete
+    copies = min(saves, most)
+    if size * copies > free:
+        report.problems.append(_too_full(size, copies, folder, free))
+    elif train.save_seconds and size * most > free:
+        report.notes.append(f"if the run takes longer than train.save_every={train.save_every}: "
+                            + _too_full(size, most, folder, free))  # fmt: skip
+
+
+def _too_full(size: float, copies: int, folder: Path, free: int) -> str:
+    return (
+        f"output_dir needs about {size * copies / GIB:.1f} GiB for {copies} checkpoints of {size / GIB:.1f} GiB, but "
+        f"{folder} has {free / GIB:.1f} GiB free: free some, or lower train.keep_checkpoints"
+    )
 
 
 def _is_locked(path: Path) -> bool:

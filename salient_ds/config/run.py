@@ -8,7 +8,6 @@ an error that names both places.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,11 +20,12 @@ from salient_ds.adapters.rank_pattern import RankFileError, with_ranks_of_file
 from salient_ds.config.data import DataConfig, metric_problems, task_problems
 from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
 from salient_ds.config.train import TrainConfig
+from salient_ds.config.yaml_files import read_yaml
 from salient_ds.data.tasks.table import kind_of
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods, unknown_method
 from salient_ds.ranks import RankLayout
-from salient_ds.strict import ConfigError, Strict, did_you_mean
+from salient_ds.strict import ConfigError, Strict, did_you_mean, expanded, extreme
 
 
 class ModelConfig(Strict):
@@ -50,6 +50,11 @@ class ModelConfig(Strict):
     random_weights: bool = False
     """Build the model from its config.json with random weights. Only for speed measurements."""
 
+    @field_validator("path", "tokenizer")
+    @classmethod
+    def _home(cls, path: str | None) -> str | None:
+        return None if path is None else expanded(path)
+
 
 class RunConfig(Strict):
     """A training run: everything that a run file may set."""
@@ -72,6 +77,13 @@ class RunConfig(Strict):
     """Length of the run, batch sizes, precision, optimizer, logging and checkpoints."""
     speed: SpeedConfig = SpeedConfig()
     """How parameters are stored and which kernels compute."""
+
+    @field_validator("output_dir", "deepspeed")
+    @classmethod
+    def _home(cls, path: str) -> str:
+        if not path.strip():
+            raise ValueError("output_dir and deepspeed are paths, which are not empty")
+        return expanded(path)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -178,32 +190,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return parse_config(read_yaml(path, overrides), base=Path(path).parent)
 
 
-def read_yaml(path: str | Path, overrides: list[str] | None = None, what: str = "run file") -> dict[str, Any]:
-    """Read a YAML file of sections and apply dotted overrides, unvalidated. Messages call the file ``what``.
-
-    Raises:
-        ConfigError: the file cannot be read, or an override is not of the form key=value.
-    """
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError([f"{what} {str(path)!r} does not exist (working directory: {Path.cwd()})"])
-    wrong = [item for item in overrides or [] if not re.match(r"[^=\s]+=", item)]
-    if wrong:
-        raise ConfigError([f"override {item!r} is not of the form key=value" for item in wrong])
-    try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError([f"{path} holds no mapping of sections (model:, adapter:, ...) at its top level"])
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
-        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, TypeError) as error:
-        raise ConfigError([f"cannot read {path}: {error}"]) from error
-
-
 def parse_config(data: dict[str, Any], base: Path | None = None) -> RunConfig:
     """Validate a plain mapping of sections.
 
@@ -213,6 +199,9 @@ def parse_config(data: dict[str, Any], base: Path | None = None) -> RunConfig:
     Raises:
         ConfigError: lists every problem found.
     """
+    problem = extreme(data)
+    if problem is not None:
+        raise ConfigError([f"the run file cannot be used: {problem}"])
     try:
         config = RunConfig.model_validate(with_ranks_of_file(data, base))
     except ValidationError as error:

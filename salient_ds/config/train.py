@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from salient_ds.steps import MOST_STEPS
 from salient_ds.strict import Strict
 
 
@@ -27,7 +28,7 @@ def _duration(value: str) -> str:
 class TrainConfig(Strict):
     """Section ``train`` of a run file."""
 
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, gt=0, le=MOST_STEPS)
     """Number of applied optimizer steps. Takes precedence over `epochs`; one of the two must be set."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training data, rounded up to whole optimizer steps."""
@@ -50,8 +51,8 @@ class TrainConfig(Strict):
     """Warm-up steps, or a fraction of all steps if below 1."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay (AdamW) of the adapter factors A and B. Singular values are never decayed."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's first and second moment."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment, from 0 to below 1."""
     eps: float = Field(1e-8, gt=0)
     """Epsilon in the denominator of AdamW's update."""
     max_grad_norm: float = Field(1.0, ge=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from salient_ds.ranks import Event, RankDecision
+from salient_ds.strict import Reported
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class StepReport:
         return None if self.penalty_value is None else float(self.penalty_value)
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RuntimeError, Reported):
     """The loss is NaN or infinite. Raised on every process, before the step is taken."""
 
     def __init__(self, step: int, indices: list[int]) -> None:

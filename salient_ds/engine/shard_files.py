@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from salient_ds.ranks import Part
+from salient_ds.strict import Reported
 
 FORMAT = 2
 STEP_DIR = re.compile(r"step-(\d{8})$")
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.json.sha256"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RuntimeError, Reported):
     """A checkpoint cannot be written or read. The message says what is left and what to do."""
 
 
@@ -38,6 +39,30 @@ def checkpoint_dirs(folder: Path) -> list[Path]:
 def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in ``folder`` whose files all have the right size, oldest first. Contents are not read."""
     return [p for p in checkpoint_dirs(folder) if damage(p) is None]
+
+
+def choose_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The last whole checkpoint in ``folder``, contents verified; None if there is none at all.
+
+    Args:
+        say: is told which later ones are damaged, and how.
+
+    Raises:
+        CheckpointError: there are only damaged ones.
+    """
+    problems = []
+    for path in reversed(checkpoint_dirs(folder)):
+        problem = damage(path, contents=True)
+        if problem is None:
+            return path
+        say(f"checkpoint {path} is damaged ({problem}): looking for the one before it")
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(
+            f"all {len(problems)} checkpoints in {folder} are damaged (the last one: {problems[0]}): restore the "
+            "files, or begin again with --overwrite"
+        )
+    return None
 
 
 def step_of(path: Path) -> int:
@@ -70,6 +95,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error.filename} is missing") from error
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{place} cannot be read ({error})") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{place} cannot be read (it is nested too deeply)") from error
     return manifest
 
 

@@ -9,12 +9,12 @@ Shape legend: I = in features, O = out features, r = live rank of a module.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from salient_ds.export.meta import ExportMeta, write_json, write_record
 from salient_ds.export.peft_format import check_factors
 from salient_ds.heterolora.shortcut import NormAfterShortcut, Shortcut, ShortcutKind
 from salient_ds.heterolora.shortcut_wiring import shortcut_names, wire_shortcuts
+from salient_ds.own_files import read_object, reading
 
 WEIGHTS, SETTINGS = "shortcut_adapter.safetensors", "shortcut_adapter.json"
 FORMAT = 1
@@ -113,10 +114,15 @@ def load_shortcuts(model: nn.Module, path: Path | str) -> nn.Module:
     folder = Path(path)
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"{folder} holds no {SETTINGS}: give the directory of an export with --form shortcuts")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    if settings["format"] != FORMAT:
-        raise ValueError(f"{folder / SETTINGS} has format {settings['format']}, this version reads {FORMAT}")
-    weights, ranks = load_file(folder / WEIGHTS), settings["ranks"]
+    settings = read_object(folder / SETTINGS)
+    if settings.get("format") != FORMAT:
+        raise ValueError(f"{folder / SETTINGS} has format {settings.get('format')}, this version reads {FORMAT}")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): export the adapter again") from error
+    with reading(folder / SETTINGS):
+        ranks = {str(name): int(rank) for name, rank in settings["ranks"].items()}
     linears = {name: rank for name, rank in ranks.items() if not is_shortcut(name)}
     shortcuts = {name: rank for name, rank in ranks.items() if is_shortcut(name)}
     _check_names(model, linears, shortcuts, folder)

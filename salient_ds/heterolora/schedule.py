@@ -12,6 +12,7 @@ from typing import Protocol
 
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.ranks import Event, RankLayout
+from salient_ds.salience.budget import refuse_many
 
 
 class SearchSettings(Protocol):
@@ -65,9 +66,11 @@ def search_steps(config: SearchSettings, total_steps: int, steps_per_epoch: int 
     """
     end = math.ceil(config.search_end * total_steps)
     if config.interval_unit == "steps":
+        refuse_many(len(range(0, end, int(config.interval))))
         return list(range(0, end, int(config.interval)))
     epoch = _epoch(steps_per_epoch)
     distance = max(1, math.ceil(round(config.interval * epoch, 6)))
+    refuse_many(end // min(distance, epoch))
     if distance >= epoch:
         return list(range(0, end, distance))
     return [step for first in range(0, end, epoch) for step in range(first, min(first + epoch, end), distance)]

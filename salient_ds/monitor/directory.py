@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from salient_ds.own_files import read_object, read_settings, write_object, write_settings, write_whole
+from salient_ds.strict import Reported
+
 OWN_FILES = ("run.yaml", "ds_config.json", "allocations.jsonl", "allocations.png", "metrics.jsonl", "run.json",
              "checkpoints", "adapter", "evaluation", "search", "ranks.png", "summary.json", ".shared",
-             ".lock")  # fmt: skip
+             "allocations.jsonl.damaged", "metrics.jsonl.damaged", ".lock")  # fmt: skip
 
 
-class RunDirectoryError(RuntimeError):
+class RunDirectoryError(RuntimeError, Reported):
     """The run directory cannot be used as asked. The message says what is in it and what to do."""
 
 
@@ -56,21 +59,22 @@ class RunDirectory:
 
         The run counts as unfinished afterwards.
         """
-        import yaml
-
-        _replace(self.path / "run.yaml", yaml.safe_dump(run, sort_keys=False))
-        _replace(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-        _replace(self.path / "run.json", json.dumps(facts | {"finished": None}, indent=2) + "\n")
+        for debris in self.path.glob(".*.new"):  # of a process that was killed while it wrote
+            debris.unlink(missing_ok=True)
+        write_settings(self.path / "run.yaml", run)
+        write_whole(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        write_object(self.path / "run.json", facts | {"finished": None})
 
     def mark_finished(self, step: int) -> None:
         """Note that everything which follows the last step ``step`` is there too: adapter, pictures, results."""
-        facts = json.loads((self.path / "run.json").read_text())
-        _replace(self.path / "run.json", json.dumps(facts | {"finished": step}, indent=2) + "\n")
+        write_object(self.path / "run.json", read_object(self.path / "run.json") | {"finished": step})
 
     def finished_at(self, step: int) -> bool:
-        """Whether the run went to its end with step ``step``."""
+        """Whether the run went to its end with step ``step``, and what it says about itself is whole."""
         try:
-            facts = json.loads((self.path / "run.json").read_text())
+            facts = read_object(self.path / "run.json")
+            read_settings(self.path / "run.yaml")
+            read_object(self.summary)
         except (OSError, ValueError):
             return False
         if "finished" in facts:
@@ -83,13 +87,6 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file all or nothing."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text)
-    fresh.replace(path)
 
 
 def claim(path: Path, resume: Literal["never", "auto"] | str, overwrite: bool) -> RunDirectory:

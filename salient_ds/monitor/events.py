@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from salient_ds.own_files import read_lines, sealed_line, write_whole
 
 
 class AllocationRecord(BaseModel):
@@ -47,32 +50,36 @@ def append_record(path: Path, record: AllocationRecord) -> None:
     with path.open("r+b" if not created else "x+b") as file:
         file.seek(_whole_length(file.read()))
         file.truncate()
-        file.write(record.model_dump_json().encode() + b"\n")
+        file.write(_line(record).encode())
         file.flush()
         os.fsync(file.fileno())
     if created:
         _sync_folder(path)
 
 
+def _line(record: AllocationRecord) -> str:
+    return sealed_line(record.model_dump(mode="json"))
+
+
+def check_record(values: dict[str, Any]) -> None:
+    """Raise ValueError if ``values`` are no allocation record."""
+    try:
+        AllocationRecord.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "line"
+        raise ValueError(f"is not an allocation record ({where}: {first['msg']})") from error
+
+
 def read_records(path: Path) -> list[AllocationRecord]:
     """All complete lines. A last line without a newline was torn by a crash and is ignored.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: another line is not a record. The message names the file and the line number.
     """
-    content = path.read_bytes()
-    records = []
-    for number, line in enumerate(content[: _whole_length(content)].splitlines(), start=1):
-        try:
-            records.append(AllocationRecord.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "line"
-            raise ValueError(
-                f"{path}, line {number} is not an allocation record ({where}: {first['msg']}): "
-                "restore the file, or remove the line"
-            ) from error
-    return records
+    path.stat()
+    return [AllocationRecord.model_validate(values) for values in read_lines(path, check_record)]
 
 
 def truncate_after(path: Path, step: int) -> int:
@@ -85,12 +92,7 @@ def truncate_after(path: Path, step: int) -> int:
         return 0
     records = read_records(path)
     kept = [record for record in records if record.step <= step]
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        file.writelines(record.model_dump_json().encode() + b"\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    write_whole(path, "".join(map(_line, kept)))
     _sync_folder(path)
     return len(records) - len(kept)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +11,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from salient_ds.own_files import write_object
 
 _SMOOTHING = 0.1  # weight of the newest step in the shown loss and speed
 
@@ -126,12 +126,7 @@ class Progress:
         """Write :meth:`summary` and ``more`` as JSON, all or nothing, and print a line. Main process only."""
         if not self.main:
             return
-        fresh = path.with_name(f".{path.name}.new")
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({**self.summary(), **more}, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        write_object(path, {**self.summary(), **more})
         took = _duration(self._latest - self._started)
         self.message(f"{self.step}/{self.total_steps} steps in {took}, {self._facts()}; summary in {path}")
 

@@ -7,11 +7,12 @@ from math import isfinite
 from typing import Any
 
 from salient_ds.monitor.directory import RunDirectory
-from salient_ds.monitor.events import AllocationRecord, append_record, read_records, truncate_after
+from salient_ds.monitor.events import AllocationRecord, append_record, check_record, read_records, truncate_after
 from salient_ds.monitor.heatmap import save_rank_png
 from salient_ds.monitor.metrics import append_metrics, truncate_metrics
 from salient_ds.monitor.plots import save_history_png
 from salient_ds.monitor.progress import Progress
+from salient_ds.own_files import mend_lines
 from salient_ds.zero.internals.engine_state import has_monitors, write_monitors
 
 
@@ -24,11 +25,18 @@ class RunLog:
     def __init__(self, directory: RunDirectory, engine: Any, every: int, main: bool) -> None:
         self.directory, self.engine, self.every, self.main = directory, engine, every, main
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, because these steps are taken again."""
-        if self.main:
-            truncate_after(self.directory.allocations, step)
-            truncate_metrics(self.directory.metrics, step)
+    def rewind(self, step: int) -> list[str]:
+        """Drop the lines after ``step``, because these steps are taken again, and damaged lines.
+
+        Returns:
+            A sentence for each damaged line.
+        """
+        if not self.main:
+            return []
+        notes = mend_lines(self.directory.allocations, check_record) + mend_lines(self.directory.metrics)
+        truncate_after(self.directory.allocations, step)
+        truncate_metrics(self.directory.metrics, step)
+        return notes
 
     def step(self, report: Any, tokens: int, counters: Any, seconds: float, last: bool) -> None:
         """Log one applied step. ``report`` is a :class:`~salient_ds.engine.reports.StepReport`.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from salient_ds.adapters.targets import is_shortcut
 from salient_ds.adapters.two_scale import two_scale_pair
@@ -16,9 +16,8 @@ from salient_ds.engine.shard_files import (
     MANIFEST,
     CheckpointError,
     ShardReader,
-    checkpoint_dirs,
+    choose_whole,
     damage,
-    find_checkpoints,
 )
 from salient_ds.export.api import export_adapter, form_by_size
 from salient_ds.export.fold import AdapterFactors
@@ -26,43 +25,57 @@ from salient_ds.export.meta import ExportMeta, Form
 from salient_ds.export.peft_format import PadTo
 from salient_ds.heterolora.export import refuse_shortcuts, shortcuts_act, write_shortcuts
 from salient_ds.models.loading import PEFT_TASK_TYPES
+from salient_ds.own_files import read_object, read_settings, reading
 from salient_ds.run.adapter_folder import card_facts, complete
 
 _FORMS_THAT_DROP_MASKED = ("GrowingLinear", "SwitchedLinear", "Shortcut")
 """Forms of adapters that drop masked rows, for checkpoints from before 2026-11-26, which do not state it."""
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The last checkpoint of a run directory, or ``run`` itself if it is a checkpoint.
+def say_aloud(text: str) -> None:
+    """Print a sentence for the user."""
+    print(text, file=sys.stderr, flush=True)
 
-    Its contents are not verified yet: whoever reads it does that.
+
+def newest_checkpoint(run: Path, say: Callable[[str], None] = say_aloud) -> Path:
+    """The last whole checkpoint of a run directory, or ``run`` itself if it is a checkpoint. Contents are verified.
+
+    Args:
+        say: is told which later checkpoints are damaged, and how.
 
     Raises:
-        CheckpointError: the run has no checkpoint, or files of the last one are missing or have another size.
+        CheckpointError: the run has no checkpoint, or only damaged ones.
     """
     if (run / MANIFEST).is_file():
         return run
-    found = checkpoint_dirs(run / "checkpoints")
-    if not found:
+    found = choose_whole(run / "checkpoints", say)
+    if found is None:
         raise CheckpointError(f"{run} holds no whole checkpoint: train it first, or continue it with --resume auto")
-    problem = damage(found[-1])
-    if problem is not None:
-        whole = find_checkpoints(run / "checkpoints")
-        remedy = f"give {whole[-1]} to take an older one, or " if whole else ""
-        raise CheckpointError(
-            f"the last checkpoint of {run} is damaged ({problem}): {remedy}continue the run with --resume auto"
-        )
-    return found[-1]
+    return found
 
 
-def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that a finished run chose by ``train.best_metric``; None if it chose none, or is not finished."""
-    try:
-        step = json.loads((run / "summary.json").read_text(encoding="utf-8"))["best"]["step"]
-    except (OSError, ValueError, KeyError):
+def best_checkpoint(run: Path, say: Callable[[str], None] = say_aloud) -> Path | None:
+    """The checkpoint that a finished run chose by ``train.best_metric``; None if it chose none, or is not finished.
+
+    If its summary or that checkpoint is damaged, ``say`` is told, and the answer is None.
+    """
+    summary = run / "summary.json"
+    if not summary.is_file():
         return None
-    path = run / "checkpoints" / f"step-{step or 0:08d}"
-    return path if (path / MANIFEST).is_file() else None
+    try:
+        best = read_object(summary).get("best")
+    except (OSError, ValueError) as error:
+        say(f"{error}. Without it, the last checkpoint is taken for the best")
+        return None
+    step = best.get("step") if isinstance(best, dict) else None
+    if not isinstance(step, int):
+        return None
+    path = run / "checkpoints" / f"step-{step:08d}"
+    problem = damage(path, contents=True) if path.exists() else f"{path} is missing"
+    if problem is not None:
+        say(f"the best checkpoint is damaged ({problem}): taking the last one instead")
+        return None
+    return path
 
 
 class CheckpointFactors:
@@ -77,13 +90,15 @@ class CheckpointFactors:
 
     def __init__(self, checkpoint: Path) -> None:
         self._reader = ShardReader(checkpoint)
-        adapters = self._reader.manifest["adapters"]
-        latest = self._reader.shared()["latest"]
-        masks = latest["mask_N"].split([item["rank"] for item in adapters])
-        self._found = {
-            item["name"]: (item, mask if latest["hold"] or _drops_masked(item) else mask | True)
-            for item, mask in zip(adapters, masks, strict=True)
-        }
+        self._place = checkpoint / MANIFEST
+        with reading(self._place):
+            adapters = self._reader.manifest["adapters"]
+            latest = self._reader.shared()["latest"]
+            masks = latest["mask_N"].split([_whole_number(item["rank"]) for item in adapters])
+            self._found = {
+                str(item["name"]): (item, mask if latest["hold"] or _drops_masked(item) else mask | True)
+                for item, mask in zip(adapters, masks, strict=True)
+            }
 
     @property
     def names(self) -> list[str]:
@@ -92,7 +107,8 @@ class CheckpointFactors:
 
     def read(self, name: str) -> AdapterFactors:
         """One adapter."""
-        return _factors(self._reader, *self._found[name])
+        with reading(self._place):
+            return _factors(self._reader, *self._found[name])
 
 
 def read_factors(checkpoint: Path) -> list[AdapterFactors]:
@@ -105,9 +121,10 @@ def read_in_full(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The parameters that were trained in full, as fp32 CPU tensors, by name. A tied one comes under all its names."""
     reader = ShardReader(checkpoint, contents=False)
     found: dict[str, torch.Tensor] = {}
-    for item in reader.manifest.get("in_full", ()):
-        value = reader.read("master", item["name"], 0, prod(item["shape"])).view(item["shape"]).float()
-        found |= dict.fromkeys(item["names"], value)
+    with reading(checkpoint / MANIFEST):
+        for item in reader.manifest.get("in_full", ()):
+            value = reader.read("master", item["name"], 0, prod(item["shape"])).view(item["shape"]).float()
+            found |= dict.fromkeys(item["names"], value)
     return found
 
 
@@ -118,6 +135,12 @@ def _task(config: dict[str, Any]) -> dict[str, Any] | None:
         return None
     attention = config["model"]["attn_implementation"]
     return {"task": data["task"], "max_length": data["max_length"], "attn_implementation": attention}
+
+
+def _whole_number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no rank")
+    return value
 
 
 def _drops_masked(item: dict[str, Any]) -> bool:
@@ -139,17 +162,19 @@ def _factors(reader: ShardReader, item: dict[str, Any], mask: torch.Tensor) -> A
 def checkpoint_facts(run: Path, checkpoint: Path) -> tuple[dict[str, Any], ExportMeta, dict[str, Any] | None]:
     """The configuration of a checkpoint's run, what an export of it records, and what config.json says of its head."""
     folder = run if (run / "run.yaml").is_file() else checkpoint.parent.parent
-    config = yaml.safe_load((folder / "run.yaml").read_text())
-    facts = json.loads((folder / "run.json").read_text())
-    meta = ExportMeta(
-        method=config["method"]["name"],
-        task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
-        source_run=str(checkpoint),
-        template=facts["template"],
-        task=_task(config),
-        revision=config["model"].get("revision"),
-        card=card_facts(folder, config, checkpoint),
-    )
+    config, facts = read_settings(folder / "run.yaml"), read_object(folder / "run.json")
+    with reading(folder / "run.yaml"):
+        config["adapter"].get("shortcuts")
+        str(config["model"]["path"])
+        meta = ExportMeta(
+            method=config["method"]["name"],
+            task_type=PEFT_TASK_TYPES[config["model"]["task"]],  # type: ignore[arg-type]
+            source_run=str(checkpoint),
+            template=facts.get("template"),
+            task=_task(config),
+            revision=config["model"].get("revision"),
+            card=card_facts(folder, config, checkpoint),
+        )
     return config, meta, facts.get("head")
 
 
@@ -163,6 +188,7 @@ def export_run(
     base: str | None = None,
     dtype: torch.dtype | None = None,
     pad_to: PadTo = None,
+    say: Callable[[str], None] = say_aloud,
 ) -> Path:
     """Write the run's adapter (or merged model) to ``target``.
 
@@ -175,12 +201,13 @@ def export_run(
         base: base model, if it is not where training found it.
         dtype: of the tensors (default: float32 for an adapter, as in the base for a merged model).
         pad_to: rank of the form "padded"; see :func:`salient_ds.export.peft_format.write_peft`.
+        say: is told which checkpoints are damaged, so that an older one is exported.
 
     Raises:
         CheckpointError: there is no whole checkpoint.
         ValueError: the export is not possible as asked; the message gives the remedy.
     """
-    chosen = checkpoint or best_checkpoint(run) or newest_checkpoint(run)
+    chosen = checkpoint or best_checkpoint(run, say) or newest_checkpoint(run, say)
     config, meta, head = checkpoint_facts(run, chosen)
     factors, place = read_factors(chosen), base or config["model"]["path"]
     norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")

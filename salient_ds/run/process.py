@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from salient_ds.run.exits import RUN_ERROR, USAGE_ERROR, print_problems
+from salient_ds.run.exits import RUN_ERROR, USAGE_ERROR, known, print_problems, sentences
 
 if TYPE_CHECKING:
     import torch
@@ -31,22 +31,20 @@ def launched(work: Callable[[torch.device], None], timeout_minutes: float) -> in
         work: called with this process' device.
         timeout_minutes: how long a process waits for the others in a collective.
     """
-    from salient_ds.engine.reports import NonFiniteLoss
-    from salient_ds.engine.shard_files import CheckpointError
-    from salient_ds.monitor.directory import RunDirectoryError
     from salient_ds.zero.collectives import world
     from salient_ds.zero.environment import start, stop
 
     device = start(timeout_minutes)
     try:
         work(device)
-    except (RunDirectoryError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
+    except known() as error:
         if os.environ.get("SALIENT_TRACEBACK"):
             raise
         here = world().global_rank
         if here:  # the main process usually has the same error: let it report first; the launcher stops the others
             time.sleep(3)
-        print(f"error on process {here}: {error}" if here else f"error: {error}", file=sys.stderr, flush=True)
+        where = f"error on process {here}" if here else "error"
+        print("\n".join(f"{where}: {text}" for text in sentences(error)), file=sys.stderr, flush=True)
         os._exit(RUN_ERROR)
     stop()
     return 0

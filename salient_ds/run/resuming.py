@@ -21,7 +21,7 @@ from salient_ds.engine.shard_files import (
     MANIFEST,
     CheckpointError,
     ShardReader,
-    checkpoint_dirs,
+    choose_whole,
     damage,
     find_checkpoints,
     step_of,
@@ -58,19 +58,7 @@ def choose_start(folder: Path, resume: str, say: Callable[[str], None]) -> Path 
         if problem is not None:
             raise CheckpointError(f"checkpoint {path} is damaged ({problem}): choose another one, or --resume auto")
         return path
-    problems = []
-    for path in reversed(checkpoint_dirs(folder)):
-        problem = damage(path, contents=True)
-        if problem is None:
-            return path
-        say(f"checkpoint {path} is damaged ({problem}): looking for the one before it")
-        problems.append(problem)
-    if problems:
-        raise CheckpointError(
-            f"all {len(problems)} checkpoints in {folder} are damaged (the last one: {problems[0]}): restore the "
-            "files, or begin again with --overwrite"
-        )
-    return None
+    return choose_whole(folder, say)
 
 
 def open_run(

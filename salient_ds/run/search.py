@@ -15,8 +15,8 @@ import typer
 
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, load_config, parse_config
+from salient_ds.run.exits import known, sentences
 from salient_ds.run.process import launched, refused
-from salient_ds.strict import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -122,8 +122,8 @@ def run_search(path: str, overrides: list[str], options: SearchOptions) -> int:
         run = load_config(path, overrides)
         config = search_config(run, options)
         problems = preflight(config, int(os.environ.get("WORLD_SIZE", "1")), quick=True, run_source=path).problems
-    except ConfigError as error:
-        problems = [_as_typed(problem) for problem in error.problems]
+    except known() as error:
+        problems = [_as_typed(problem) for problem in sentences(error)]
     return refused(problems) or launched(
         lambda device: _search(run, config, options, device), config.train.timeout_minutes
     )

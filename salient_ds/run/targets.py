@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.table import task_of
+from salient_ds.own_files import read_object, read_settings, reading
 from salient_ds.run.places import missing_folder
 
 Kind = Literal["run", "adapter", "model"]
@@ -90,16 +90,20 @@ def target_of(place: str, options: EvaluateOptions) -> Target:
 
 
 def _run_target(folder: Path, options: EvaluateOptions) -> Target:
-    config = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    data, model = config["data"], dict(config["model"])
+    place = folder / "run.yaml"
+    config = read_settings(place)
+    with reading(place):
+        data, model, train = config["data"], dict(config["model"]), config["train"]
+        length, precision, base = int(data["max_length"]), str(train["precision"]), str(model["path"])
+        seed, size = int(train["seed"]), float(data.get("eval_size") or 0)
+        norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
     task = _task(options, data.get("task"), str(folder))
-    splits = options.split == "eval" and options.data is None and data.get("eval") is None and data.get("eval_size")
+    splits = options.split == "eval" and options.data is None and data.get("eval") is None and size
     source, labelled = (str(data["train"]), True) if splits else _data(options, task, data, str(folder))
     return Target(
-        str(folder), "run", options.base or model["path"], task, source, labelled,
-        options.max_length or data["max_length"], options.precision or config["train"]["precision"], model,
-        (float(data["eval_size"]), int(config["train"]["seed"])) if splits else None,
-        (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut"),
+        str(folder), "run", options.base or base, task, source, labelled,
+        options.max_length or length, options.precision or precision, model,
+        (size, seed) if splits else None, norm,
     )  # fmt: skip
 
 
@@ -142,7 +146,7 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (ADAPTER_FILES[0], RECORD):
         if (folder / name).is_file():
-            found |= json.loads((folder / name).read_text(encoding="utf-8"))
+            found |= read_object(folder / name)
     return found
 
 

@@ -189,7 +189,7 @@ class Training:
         all_succeeded(True, self.device)  # every process has accepted the checkpoint
         self._record()
         self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
-        self.log.rewind(self.engine.step)
+        list(map(self.say, self.log.rewind(self.engine.step)))
         self.keeper = Keeper(self.engine, self.directory.checkpoints, self.config.train, self.identity)
 
     def _record(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from salient_ds.check.start import PORT, StartOptions, check_start, free_port, is_taken
 from salient_ds.config.run import load_config
 from salient_ds.run.changes import change_problems
-from salient_ds.run.exits import USAGE_ERROR, print_problems
+from salient_ds.run.exits import USAGE_ERROR, print_problems, reported
 from salient_ds.strict import ConfigError
 
 if TYPE_CHECKING:
@@ -147,7 +147,6 @@ def export(
     """
     import torch
 
-    from salient_ds.engine.shard_files import CheckpointError
     from salient_ds.run.export import export_run
     from salient_ds.run.shrink import rows_of
 
@@ -158,14 +157,13 @@ def export(
     except ValueError as error:
         print_problems([str(error)])
         return USAGE_ERROR
-    try:
+
+    def work() -> int:
         chosen = cast("Form | None", form)  # the command line has checked it
-        written = export_run(Path(run), chosen, folder, overwrite=overwrite, base=base, dtype=kind, pad_to=pad)
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        print_problems([str(error)])
-        return 1
-    print(written)
-    return 0
+        print(export_run(Path(run), chosen, folder, overwrite=overwrite, base=base, dtype=kind, pad_to=pad))
+        return 0
+
+    return reported(work)
 
 
 def show(run: str) -> int:
@@ -174,10 +172,12 @@ def show(run: str) -> int:
 
     from salient_ds.monitor.events import read_records
     from salient_ds.monitor.heatmap import render_ranks
+    from salient_ds.own_files import read_object, reading
 
     folder = Path(run)
     try:
-        modules = json.loads((folder / "run.json").read_text())["modules"]
+        with reading(folder / "run.json"):
+            modules = list(read_object(folder / "run.json")["modules"])
         records = read_records(folder / "allocations.jsonl")
     except (OSError, KeyError, ValueError) as error:
         print_problems([f"{run} is not a run directory with allocation events: {error}"])

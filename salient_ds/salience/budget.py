@@ -6,10 +6,23 @@ warm-ups, T_i and T_f = first and last window length, all in steps. Steps are ap
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from salient_ds.ranks import Event
+
+MOST_EVENTS = 100_000
+"""The longest schedule."""
+
+
+def refuse_many(events: int) -> None:
+    """Raise ValueError if a schedule has more than :data:`MOST_EVENTS` events."""
+    if events > MOST_EVENTS:
+        raise ValueError(
+            f"the schedule has more than {MOST_EVENTS:,} allocation events: lengthen its interval or window, or train "
+            "for fewer steps"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ def paper_schedule(plan: AllocationPlan, final_prune: bool = True) -> list[Event
     events: list[Event] = []
     start, n = 1, plan.window_initial
     while n <= plan.phase_steps:
+        refuse_many(len(events))
         progress = n / plan.phase_steps
         window = plan.window_at(progress)
         budget = min(int(plan.total_after(progress)), events[-1].total_rank if events else plan.initial_total)
@@ -117,7 +131,10 @@ def reference_trace(plan: AllocationPlan) -> list[ReferenceStep]:
     Allocation runs while n_i < s <= total - final_warmup, with s counted from 0. The code divides by
     total - final_warmup instead of the length of the phase, rounds T half to even, and truncates the budget.
     """
-    trace = []
+    return list(_reference_steps(plan))
+
+
+def _reference_steps(plan: AllocationPlan) -> Iterator[ReferenceStep]:
     left = plan.window_initial
     end = plan.total_steps - plan.final_warmup
     for s in range(plan.total_steps):
@@ -130,8 +147,7 @@ def reference_trace(plan: AllocationPlan) -> list[ReferenceStep]:
             left -= 1
             due = left == 0
             left = window if due else left
-        trace.append(ReferenceStep(total, due, left))
-    return trace
+        yield ReferenceStep(total, due, left)
 
 
 def reference_schedule(plan: AllocationPlan, final_prune: bool = False) -> list[Event]:
@@ -147,8 +163,9 @@ def reference_schedule(plan: AllocationPlan, final_prune: bool = False) -> list[
     _require_event(plan, last_step - 1 - plan.initial_warmup)
     events: list[Event] = []
     start = plan.initial_warmup + 2
-    for s, state in enumerate(reference_trace(plan)):
+    for s, state in enumerate(_reference_steps(plan)):
         if state.event:
+            refuse_many(len(events))
             step = s + 1
             events.append(Event(step, state.total_rank, start, step - start + 1))
             start = step + 1

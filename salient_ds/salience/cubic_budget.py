@@ -7,7 +7,7 @@ Steps are applied optimizer steps, counted from 1; the released code's step s, c
 from __future__ import annotations
 
 from salient_ds.ranks import Event
-from salient_ds.salience.budget import AllocationPlan
+from salient_ds.salience.budget import AllocationPlan, refuse_many
 
 
 def budget_at(plan: AllocationPlan, step: int) -> int:
@@ -53,6 +53,7 @@ def cubic_schedule(plan: AllocationPlan, interval: int) -> list[Event]:
     end = plan.total_steps - plan.final_warmup
     first = (plan.initial_warmup // interval + 1) * interval
     regular = range(first, min(end, plan.total_steps - 1) + 1, interval)
+    refuse_many(len(regular))
     final = end if end in regular else min(end + 1, plan.total_steps - 1)
     budgets = {s + 1: budget_at(plan, s + 1) for s in regular} | {final + 1: plan.target_total}
     return [Event(step, budget, 1, min(step, end)) for step, budget in budgets.items()]

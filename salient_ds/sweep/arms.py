@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from salient_ds.config.run import read_yaml
+from salient_ds.config.yaml_files import read_yaml
 from salient_ds.strict import ConfigError
 from salient_ds.sweep.spec import Arm, SweepSpec
 

@@ -24,6 +24,7 @@ from salient_ds.config.run import RunConfig
 from salient_ds.engine.reports import Diverged, StepReport
 from salient_ds.engine.shard_files import CheckpointError
 from salient_ds.monitor.metrics import read_metrics
+from salient_ds.own_files import read_object, reading
 from salient_ds.run.inputs import Inputs, load_inputs
 from salient_ds.run.resuming import choose_start
 from salient_ds.run.training import Training
@@ -163,8 +164,11 @@ def _numbers(training: Training, metric: Metric) -> dict[str, Any]:
         ValueError: the run did not log the metric after its last step.
     """
     directory = training.directory
-    summary = json.loads(directory.summary.read_text())
-    last = summary["total_steps"]
+    summary = read_object(directory.summary)
+    with reading(directory.summary):
+        found = {"steps": summary["total_steps"], "train_loss": summary["smoothed_loss"],
+                 "total_rank": summary["total_rank"], "start_step": summary["start_step"]}  # fmt: skip
+    last = found["steps"]
     metrics: dict[str, float] = {}
     for row in read_metrics(directory.metrics):
         if row["step"] == last:
@@ -174,8 +178,7 @@ def _numbers(training: Training, metric: Metric) -> dict[str, Any]:
             f"{directory.metrics} holds no {PREFIX}{metric.name} at step {last}, only "
             f"{', '.join(PREFIX + name for name in metrics) or 'no held-out number'}: choose another metric"
         )
-    found = {"steps": last, "train_loss": summary["smoothed_loss"], "metrics": metrics,
-             "total_rank": summary["total_rank"], "start_step": summary["start_step"]}  # fmt: skip
+    found["metrics"] = metrics
     engine = getattr(training, "engine", None)
     if engine is not None:
         ranks = engine.decisions.latest.ranks(engine.adapted.layout)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from salient_ds.config.run import RunConfig, describe_errors, read_yaml
+from salient_ds.config.run import RunConfig, describe_errors
+from salient_ds.config.yaml_files import read_yaml
 from salient_ds.strict import ConfigError, Strict, did_you_mean
 
 OWNED = {

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from salient_ds.config.run import RunConfig
-from salient_ds.strict import ConfigError
+from salient_ds.strict import ConfigError, extreme
 from salient_ds.zero.ds_resolve import Resolver
 
 
@@ -48,8 +49,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     duplicates: list[str] = []
 
     def pairs_to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        duplicates.extend(key for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        duplicates.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         return dict(pairs)
 
     try:
@@ -57,12 +57,17 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise DsProblems([f"{path}: invalid JSON at {place}: {error.msg} (comments are not allowed)"]) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also numbers of thousands of digits
         raise DsProblems([f"cannot read {path}: {error}"]) from error
+    except RecursionError as error:
+        raise DsProblems([f"cannot read {path}: it is nested too deeply"]) from error
     if duplicates:
         raise DsProblems([f"{path}: key {key!r} appears twice in one object: keep one" for key in duplicates])
     if not isinstance(raw, dict):
         raise DsProblems([f"{path} holds {type(raw).__name__}, expected an object of DeepSpeed settings"])
+    problem = extreme(raw)
+    if problem is not None:
+        raise DsProblems([f"{path} cannot be a ZeRO JSON: {problem}"])
     return raw
 
 

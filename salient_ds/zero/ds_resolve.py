@@ -236,6 +236,12 @@ class Resolver:
         for key in [key for key, value in zero.items() if value == "auto" and key != "stage"]:
             del zero[key]  # DeepSpeed too uses its default for "auto" in this section
         for section, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+            device = (zero.get(section) or {}).get("device", "none")
+            if device not in ("none", "cpu") and f"zero_optimization.{section}.device" not in self.refused:
+                self.problem(
+                    f"zero_optimization.{section}.device={json.dumps(device)}: is no device to offload to, use "
+                    '"cpu" or "none"'
+                )
             if (zero.get(section) or {}).get("device", "none") != "none" and stage in range(lowest):
                 self.problem(
                     f"zero_optimization.{section} needs stage {lowest} or higher, but stage={stage}: "

@@ -15,7 +15,8 @@ import torch
 from salient_ds.engine.reports import NonFiniteLoss
 from salient_ds.engine.shard_files import CheckpointError, ShardReader, damage, find_checkpoints, manifest_sum
 from salient_ds.monitor.directory import RunDirectory
-from salient_ds.run.export import newest_checkpoint, read_factors
+from salient_ds.own_files import write_object
+from salient_ds.run.export import best_checkpoint, newest_checkpoint, read_factors
 from salient_ds.run.resuming import choose_start
 from salient_ds.run.training import Training
 from tests.dist import resume_worker
@@ -211,14 +212,21 @@ def test_an_automatic_resume_passes_over_damaged_checkpoints_aloud(whole: Path) 
 def test_an_export_takes_no_damaged_checkpoint_and_no_older_one_silently(whole: Path) -> None:
     run, newest = whole.parents[1], whole.with_name("step-00000009")
     shutil.copytree(whole, newest)
-    assert newest_checkpoint(run) == newest
+    said: list[str] = []
+    assert newest_checkpoint(run, said.append) == newest and not said
     flip(newest / "shared.pt", 500)
+    assert newest_checkpoint(run, said.append) == whole
+    assert "step-00000009/shared.pt does not have the sha256" in said[0] and "looking for the one before" in said[0]
     with pytest.raises(CheckpointError, match="step-00000009/shared.pt does not have the sha256"):
-        read_factors(newest_checkpoint(run))
-    (newest / "shared.pt").unlink()
-    with pytest.raises(CheckpointError, match=f"shared.pt is missing.*: give {whole} to take an older one"):
-        newest_checkpoint(run)
+        read_factors(newest)
+    write_object(run / "summary.json", {"best": {"step": 9}})
+    assert best_checkpoint(run, said.append) is None and "the best checkpoint is damaged" in said[1]
+    flip(run / "summary.json", 30)
+    assert best_checkpoint(run, said.append) is None and "summary.json is damaged" in said[2]
     assert len(read_factors(newest_checkpoint(whole))) == 6
+    (whole / "shared.pt").unlink()
+    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged"):
+        newest_checkpoint(run, said.append)
 
 
 def test_loading_verifies_on_every_process_together(whole: Path, tiny_llama: Path) -> None:

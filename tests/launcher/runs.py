@@ -60,11 +60,11 @@ def start(run: Path, *arguments: str, processes: int = 2) -> subprocess.Popen[st
 def alone(run: Path, *arguments: str) -> tuple[int, str]:
     """The same training without a launcher, in one process."""
     output = run.with_suffix(".output")
-    status = forked(_train, run, arguments, output=output)
+    status = forked(train, run, arguments, output=output)
     return status, output.read_text()
 
 
-def _train(run: Path, arguments: tuple[str, ...]) -> None:
+def train(run: Path, arguments: tuple[str, ...]) -> None:
     """What ``python -m salient_ds.train`` does."""
     import typer
 

@@ -118,10 +118,16 @@ def spawn_apart(function: Callable[..., Any], *groups: Sequence[Any]) -> list[An
         return [result for (result,) in pool.map(lambda group: spawn(1, function, *group, timeout=560), groups)]
 
 
-def forked(function: Callable[..., None], *args: Any, output: Path, timeout: float = 240) -> int:
-    """Exit status of ``function(*args)`` in a process of its own, whose standard streams go to ``output``."""
+def forked_process(function: Callable[..., None], *args: Any, output: Path) -> Any:
+    """A started process that calls ``function(*args)``, and whose standard streams go to ``output``."""
     process = _context().Process(target=_printing, args=(function, args, output))
     process.start()
+    return process
+
+
+def forked(function: Callable[..., None], *args: Any, output: Path, timeout: float = 240) -> int:
+    """Exit status of ``function(*args)`` in a process of its own, whose standard streams go to ``output``."""
+    process = forked_process(function, *args, output=output)
     process.join(timeout)
     if process.is_alive():
         process.kill()

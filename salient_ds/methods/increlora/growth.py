@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from salient_ds.ranks import Event
+from salient_ds.salience.budget import refuse_many
 
 DEFAULT_ADD = {2: 1, 4: 2, 6: 3, 8: 4}
 """Rows that a matrix gains at once, by mean target rank, as in the released code."""
@@ -152,6 +153,7 @@ def growth_events(plan: GrowthPlan) -> list[Event]:
     for step in plan.due_steps():
         if total >= plan.target_total:
             break
+        refuse_many(len(events))
         total = plan.total_after(total)
         events.append(Event(step, total, 1, step))
     if total < plan.target_total:

@@ -47,7 +47,7 @@ def test_every_line_is_forced_to_disk(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf])
 def test_thresholds_without_a_value_are_null(tmp_path: Path, threshold: float) -> None:
     append_record(tmp_path / "a", record(1, threshold=threshold))
-    assert '"threshold":null' in (tmp_path / "a").read_text()
+    assert '"threshold": null' in (tmp_path / "a").read_text()
     assert read_records(tmp_path / "a")[0].threshold is None
 
 
@@ -64,10 +64,16 @@ def test_torn_last_line_is_ignored_and_removed_by_the_next(log: Path) -> None:
 def test_damage_elsewhere_is_an_error(log: Path) -> None:
     lines = log.read_text().splitlines(keepends=True)
     log.write_text(lines[0] + lines[1][:40] + "\n" + lines[2])
-    with pytest.raises(ValueError, match="line 2 is not an allocation record"):
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_records(log)
     log.write_text(lines[0].replace('"step"', '"stepp"'))
-    with pytest.raises(ValueError, match="line 1 .*step"):
+    with pytest.raises(ValueError, match="line 1 is no JSON object with a step"):
+        read_records(log)
+    log.write_text(lines[0].replace("19,", "18,"))
+    with pytest.raises(ValueError, match="line 1 does not have the CRC-32 that it states"):
+        read_records(log)
+    log.write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="line 1 is not an allocation record .budget: Field required"):
         read_records(log)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 import yaml
 
 from salient_ds.config.run import load_config
+from salient_ds.monitor.metrics import read_metrics
 from salient_ds.strict import ConfigError
 from salient_ds.sweep.arms import arm_runs, fingerprint
 from salient_ds.sweep.folder import SweepFolder
@@ -70,7 +70,7 @@ def alone(rank: int, world: int, run_file: Path, target: Path) -> None:
 
 def numbers(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run / "metrics.jsonl")
     return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
