@@ -13,6 +13,7 @@ from salient_ds.data.templates import get_template
 from salient_ds.export.base_files import local_folder
 from salient_ds.export.card import PICTURE_FILE
 from salient_ds.export.fold import AdapterFactors
+from salient_ds.own_files import read_object
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER = (
@@ -163,7 +164,7 @@ def _shown(source: Any) -> str | None:
 
 def _measured(run: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        facts = read_object(run / "summary.json")
     except (OSError, ValueError):
         return {}
     flat: dict[str, Any] = {}
