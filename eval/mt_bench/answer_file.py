@@ -146,9 +146,10 @@ class AnswerJournal:
         return found
 
     def _check_settings(self, there: Row, file: Path) -> None:
-        if there == self.settings:
+        keys = {*there, *self.settings} - {"origin"}  # it only says where the model is from, and may be new
+        names = sorted(key for key in keys if there.get(key) != self.settings.get(key))
+        if not names:
             return
-        names = sorted(key for key in {*there, *self.settings} if there.get(key) != self.settings.get(key))
         detail = "; ".join(f"{key} {_short(there.get(key))}, now {_short(self.settings.get(key))}" for key in names)
         raise ValueError(
             f"{file} holds answers made with other settings ({detail}): go on with the same ones, give another "

@@ -14,7 +14,6 @@ from .answering import Prompter
 from .cli_common import (
     EXIT_CHECK_FAILED,
     Data,
-    JudgeModel,
     console,
     escape,
     judge_endpoint,
@@ -31,6 +30,7 @@ from .store import Layout
 
 if TYPE_CHECKING:
     from .agree import Agreement
+    from .report import Report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,23 +49,43 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and pictures.")],
     found: QuestionSet,
     data: Data = Path("data"),
-    judge_model: JudgeModel = "gpt-4",
+    judge_model: Annotated[
+        list[str] | None, typer.Option(help="Judge to report; several of them are a panel (default: gpt-4).")
+    ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Model to report (repeatable; default: all).")] = None,
     baseline: Annotated[str | None, typer.Option(help="Only show comparisons against this model.")] = None,
     max_failure_rate: Annotated[
         float, typer.Option(help="Give no average if more than this share is not graded.")
     ] = 0.05,
+    max_cell_failure_rate: Annotated[float, typer.Option(help="The same for the mean of a single category.")] = 0.5,
     draws: Annotated[int, typer.Option(help="Bootstrap draws.")] = 2000,
 ) -> None:
-    """Write tables, pictures and one HTML page from the judgments."""
+    """Write tables, pictures and one HTML page from the judgments; for a panel, one folder per judge and panel.md."""
+    from . import report as reports
+    from .panel import build_panel, judge_folder, write_panel
+    from .report_options import ReportOptions
+
+    layout = Layout(data, found.bench)
+    options = ReportOptions(
+        max_failure_rate, draws, baseline, tuple(model or ()), {q.question_id: q.category for q in found.questions},
+        max_cell_failure_rate,
+    )  # fmt: skip
+    judges = list(dict.fromkeys(judge_model or ["gpt-4"]))
+    results = {name: reports.build_report(layout, name, found.reference_name, options) for name in judges}
+    for name, result in results.items():
+        folder = out if len(judges) == 1 else judge_folder(out, name)
+        _write_report(result, folder, layout, found)
+    if len(judges) > 1:
+        panel = build_panel(results, layout, found.reference_name, draws)
+        console.print(escape(write_panel(panel, out)))
+        console.print(f"written: {out / 'panel.md'}, panel.json")
+
+
+def _write_report(result: Report, out: Path, layout: Layout, found: QuestionSet) -> None:
+    """Write every file of one judge's report and print its head."""
     from . import html, markdown, plots
     from . import report as reports
 
-    layout = Layout(data, found.bench)
-    options = reports.ReportOptions(
-        max_failure_rate, draws, baseline, tuple(model or ()), {q.question_id: q.category for q in found.questions}
-    )
-    result = reports.build_report(layout, judge_model, found.reference_name, options)
     out.mkdir(parents=True, exist_ok=True)
     reports.write_json(result, out / "report.json")
     text = markdown.to_markdown(result)

@@ -34,7 +34,7 @@ from .cli_common import (
 )
 from .client import Endpoint, JudgeClient
 from .local_run import Job, answer_locally, global_rank_and_size
-from .sources import ModelSource, choose_template, context_window, default_name, find_source
+from .sources import ModelSource, choose_template, context_window, default_name, find_source, origin_of
 from .store import ANSWER_STATUSES, Layout, Row, check_model_name
 from .user_sets import NO_REFERENCES, SetOptions, load_questions
 
@@ -207,6 +207,8 @@ def _from_model(
         raise ValueError(f"--dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
     kind = dtype if dtype != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
     job.settings.update(model=source.identity(), dtype=kind)
+    if origin := origin_of(source):
+        job.settings.update(origin=origin)
 
     def load() -> LocalAnswerer:
         model = load_answering(source, DTYPES[kind], local_device(), split)

@@ -23,10 +23,13 @@ def to_markdown(report: Report) -> str:
     """Return all tables of a report as one string."""
     limit = report["options"]["max_failure_rate"]
     parts = [
-        f"# {report['title']}: judged by {report['judge']}",
-        f"{report['score_name']}. Beside each number: graded/unparsed/failed. No average is given where more than "
-        f"{limit:.0%} were not graded. Intervals: bootstrap over questions.",
+        f"# {plain(report['title'])}: judged by {plain(report['judge'])}",
+        f"{plain(report['score_name'])}. Beside each number: graded/unparsed/failed. No average is given where more "
+        f"than {limit:.0%} were not graded, no mean of a category where more than "
+        f"{report['options']['max_cell_failure_rate']:.0%} were not. Intervals: bootstrap over questions.",
     ]
+    if report["notes"]:
+        parts.append("\n".join(f"* {plain(note)}" for note in report["notes"]))
     if "single" in report:
         parts += _single(report["single"])
     if "pair" in report:
@@ -34,7 +37,12 @@ def to_markdown(report: Report) -> str:
     if report["problems"]:
         rows = [[reason, str(count)] for reason, count in report["problems"].items()]
         parts += ["## What was not graded, and why", table(("reason", "verdicts"), rows)]
-    rows = [[name, f"`{value}`"] for name, value in report["provenance"].items()]
+    rows = [
+        [model, "; ".join(f"{k} {v}" for k, v in answers_head(facts))] for model, facts in report["answers"].items()
+    ]
+    if rows:
+        parts += ["## What answered", table(("model", "how its answers were made"), rows)]
+    rows = [[name, str(value)] for name, value in report["provenance"].items()]
     parts += ["## Where the numbers come from", table(("what", "value"), rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -75,20 +83,35 @@ def _single(part: Report) -> list[str]:
 def _pair(part: Report) -> list[str]:
     rows = [
         [m["model"], str(m["win"]), str(m["loss"]), str(m["tie"]), percent(m["win_rate_adjusted"]),
-         interval(m["interval"], percent)]
+         interval(m["interval"], percent), percent(m["orders_disagree"]) + (" (!)" if m["unstable"] else "")]
         for m in part["models"]
     ]  # fmt: skip
     against = f" against {part['baseline']}" if part["baseline"] else ""
     sections = [
         f"## Comparisons{against}",
-        table(("model", "win", "loss", "tie", "win rate (tie = 1/2)", "95 % interval"), rows),
+        table(("model", "win", "loss", "tie", "win rate (tie = 1/2)", "95 % interval", "orders disagree"), rows),
         f"{part['matches']} comparisons in both orders, {part['errors']} without a verdict. The two orders disagree in "
         f"{percent(part['flip_rate'])}; the answer shown first wins {percent(part['first_shown_rate'])} of the decided "
         "games.",
     ]
+    if any(m["unstable"] for m in part["models"]):
+        sections.append(f"(!) {UNSTABLE_NOTE}")
+    names = list(part["categories"])
+    rows = [[m["model"], *(won(part["categories"][name].get(m["model"])) for name in names)] for m in part["models"]]
+    sections.append(table(("win rate (win/loss/tie)", *names), rows))
     if len(part["head_to_head"]) > 1:
         rows = [[h["first"], h["second"], str(h["win"]), str(h["loss"]), str(h["tie"])] for h in part["head_to_head"]]
         sections.append(table(("first", "second", "first wins", "second wins", "tie"), rows))
+    style = part["style_control"]
+    if isinstance(style, str):
+        sections.append(f"Style control: {style}.")
+    else:
+        rows = [
+            [model, f"{style['ratings'][model]:+.0f}", f"{rating:+.0f}"]
+            for model, rating in sorted(style["controlled"].items(), key=lambda item: -item[1])
+        ]
+        weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in style["weights"].items())
+        sections += [table(("model", "rating", "rating with style held equal"), rows), f"{STYLE_NOTE} {weights}."]
     ratings = part["bradley_terry"]
     if isinstance(ratings, str):
         return [*sections, f"Bradley-Terry: {ratings}."]
@@ -99,10 +122,33 @@ def _pair(part: Report) -> list[str]:
     return [*sections, table(("model", "Bradley-Terry rating", "95 % interval"), rows)]
 
 
+STYLE_NOTE = (
+    "What the judge rewards whatever the answers say (log odds for one standard deviation of the relative difference):"
+)
+UNSTABLE_NOTE = "In more than a third of these comparisons the verdict depends on which answer is shown first."
+
+
+def won(counts: Report | None) -> str:
+    """Win rate of one model in one category, with its counts."""
+    if counts is None:
+        return ""
+    return f"{percent(counts['win_rate_adjusted'])} ({counts['win']}/{counts['loss']}/{counts['tie']})"
+
+
+def answers_head(facts: Report) -> list[tuple[str, str]]:
+    """Name and value of what a report says of one model's answers."""
+    return [("on", " to ".join(facts["dates"])), *((name, str(value)) for name, value in facts["made"].items())]
+
+
+def plain(text: object) -> str:
+    """Text of models, judges and servers, so that Markdown readers show it and neither run nor link it."""
+    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("](", "]\\(")
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(
-        "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in line) + " |" for line in lines
+        "| " + " | ".join(plain(c).replace("|", "\\|").replace("\n", " ") for c in line) + " |" for line in lines
     )
 
 

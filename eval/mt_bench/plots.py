@@ -18,7 +18,10 @@ HIGHEST = 10.0
 
 
 def radar(report: Report) -> Figure:
-    """Draw the category means, from 0 to 10. A category without an average leaves a gap."""
+    """Draw the category means, from 0 to 10.
+
+    A line passes over a category without a mean. A mean with missing verdicts has a hollow point.
+    """
     models = report["single"]["models"]
     names = list(dict.fromkeys(name for entry in models for name in entry["categories"]))
     angles = np.linspace(0.0, 2 * np.pi, len(names), endpoint=False)
@@ -27,13 +30,18 @@ def radar(report: Report) -> Figure:
     axes.set_theta_offset(np.pi / 2)  # type: ignore[attr-defined]
     axes.set_theta_direction(-1)  # type: ignore[attr-defined]
     for place, entry in enumerate(models):
-        means = [entry["categories"].get(name, {}).get("both", {}).get("mean") for name in names]
-        values = np.array([np.nan if mean is None else mean for mean in means], dtype=float)
+        cells = [entry["categories"].get(name, {}).get("both", {}) for name in names]
+        there = [(angle, cell) for angle, cell in zip(angles, cells, strict=True) if cell.get("mean") is not None]
         colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
+        path = there + there[:1]
         axes.plot(
-            np.append(angles, angles[:1]), np.append(values, values[:1]),
-            color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=3.5, label=entry["model"],
+            [angle for angle, _ in path], [cell["mean"] for _, cell in path],
+            color=colour, linestyle=style, linewidth=1.8, label=entry["model"],
         )  # fmt: skip
+        for angle, cell in there:
+            whole = not cell["unparsed"] + cell["failed"]
+            axes.plot(angle, cell["mean"], "o", color=colour, markersize=3.5 if whole else 5,
+                      markerfacecolor=colour if whole else "white")  # fmt: skip
     axes.set_xticks(angles, names)
     axes.tick_params(axis="x", pad=4)
     for label, side in zip(axes.get_xticklabels(), np.sin(angles), strict=True):

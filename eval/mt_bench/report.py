@@ -1,7 +1,8 @@
 """Build a report from judgment files: numbers with their counts, intervals and origin, as a plain dict.
 
 Every average comes with the number of verdicts that were graded, unparsed and failed. It is left out (None) if the
-fraction of verdicts that are not graded exceeds a limit.
+fraction of verdicts that are not graded exceeds a limit: a low one for averages over all questions, a high one for a
+category, because one missing verdict of ten is no reason to hide the other nine.
 """
 
 from __future__ import annotations
@@ -9,41 +10,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import pairs, statistics
+from . import statistics
+from .answer_facts import answer_facts, dates, truncation_notes
+from .pair_report import pair_part
 from .questions import CATEGORIES
+from .report_options import ReportOptions
 from .statistics import ScoreTable
 from .store import Answer, Layout, Row, load_answers, read_rows
 
 Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Options of a report.
-
-    Args:
-        max_failure_rate: largest fraction of verdicts without a grade for which an average is given.
-        draws: draws of each bootstrap.
-        baseline: only count comparisons against this model; it is also the zero of the ratings.
-        models: models to report; empty: all.
-        categories: category by question id, for rows that do not name it.
-    """
-
-    max_failure_rate: float = 0.05
-    draws: int = 2000
-    baseline: str | None = None
-    models: tuple[str, ...] = ()
-    categories: Mapping[int, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.max_failure_rate <= 1.0:
-            raise ValueError(f"max_failure_rate={self.max_failure_rate} is a share between 0 and 1")
 
 
 def build_report(layout: Layout, judge: str, references: str, options: ReportOptions) -> Report:
@@ -66,16 +47,23 @@ def build_report(layout: Layout, judge: str, references: str, options: ReportOpt
         "title": "MT-Bench" if layout.bench == "mt_bench" else f"{layout.bench} (not MT-Bench)",
         "score_name": _score_name(layout.bench, references),
         "judge": judge,
-        "options": {"max_failure_rate": options.max_failure_rate, "draws": options.draws},
+        "options": {
+            "max_failure_rate": options.max_failure_rate,
+            "max_cell_failure_rate": options.max_cell_failure_rate,
+            "draws": options.draws,
+        },
         "provenance": provenance(every),
         "problems": dict(Counter(r["reason"] for r in every if r.get("reason")).most_common()),
     }
     templates = {model: _template(given) for model, given in answers.items()}
     report["provenance"]["templates"] = {model: name or "not stated" for model, name in templates.items()}
+    report["answers"] = {model: answer_facts(given) for model, given in answers.items()}
+    report["notes"] = truncation_notes(report["answers"])
     if rows.get("single"):
         report["single"] = single_part(rows["single"], answers, options)
+        report["notes"] += pairing_notes(report["single"])
     if rows.get("pair"):
-        report["pair"] = pair_part(rows["pair"], options)
+        report["pair"] = pair_part(rows["pair"], answers, options)
     return report
 
 
@@ -113,6 +101,7 @@ def provenance(rows: Sequence[Row]) -> dict[str, Any]:
     metas = [m for r in rows for m in (r["meta"] if isinstance(r.get("meta"), list) else [r.get("meta")]) if m]
     first = next((row for row in rows if "endpoint" in row), {})
     return {
+        "judged on": dates(rows),
         "judge_models_answering": dict(Counter(m.get("model", "") for m in metas)),
         "system_fingerprints": dict(Counter(m.get("system_fingerprint", "") for m in metas)),
         "finish_reasons": dict(Counter(m.get("finish_reason", "") for m in metas)),
@@ -135,6 +124,22 @@ def single_part(rows: Sequence[Row], answers: Mapping[str, Mapping[int, Answer]]
     shown = {e["model"]: tables[e["model"]] for e in models if e["average_pooled"]["mean"] is not None}
     differences = [asdict(d) for d in statistics.paired_differences(shown, options.draws)]
     return {"models": models, "differences": differences, "parsers_differ": _parsers_differ(rows)}
+
+
+def pairing_notes(part: Report) -> list[str]:
+    """Say which questions were paired, where a difference of averages is not that of the paired questions."""
+    averages = {entry["model"]: entry["average_pooled"]["mean"] for entry in part["models"]}
+    notes = []
+    for d in part["differences"]:
+        first, second = averages[d["first"]], averages[d["second"]]
+        if abs(first - second - d["mean"]) >= 0.02:
+            notes.append(
+                f"{d['first']} and {d['second']}: their averages, {first:.2f} and {second:.2f} over all graded answers "
+                f"of each, differ by {first - second:+.2f}. The paired difference, {d['mean']:+.2f}, is over the "
+                f"{d['answers']} answers ({d['questions']} questions) that are graded for both: there they have "
+                f"{d['first_mean']:.2f} and {d['second_mean']:.2f}."
+            )
+    return notes
 
 
 def _parsers_differ(rows: Sequence[Row]) -> int | None:
@@ -191,7 +196,8 @@ def cell(
     total = sum(counts.values())
     scores = table.select(category, turn)
     # The small margin absorbs rounding errors, so that 1 of 20 does not count as more than 5 %.
-    missing_allowed = options.max_failure_rate * total + 1e-9
+    limit = options.max_failure_rate if category is None else options.max_cell_failure_rate
+    missing_allowed = limit * total + 1e-9
     mean = statistics.mean_or_none(scores) if total - counts["graded"] <= missing_allowed else None
     return {"mean": mean, **{name: counts[name] for name in ("graded", "unparsed", "failed")}}
 
@@ -213,47 +219,6 @@ def _template(answers: Mapping[int, Answer] | None) -> str | None:
     """Return the chat template named in the answer file, or None."""
     names = {str(a.extra["template"]) for a in (answers or {}).values() if a.extra.get("template")}
     return ", ".join(sorted(names)) or None
-
-
-def pair_part(rows: Sequence[Row], options: ReportOptions) -> Report:
-    """Report comparisons: counts, adjusted win rates with intervals, the judge's consistency, Bradley-Terry ratings."""
-    summary = pairs.summarise_pairs(rows)
-    counts = pairs.pair_counts(summary.battles, options.baseline)
-    error_rate = summary.errors / summary.matches
-    shown = error_rate <= options.max_failure_rate and bool(counts)
-    intervals = pairs.win_rate_intervals(summary.battles, options.baseline, options.draws) if shown else {}
-    ratings: dict[str, float] | str = f"left out: {error_rate:.1%} of the comparisons have no verdict"
-    rating_intervals: dict[str, tuple[float, float]] = {}
-    if shown:
-        try:
-            ratings = pairs.bradley_terry(summary.battles, options.baseline)
-            rating_intervals = pairs.bradley_terry_intervals(summary.battles, options.baseline)
-        except ValueError as error:
-            ratings = str(error)
-    return {
-        "baseline": options.baseline,
-        "matches": summary.matches,
-        "errors": summary.errors,
-        "flip_rate": summary.flip_rate,
-        "first_shown_rate": summary.first_shown_rate,
-        "models": [
-            {
-                "model": model,
-                "win": count.win,
-                "loss": count.loss,
-                "tie": count.tie,
-                **{name: rate if shown else None for name, rate in count.rates().items()},
-                "interval": intervals.get(model),
-            }
-            for model, count in sorted(counts.items(), key=lambda item: -item[1].rates()["win_rate_adjusted"])
-        ],
-        "head_to_head": [
-            {"first": first, "second": second, "win": c.win, "loss": c.loss, "tie": c.tie}
-            for (first, second), c in pairs.head_to_head(summary.battles).items()
-        ],
-        "bradley_terry": ratings,
-        "bradley_terry_intervals": rating_intervals,
-    }
 
 
 def write_json(report: Report, path: Path) -> None:

@@ -51,6 +51,26 @@ class ModelSource:
         return found
 
 
+def origin_of(source: ModelSource) -> dict[str, Any]:
+    """What a report says of a model made here: method, ranks, the checkpoint it came from, and the code's version.
+
+    Empty for other models. Paths of the machine are left out: only the run's name and the step are kept.
+    """
+    file = None if source.update is None else source.update / RECORD_FILE
+    found: dict[str, Any] = {}
+    if file is not None and file.is_file():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        ranks = record.get("ranks") or {}
+        method = record.get("method")
+        name = method.get("name") if isinstance(method, dict) else method
+        found = {"method": name, "total_rank": record.get("total_rank"), "matrices": len(ranks)}
+        if isinstance(record.get("source_run"), str):
+            run, _, step = record["source_run"].partition("/checkpoints/")
+            found["run"] = "/".join([Path(run).name, step]).rstrip("/")
+        found["versions"] = record.get("versions")
+    return {name: value for name, value in found.items() if value}
+
+
 def find_source(
     model: str, base: str | None = None, tokenizer: str | None = None, trust_remote_code: bool = False
 ) -> ModelSource:

@@ -137,7 +137,10 @@ def clustered_standard_error(scores_QT: Array) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over questions of the paired differences first - second, with interval and two-sided p-value."""
+    """Mean over questions of the paired differences first - second, with interval and two-sided p-value.
+
+    ``answers`` and the two means are of the answers that are graded for both models.
+    """
 
     first: str
     second: str
@@ -146,6 +149,9 @@ class Difference:
     high: float
     p_value: float
     questions: int
+    answers: int
+    first_mean: float
+    second_mean: float
     p_holm: float = 1.0
 
 
@@ -168,11 +174,11 @@ def paired_differences(tables: Mapping[str, ScoreTable], draws: int = 2000, seed
 
 def _difference(first: ScoreTable, second: ScoreTable, draws: int, seed: int) -> Difference | None:
     both = [q for q in first.question_ids if q in second.question_ids]
-    differences_QT = (
-        first.scores_QT[[first.question_ids.index(q) for q in both]]
-        - second.scores_QT[[second.question_ids.index(q) for q in both]]
-    )
-    usable = np.asarray(~np.isnan(differences_QT).all(axis=1))
+    first_QT = first.scores_QT[[first.question_ids.index(q) for q in both]]
+    second_QT = second.scores_QT[[second.question_ids.index(q) for q in both]]
+    differences_QT = first_QT - second_QT
+    paired_QT = ~np.isnan(differences_QT)
+    usable = np.asarray(paired_QT.any(axis=1))
     if np.count_nonzero(usable) < 2:
         return None
     differences_Q = np.nanmean(differences_QT[usable], axis=1)
@@ -181,7 +187,8 @@ def _difference(first: ScoreTable, second: ScoreTable, draws: int, seed: int) ->
     low, high = np.quantile(means_B, [0.025, 0.975])
     return Difference(
         first=first.model, second=second.model, mean=float(differences_Q.mean()), low=float(low), high=float(high),
-        p_value=sign_flip_p(differences_Q, 4 * draws, seed), questions=int(usable.sum()),
+        p_value=sign_flip_p(differences_Q, 4 * draws, seed), questions=int(usable.sum()), answers=int(paired_QT.sum()),
+        first_mean=float(first_QT[paired_QT].mean()), second_mean=float(second_QT[paired_QT].mean()),
     )  # fmt: skip
 
 

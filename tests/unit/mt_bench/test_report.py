@@ -17,6 +17,7 @@ from salient_eval.mt_bench import report as reports
 from salient_eval.mt_bench.cli import app
 from salient_eval.mt_bench.client import JudgeClient
 from salient_eval.mt_bench.questions import load_question_set
+from salient_eval.mt_bench.report_options import ReportOptions
 from salient_eval.mt_bench.store import Layout, read_rows, write_answers
 from scripted_judge import ScriptedJudge, rate_by_hash
 from typer.testing import CliRunner
@@ -95,7 +96,7 @@ def test_no_average_above_the_failure_limit(layout: Layout, judge_server: Script
     assert bad["average_of_turns"] is None and bad["standard_error"] is None
     assert bad["pooled_if_failures_scored_1"] is not None and models["beta"]["average_pooled"]["mean"] is not None
     assert bad["categories"]["writing"]["both"]["mean"] is None
-    result = reports.build_report(layout, "judge-x", "own", reports.ReportOptions(max_failure_rate=0.6, draws=50))
+    result = reports.build_report(layout, "judge-x", "own", ReportOptions(max_failure_rate=0.6, draws=50))
     assert {m["model"]: m["average_pooled"]["mean"] for m in result["single"]["models"]}["alpha"] is not None
     page = (tmp_path / "strict/report.html").read_text()
     assert "18 verdicts are missing" in page and "not given" in page
@@ -138,7 +139,7 @@ def test_numbers_made_in_different_ways_are_not_mixed(
     judged(layout, judge_server, "--model", "alpha")
     judged(layout, judge_server, "--model", "beta", "--temperature", "0.5")
     reported(layout, tmp_path / "out", code=2)
-    options = reports.ReportOptions(draws=50, models=("beta",))
+    options = ReportOptions(draws=50, models=("beta",))
     assert len(reports.build_report(layout, "judge-x", "own", options)["single"]["models"]) == 1
 
 
@@ -173,7 +174,7 @@ def test_report_of_fastchats_own_file(golden: Golden, tmp_path: Path) -> None:
     target.write_bytes((golden.folder / "judgments_single.jsonl").read_bytes())
     layout.judgments("gpt-4", "pair").write_bytes((golden.folder / "judgments_pair.jsonl").read_bytes())
     categories = {q.question_id: q.category for q in golden.questions.questions}
-    options = reports.ReportOptions(draws=100, categories=categories, max_failure_rate=0.15)
+    options = ReportOptions(draws=100, categories=categories, max_failure_rate=0.15)
     result = reports.build_report(layout, "gpt-4", "gpt-4", options)
     theirs = golden.read("show_result_single.json")["judgments_single"]["tables"]
     best_first = [row["model"] for row in sorted(theirs["average"], key=lambda row: -row["score"])]

@@ -1,0 +1,56 @@
+"""What a report says of the answers: how they were made, and how many were cut off."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .store import Answer, Row
+
+CUT_OFF = "truncated"
+
+
+def answer_facts(answers: Mapping[int, Answer]) -> dict[str, Any]:
+    """Return facts of one model's answer file.
+
+    ``made``: the settings of generation that all its answers share, such as template, adapter, checkpoint and commit,
+    as flat ``name: value``; ``dates``: first and last day; ``turns`` and ``truncated``: numbers of answers, counted by
+    turn.
+    """
+    statuses = Counter(status for answer in answers.values() for status in answer.statuses)
+    settings = [dict(_flat(answer.extra.get("generation") or {})) for answer in answers.values()]
+    shared = settings[0] if settings else {}
+    made = {name: value for name, value in shared.items() if all(other.get(name) == value for other in settings)}
+    return {
+        "made": made,
+        "dates": dates(answer.extra for answer in answers.values()),
+        "turns": sum(statuses.values()),
+        "truncated": statuses[CUT_OFF],
+    }
+
+
+def dates(rows: Iterable[Row]) -> list[str]:
+    """First and last day (UTC) of the rows' ``tstamp``; one if they are the same; empty if no row has one."""
+    stamps = [row["tstamp"] for row in rows if isinstance(row.get("tstamp"), int | float)]
+    days = [time.strftime("%Y-%m-%d", time.gmtime(stamp)) for stamp in stamps and (min(stamps), max(stamps))]
+    return list(dict.fromkeys(days))
+
+
+def truncation_notes(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One sentence, with the remedy, for each model with answers that were cut off. ``facts``: by model."""
+    return [
+        f"{model}: {fact['truncated']} of {fact['turns']} answers were cut off at their token limit. Cut answers are "
+        "not graded unless `judge --judge-truncated` says so. Generate them again with a higher --max-new-tokens."
+        for model, fact in facts.items()
+        if fact["truncated"]
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None and value != "" and value != []:
+            yield f"{prefix}{name}", value
