@@ -76,11 +76,13 @@ def by_category(
         names: category by question id; rows of other questions name their own, or are "unknown".
         baseline: only count comparisons against this model.
     """
-    groups: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[str, list[Row]] = {name: [] for name in names.values()}  # in the order of the questions
     for row in rows:
-        groups[names.get(row["question_id"]) or row.get("category") or "unknown"].append(row)
+        groups.setdefault(names.get(row["question_id"]) or row.get("category") or "unknown", []).append(row)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, group in groups.items():
+        if not group:
+            continue
         counts = pair_counts(summarise_pairs(group).battles, baseline)
         found[name] = {
             model: {"win": c.win, "loss": c.loss, "tie": c.tie, "win_rate_adjusted": c.rates()["win_rate_adjusted"]}

@@ -196,7 +196,7 @@ def cell(
     total = sum(counts.values())
     scores = table.select(category, turn)
     # The small margin absorbs rounding errors, so that 1 of 20 does not count as more than 5 %.
-    limit = options.max_failure_rate if category is None else options.max_cell_failure_rate
+    limit = options.max_failure_rate if category is None and turn is None else options.max_cell_failure_rate
     missing_allowed = limit * total + 1e-9
     mean = statistics.mean_or_none(scores) if total - counts["graded"] <= missing_allowed else None
     return {"mean": mean, **{name: counts[name] for name in ("graded", "unparsed", "failed")}}

@@ -12,7 +12,7 @@ class ReportOptions:
 
     Args:
         max_failure_rate: largest fraction of verdicts without a grade for which a model's average is given.
-        max_cell_failure_rate: the same for the mean of one category, or of one turn in it.
+        max_cell_failure_rate: the same for the mean of one turn, or of one category.
         draws: draws of each bootstrap.
         baseline: only count comparisons against this model; it is also the zero of the ratings.
         models: models to report; empty: all.
