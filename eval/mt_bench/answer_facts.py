@@ -1,4 +1,4 @@
-"""What a report says of the answers: how they were made, and how many were cut off."""
+"""What a report says of answers and verdicts: how they were made and when, by which snapshot, how many were cut off."""
 
 from __future__ import annotations
 
@@ -45,6 +45,24 @@ def truncation_notes(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "not graded unless `judge --judge-truncated` says so. Generate them again with a higher --max-new-tokens."
         for model, fact in facts.items()
         if fact["truncated"]
+    ]
+
+
+def snapshots(rows: Iterable[Row]) -> dict[str, int]:
+    """Number of replies by the ``model`` that the service says gave them. Replies without one are left out."""
+    metas = (meta for row in rows for meta in (row["meta"] if isinstance(row.get("meta"), list) else [row.get("meta")]))
+    return dict(Counter(str(meta["model"]) for meta in metas if meta and meta.get("model")))
+
+
+def snapshot_notes(rows: Iterable[Row]) -> list[str]:
+    """One sentence if several snapshots of the judge answered: their verdicts are not one measurement."""
+    found = snapshots(rows)
+    if len(found) < 2:
+        return []
+    shown = ", ".join(f"{model} ({count} replies)" for model, count in found.items())
+    return [
+        f"Several snapshots of the judge answered: {shown}. Scores of different snapshots are not comparable: name one "
+        "of them with --judge-model and judge all models again."
     ]
 
 

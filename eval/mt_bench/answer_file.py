@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .reply import may_think, split_thought
 from .store import ANSWER_STATUSES, Row, answer_status, write_answers
 
 
@@ -51,6 +52,22 @@ def no_first_answer(first: TurnResult) -> TurnResult | None:
 def prompt_too_long(size: int, window: int | None) -> TurnResult:
     """Return a failed result: a prompt of ``size`` tokens leaves no room for an answer in the context window."""
     return TurnResult("", "failed", f"the prompt has {size} tokens, the model's window {window}", size, 0)
+
+
+def with_thought_apart(result: TurnResult) -> TurnResult:
+    """Return a local model's result with its thought apart. One that ends within its thought has failed.
+
+    How many of the tokens are thought is not counted: the text alone does not tell.
+    """
+    if not may_think(result.text):
+        return result
+    text, thought, closed = split_thought(result.text)
+    if not thought:
+        return result
+    made = replace(result, text=text, thought=thought)
+    if closed and text:
+        return made
+    return replace(made, status="failed", reason=f"only a thought; {result.reason or 'no answer after it'}")
 
 
 def with_text_status(result: TurnResult) -> TurnResult:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, Turn
 from salient_ds.data.template_base import Template
 
-from .answer_file import TurnResult, no_first_answer, with_text_status
+from .answer_file import TurnResult, no_first_answer, with_text_status, with_thought_apart
 from .questions import CATEGORIES, Question
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def answer_batch(
             for question in asked
         ]
         for question, result in zip(asked, model.answer(prompts), strict=True):
-            results[question.question_id].append(with_text_status(result))
+            results[question.question_id].append(with_text_status(with_thought_apart(result)))
     return results
 
 

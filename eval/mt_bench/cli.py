@@ -58,6 +58,9 @@ def report(
         float, typer.Option(help="Give no average if more than this share is not graded.")
     ] = 0.05,
     max_cell_failure_rate: Annotated[float, typer.Option(help="The same for the mean of a single category.")] = 0.5,
+    one_snapshot: Annotated[
+        bool, typer.Option("--one-snapshot", help="Refuse judgments that several snapshots of the judge gave.")
+    ] = False,
     draws: Annotated[int, typer.Option(help="Bootstrap draws.")] = 2000,
 ) -> None:
     """Write tables, pictures and one HTML page from the judgments; for a panel, one folder per judge and panel.md."""
@@ -68,7 +71,7 @@ def report(
     layout = Layout(data, found.bench)
     options = ReportOptions(
         max_failure_rate, draws, baseline, tuple(model or ()), {q.question_id: q.category for q in found.questions},
-        max_cell_failure_rate,
+        max_cell_failure_rate, one_snapshot,
     )  # fmt: skip
     judges = list(dict.fromkeys(judge_model or ["gpt-4"]))
     results = {name: reports.build_report(layout, name, found.reference_name, options) for name in judges}

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 from tqdm import tqdm
 
+from .answer_facts import snapshot_notes
 from .asking import Summary, plan_calls
 from .batch import BatchRun
 from .batch_service import Plans, plans_path
@@ -20,7 +21,7 @@ from .judge import Judging
 from .ledger import Ledger
 from .matches import Mode, Options
 from .questions import QuestionSet
-from .store import Layout, check_model_name, load_answers, merge_judgments
+from .store import Layout, check_model_name, load_answers, merge_judgments, read_rows
 
 
 @plainly
@@ -38,6 +39,9 @@ def judge(
         str, typer.Option(help="Parser that decides the score: strict or fastchat (both are kept).")
     ] = "strict",
     judge_truncated: Annotated[bool, typer.Option(help="Also judge truncated answers.")] = False,
+    keep_thoughts: Annotated[
+        bool, typer.Option("--keep-thoughts", help="Show the thoughts of answers to the judge, in <think> tags.")
+    ] = False,
     ask_again: Annotated[bool, typer.Option(help="Repeat calls whose reply had no readable verdict.")] = False,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Do not stop when many calls in a row get the same refusal.")
@@ -71,7 +75,7 @@ def judge(
     show_origin(found)
     layout = Layout(data, found.bench)
     names = _models(layout, model or [], chosen, baseline)
-    answers = {name: load_answers(layout.answers(name)) for name in names}
+    answers = {name: load_answers(layout.answers(name), keep_thoughts) for name in names}
     with ReplyCache(cache or layout.cache(target.model)) as replies:
         run = Judging(found, answers, target, replies, options)
         if dry_run:
@@ -94,6 +98,8 @@ def judge(
         file = layout.judgments(target.model, options.kind, found.reference_name)
         merge_judgments(file, run.rows(summary))
     _show_summary(summary, file)
+    for note in snapshot_notes(read_rows(file)):
+        console.print(f"[yellow]{escape(note)}[/yellow]")
     if summary.stopped or (summary.failed and summary.failed == summary.asked):
         raise typer.Exit(EXIT_STOPPED)
 

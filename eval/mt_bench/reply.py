@@ -102,6 +102,11 @@ def split_thought(text: str) -> tuple[str, str, bool]:
     return text[at:].strip(), "\n\n".join(part for part in thoughts if part), True
 
 
+def may_think(text: str) -> bool:
+    """Whether a text has a tag that :func:`split_thought` looks for. Others need not be split."""
+    return bool(_OPEN.match(text) or _CLOSE.search(text))
+
+
 def _quoted(text: str, tag: re.Match[str]) -> bool:
     """Whether a tag is named by the text: in quotation marks or backticks, or after its own opening tag."""
     around = text[max(0, tag.start() - 1) : tag.start()] + text[tag.end() : tag.end() + 1]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import statistics
-from .answer_facts import answer_facts, dates, truncation_notes
+from .answer_facts import answer_facts, dates, snapshot_notes, truncation_notes
 from .pair_report import pair_part
 from .questions import CATEGORIES
 from .report_options import ReportOptions
@@ -58,7 +58,9 @@ def build_report(layout: Layout, judge: str, references: str, options: ReportOpt
     templates = {model: _template(given) for model, given in answers.items()}
     report["provenance"]["templates"] = {model: name or "not stated" for model, name in templates.items()}
     report["answers"] = {model: answer_facts(given) for model, given in answers.items()}
-    report["notes"] = truncation_notes(report["answers"])
+    report["notes"] = snapshot_notes(every) + truncation_notes(report["answers"])
+    if options.one_snapshot and (moved := snapshot_notes(every)):
+        raise ValueError(f"{moved[0]} (--one-snapshot)")
     if rows.get("single"):
         report["single"] = single_part(rows["single"], answers, options)
         report["notes"] += pairing_notes(report["single"])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reply import clean_text
+from .reply import clean_text, may_think, split_thought
 
 ANSWER_STATUSES = ("ok", "empty", "truncated", "failed")
 _FAILED_TEXTS = ("ERROR", "$ERROR$")
@@ -88,8 +88,14 @@ def read_rows(path: Path) -> Iterator[Row]:
                 raise ValueError(f"{path}, line {number}: {error}") from None
 
 
-def load_answers(path: Path) -> dict[int, Answer]:
+def load_answers(path: Path, keep_thoughts: bool = False) -> dict[int, Answer]:
     """Read answers by question id. Of duplicates the last one counts, as in FastChat's reorganised file.
+
+    Thoughts that a turn begins with (``<think>...</think>``) are no part of the answer. They go to
+    ``extra["thoughts"]``, one text per turn. A turn that ends within its thought has no answer.
+
+    Args:
+        keep_thoughts: leave them in the turns, and put those back that the file keeps apart.
 
     Raises:
         ValueError: there is no such file, or statuses and turns do not match.
@@ -107,10 +113,30 @@ def load_answers(path: Path) -> dict[int, Answer]:
                 f"{path}, question {row['question_id']}: statuses {given} for {len(turns)} turns; each must be one "
                 f"of {ANSWER_STATUSES}"
             )
-        statuses = tuple(answer_status(text, said) for text, said in zip(turns, given, strict=True))
         extra = {name: value for name, value in row.items() if name not in ("question_id", "choices", "statuses")}
+        apart = _thoughts(row, len(turns))
+        if keep_thoughts:
+            turns = tuple(_with_thought(*both) for both in zip(turns, apart, strict=True))
+        else:
+            split = [split_thought(text) if may_think(text) else (text, "", True) for text in turns]
+            turns = tuple(text for text, _, _ in split)
+            found = ["\n\n".join(filter(None, both)) for both in zip(apart, (t for _, t, _ in split), strict=True)]
+            extra |= {"thoughts": found} if any(found) else {}
+        statuses = tuple(answer_status(text, said) for text, said in zip(turns, given, strict=True))
         answers[row["question_id"]] = Answer(row["question_id"], turns, statuses, extra)
     return answers
+
+
+def _thoughts(row: Row, turns: int) -> list[str]:
+    """The thoughts that an answer row keeps apart, one text per turn."""
+    given = row.get("thoughts")
+    if not isinstance(given, list) or len(given) != turns:
+        return [""] * turns
+    return [clean_text(thought)[0] if isinstance(thought, str) else "" for thought in given]
+
+
+def _with_thought(text: str, thought: str) -> str:
+    return f"<think>\n{thought}\n</think>\n\n{text}" if thought else text
 
 
 def answer_status(text: str, said: str = "ok") -> str:
