@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Annotated
 
 import typer
 
 from salient_ds.run.evaluate import run_evaluate
+from salient_ds.run.process import join_described_group
 from salient_ds.run.targets import EvaluateOptions
 
 
@@ -18,8 +18,7 @@ def main(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
     """Score a target on the processes that the launcher started."""
-    if local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    join_described_group(local_rank)
     raise SystemExit(run_evaluate(target, EvaluateOptions(**json.loads(options))))
 
 

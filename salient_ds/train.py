@@ -15,7 +15,7 @@ from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, load_config
 from salient_ds.run.changes import ChangeOption, change_problems
 from salient_ds.run.exits import known, sentences
-from salient_ds.run.process import launched, refused
+from salient_ds.run.process import join_described_group, launched, refused
 
 
 def main(
@@ -31,8 +31,7 @@ def main(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
     """Train one run on the processes that the launcher started."""
-    if local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    join_described_group(local_rank)
     try:
         config = load_config(run, overrides)
         problems = preflight(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), quick=True).problems

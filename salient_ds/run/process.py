@@ -9,9 +9,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from salient_ds.run.exits import RUN_ERROR, USAGE_ERROR, known, print_problems, sentences
+from salient_ds.zero.launchers import describe_process
 
 if TYPE_CHECKING:
     import torch
+
+
+def join_described_group(local_rank: int = -1) -> None:
+    """Read what the launcher (deepspeed, torchrun, mpirun, srun) told this process, and end it if that is not enough.
+
+    Args:
+        local_rank: number of this process on its node, as the launcher's option gave it; -1: there was none.
+    """
+    problems = describe_process(os.environ, local_rank)
+    if problems:
+        print_problems(problems)  # every process: which of them is the main one may be what is wrong
+        raise SystemExit(USAGE_ERROR)
 
 
 def refused(problems: list[str]) -> int:

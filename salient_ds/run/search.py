@@ -16,7 +16,7 @@ import typer
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, load_config, parse_config
 from salient_ds.run.exits import known, sentences
-from salient_ds.run.process import launched, refused
+from salient_ds.run.process import join_described_group, launched, refused
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +101,7 @@ def main(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
     """Score the modules of a run and write the configuration that trains the best of them."""
-    if local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    join_described_group(local_rank)
     options = SearchOptions(
         proxy=proxy,
         batches=batches,
