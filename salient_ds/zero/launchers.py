@@ -118,10 +118,12 @@ def _translated(environ: Mapping[str, str], names: _Names) -> dict[str, str]:
     found["MASTER_PORT"] = environ.get("MASTER_PORT") or _port(environ, names) or ""
     lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not found[name]]
     if lacking:
+        how = "export MASTER_ADDR=node1 MASTER_PORT=29500; srun"
+        if names.launcher == "mpirun":
+            how = "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500"
         raise _Refused(
             f"{shown} says that {size} processes train together, but not where they meet: set {' and '.join(lacking)} "
-            "for all of them (address of the first node, a free port), as with mpirun -x MASTER_ADDR=node1 -x "
-            "MASTER_PORT=29500"
+            f"for all of them (address of the first node, a free port), as with: {how} ..."
         )
     _number(found, ("MASTER_PORT",), least=1, most=65535)
     return found
