@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from salient_ds.config.run import RunConfig, load_config
 from salient_ds.run.changes import ChangeOption, change_problems
 from salient_ds.run.exits import known, sentences
 from salient_ds.run.process import join_described_group, launched, refused
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(
@@ -44,11 +47,14 @@ def main(
 
 def run_training(config: RunConfig, resume: str = "never", overwrite: bool = False, changes: Sequence[str] = ()) -> int:
     """Train in this process and return the exit status."""
+    from salient_ds.run.same_everywhere import agreed, setup_facts
     from salient_ds.run.training import Training
 
-    return launched(
-        lambda device: Training(config, device).run(resume, overwrite, changes), config.train.timeout_minutes
-    )
+    def work(device: torch.device) -> None:
+        agreed(lambda: setup_facts(config), device)
+        Training(config, device).run(resume, overwrite, changes)
+
+    return launched(work, config.train.timeout_minutes)
 
 
 if __name__ == "__main__":

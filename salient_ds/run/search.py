@@ -139,9 +139,11 @@ def _search(run: RunConfig, config: RunConfig, options: SearchOptions, device: t
     from salient_ds.heterolora.probe_events import ProbeEvents
     from salient_ds.heterolora.probing import ProbingMethod
     from salient_ds.heterolora.results import write_search
+    from salient_ds.run.same_everywhere import agreed, setup_facts
     from salient_ds.run.training import Training
     from salient_ds.zero.collectives import all_succeeded
 
+    agreed(lambda: setup_facts(config), device)
     training = Training(config, device)
     training.load_data()
     training.build()  # nothing is written to the run's directory

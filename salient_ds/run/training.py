@@ -37,6 +37,7 @@ from salient_ds.run.resuming import (
     run_identity,
     ways_on,
 )  # fmt: skip
+from salient_ds.run.same_everywhere import agreed, data_facts
 from salient_ds.zero.collectives import all_succeeded, world
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
 from salient_ds.zero.sharded_base import effective_config
@@ -115,12 +116,12 @@ class Training:
         refuse_unfit(self.config)
         self.tokenizer = load_tokenizer(self.config.model)
         self.inputs = self.read_inputs(self.config, self.tokenizer)
+        agreed(lambda: data_facts(self.inputs), self.device)
         self.total_steps = self.inputs.total_steps(self.config)
         self.held_out = HeldOut(self.config, self.total_steps)
         train = self.config.train
         self.sampler = StepSampler(len(self.inputs.train), train.global_batch_size, train.seed)
-        for note in self.inputs.notes:
-            self.say(note)
+        list(map(self.say, self.inputs.notes))
         config = self.config
         raw, size = load_ds_config(config.deepspeed), hidden_size(config.model)
         ds_config = resolve_ds_config(raw, config, self.world_size, self.total_steps, hidden_size=size)
@@ -137,8 +138,7 @@ class Training:
             self.directory, self.resume_from, self.config, self.identity, self.total_steps, changes, self.device
         )
         self.identity |= base
-        for note in self.start.notes:
-            self.say(note)
+        list(map(self.say, self.start.notes))
 
     def build(self) -> None:
         """Build base model, adapters, method and engine, in this order: ZeRO-3 partitions the base while it loads."""
