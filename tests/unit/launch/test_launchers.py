@@ -124,3 +124,10 @@ def test_the_command_ends_before_it_reads_the_run(tmp_path: Path, told: dict[str
     assert done.stderr.startswith("error: ")
     assert "MASTER_PORT" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_requeued_slurm_job_keeps_the_log_of_its_first_part() -> None:
+    script = (Path(__file__).resolve().parents[3] / "launch" / "slurm.sbatch").read_text()
+    options = [line.split()[1] for line in script.splitlines() if line.startswith("#SBATCH ")]
+    assert "--requeue" not in options or "--open-mode=append" in options
+    assert any(option.startswith("--output=") for option in options)
