@@ -66,6 +66,21 @@ def snapshot_notes(rows: Iterable[Row]) -> list[str]:
     ]
 
 
+def head_facts(provenance: Mapping[str, Any], prices: tuple[float, float] | None) -> list[tuple[str, str]]:
+    """Name and value of what the head of a report says of the judge: days, model and fingerprints, tokens, dollars."""
+    prompt, completion = provenance["prompt_tokens"], provenance["completion_tokens"]
+    facts = [
+        ("judged on", " to ".join(provenance["judged on"]) or "a day that is not stated"),
+        ("answered by", ", ".join(filter(None, provenance["judge_models_answering"])) or "a model that is not stated"),
+        ("fingerprints", ", ".join(filter(None, provenance["system_fingerprints"]))),
+        ("tokens", f"{prompt:,} in prompts, {completion:,} in replies"),
+    ]
+    if prices is not None:
+        dollars = (prompt * prices[0] + completion * prices[1]) / 1e6
+        facts.append(("cost", f"{dollars:.2f} dollars for the replies in these files"))
+    return [(name, value) for name, value in facts if value]
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -62,6 +62,8 @@ def report(
         bool, typer.Option("--one-snapshot", help="Refuse judgments that several snapshots of the judge gave.")
     ] = False,
     draws: Annotated[int, typer.Option(help="Bootstrap draws.")] = 2000,
+    price_prompt: Annotated[float | None, typer.Option(help="Dollars per million prompt tokens of the judge.")] = None,
+    price_completion: Annotated[float | None, typer.Option(help="Dollars per million completion tokens.")] = None,
 ) -> None:
     """Write tables, pictures and one HTML page from the judgments; for a panel, one folder per judge and panel.md."""
     from . import report as reports
@@ -72,6 +74,7 @@ def report(
     options = ReportOptions(
         max_failure_rate, draws, baseline, tuple(model or ()), {q.question_id: q.category for q in found.questions},
         max_cell_failure_rate, one_snapshot,
+        None if price_prompt is None or price_completion is None else (price_prompt, price_completion),
     )  # fmt: skip
     judges = list(dict.fromkeys(judge_model or ["gpt-4"]))
     results = {name: reports.build_report(layout, name, found.reference_name, options) for name in judges}

@@ -28,6 +28,7 @@ def to_markdown(report: Report) -> str:
         f"than {limit:.0%} were not graded, no mean of a category where more than "
         f"{report['options']['max_cell_failure_rate']:.0%} were not. Intervals: bootstrap over questions.",
     ]
+    parts.append("; ".join(f"{name} {plain(value)}" for name, value in report["head"]) + ".")
     if report["notes"]:
         parts.append("\n".join(f"* {plain(note)}" for note in report["notes"]))
     if "single" in report:

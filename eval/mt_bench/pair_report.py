@@ -24,7 +24,7 @@ def pair_part(
     summary = pairs.summarise_pairs(rows)
     counts = pairs.pair_counts(summary.battles, options.baseline)
     error_rate = summary.errors / summary.matches
-    shown = error_rate <= options.max_failure_rate and bool(counts)
+    shown = error_rate <= options.max_cell_failure_rate and bool(counts)
     intervals = pairs.win_rate_intervals(summary.battles, options.baseline, options.draws) if shown else {}
     ratings: dict[str, float] | str = f"left out: {error_rate:.1%} of the comparisons have no verdict"
     rating_intervals: dict[str, tuple[float, float]] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import statistics
-from .answer_facts import answer_facts, dates, snapshot_notes, truncation_notes
+from .answer_facts import answer_facts, dates, head_facts, snapshot_notes, truncation_notes
 from .pair_report import pair_part
 from .questions import CATEGORIES
 from .report_options import ReportOptions
@@ -57,6 +57,7 @@ def build_report(layout: Layout, judge: str, references: str, options: ReportOpt
     }
     templates = {model: _template(given) for model, given in answers.items()}
     report["provenance"]["templates"] = {model: name or "not stated" for model, name in templates.items()}
+    report["head"] = head_facts(report["provenance"], options.prices)
     report["answers"] = {model: answer_facts(given) for model, given in answers.items()}
     report["notes"] = snapshot_notes(every) + truncation_notes(report["answers"])
     if options.one_snapshot and (moved := snapshot_notes(every)):
@@ -138,8 +139,8 @@ def pairing_notes(part: Report) -> list[str]:
             notes.append(
                 f"{d['first']} and {d['second']}: their averages, {first:.2f} and {second:.2f} over all graded answers "
                 f"of each, differ by {first - second:+.2f}. The paired difference, {d['mean']:+.2f}, is over the "
-                f"{d['answers']} answers ({d['questions']} questions) that are graded for both: there they have "
-                f"{d['first_mean']:.2f} and {d['second_mean']:.2f}."
+                f"{d['answers']} answers ({d['questions']} questions) that are graded for both, averaged by "
+                f"question first. Over these answers the two have {d['first_mean']:.2f} and {d['second_mean']:.2f}."
             )
     return notes
 

@@ -195,3 +195,21 @@ def test_origin_of_an_adapter_made_here(tmp_path: Path) -> None:
         "versions": {"salient_ds": "1"},
     }  # fmt: skip
     assert sources.origin_of(sources.ModelSource("model", "base", None, "base", None)) == {}
+
+
+def test_missing_verdicts_do_not_hide_the_win_rates() -> None:
+    rows = pair_rows([("model_1", "model_1")] * 15 + [("model_2", "model_2")] * 4 + [("error", "model_1")] * 2)
+    part = pair_report.pair_part(rows, {}, ReportOptions(draws=50))
+    (best, _) = part["models"]
+    assert part["errors"] == 2 and best["win_rate_adjusted"] == pytest.approx(15 / 19) and best["interval"]
+    hidden = pair_report.pair_part(rows, {}, ReportOptions(draws=50, max_cell_failure_rate=0.05))
+    assert hidden["models"][0]["win_rate_adjusted"] is None
+
+
+def test_the_head_names_judge_days_tokens_and_dollars() -> None:
+    meta = {"model": "j-0613", "system_fingerprint": "fp", "prompt_tokens": 2_000_000, "completion_tokens": 500_000}
+    provenance = reports.provenance([row | {"meta": meta} for row in single_rows("a", [[5, 5]])])
+    head = dict(answer_facts.head_facts(provenance, (2.5, 10.0)))
+    assert head["answered by"] == "j-0613" and head["fingerprints"] == "fp" and head["judged on"] == "2024-10-04"
+    assert head["tokens"] == "4,000,000 in prompts, 1,000,000 in replies" and head["cost"].startswith("20.00 dollars")
+    assert "cost" not in dict(answer_facts.head_facts(provenance, None))
