@@ -54,6 +54,17 @@ def snapshots(rows: Iterable[Row]) -> dict[str, int]:
     return dict(Counter(str(meta["model"]) for meta in metas if meta and meta.get("model")))
 
 
+def fingerprint_notes(provenance: Mapping[str, Any]) -> list[str]:
+    """One sentence if one snapshot of the judge answered with several system fingerprints."""
+    prints = [name for name in provenance["system_fingerprints"] if name]
+    if len(prints) < 2 or len(provenance["judge_models_answering"]) > 1:
+        return []
+    return [
+        f"The judge's system fingerprint changed between replies ({', '.join(prints)}): the service may have changed "
+        "the model or its settings under the same name."
+    ]
+
+
 def snapshot_notes(rows: Iterable[Row]) -> list[str]:
     """One sentence if several snapshots of the judge answered: their verdicts are not one measurement."""
     found = snapshots(rows)

@@ -45,6 +45,9 @@ _ASIDE = re.compile(
     r"exigir\u00eda|ser\u00eda|habr\u00eda|serait|aurait|sarebbe|first (?:idea|sight|guess|thought|impression))\b",
     re.IGNORECASE,
 )
+_JOINED = re.compile(
+    r"\]\](?![^\n]*\b(?:then|but|so|now|finally|therefore|however|dann|aber)\b)[^\n.!?;:=>\u3002\u2192\[\]]{0,80}$"
+)
 _FIRST_TURN = re.compile(r"\b(?:turn 1|turn one|first (?:turn|question|answer))\b", re.IGNORECASE)
 _SECOND_TURN = re.compile(r"\b(?:turn 2|turn two|second (?:turn|question|answer))\b", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.!?;\u3002\n](?=\s|$)|\n|\u3002|\]\]")
@@ -80,7 +83,7 @@ class Mark:
         labelled: the judge says that it is the verdict, as in "Rating: [[7]]".
         aside: it belongs to a remark about another number, as in "would have been [[9]]".
         alone: nothing else is on its line.
-        at_end: nothing but punctuation follows.
+        at_end: nothing but punctuation follows, and it is no part of a list or comparison such as "[[8]] or [[6]]".
         readable: it is one verdict; ``[[7-8]]`` is none.
     """
 
@@ -180,7 +183,7 @@ def _mark(
         labelled=labelled,
         aside=aside,
         alone=not start.strip(" \t>*_#`") and not end.strip(" \t*_`.\u3002"),
-        at_end=not re.sub(r"[\s\W]+", "", after),
+        at_end=not re.sub(r"[\s\W]+", "", after) and not _JOINED.search(before),
         readable=readable,
     ), sentence
 

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 
 from . import statistics
-from .answer_facts import answer_facts, dates, head_facts, snapshot_notes, truncation_notes
+from .answer_facts import (
+    answer_facts,
+    dates,
+    fingerprint_notes,
+    head_facts,
+    snapshot_notes,
+    truncation_notes,
+)
 from .pair_report import pair_part
 from .questions import CATEGORIES
 from .report_options import ReportOptions
@@ -59,7 +66,9 @@ def build_report(layout: Layout, judge: str, references: str, options: ReportOpt
     report["provenance"]["templates"] = {model: name or "not stated" for model, name in templates.items()}
     report["head"] = head_facts(report["provenance"], options.prices)
     report["answers"] = {model: answer_facts(given) for model, given in answers.items()}
-    report["notes"] = snapshot_notes(every) + truncation_notes(report["answers"])
+    report["notes"] = (
+        snapshot_notes(every) + fingerprint_notes(report["provenance"]) + truncation_notes(report["answers"])
+    )
     if options.one_snapshot and (moved := snapshot_notes(every)):
         raise ValueError(f"{moved[0]} (--one-snapshot)")
     if rows.get("single"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mt_bench_helpers import write_answer_file
-from salient_eval.mt_bench.answer_facts import snapshot_notes
+from salient_eval.mt_bench.answer_facts import fingerprint_notes, snapshot_notes
 from salient_eval.mt_bench.answer_file import TurnResult, with_thought_apart
 from salient_eval.mt_bench.cli import app
 from salient_eval.mt_bench.parsers import strict_rating, strict_winner
@@ -141,6 +141,9 @@ def test_ratings_out_of_range_or_contradicting_are_no_rating() -> None:
         assert "out of range" in str(strict_rating(f"{draw.choice(LABELS)}: [[{bad}]]"))
         one, two = draw.sample(range(1, 11), 2)
         assert "ambiguous" in str(strict_rating(f"Clarity [[{one}]] and depth [[{two}]] as I see it"))
+        for joint in (" or ", ", depth ", " / ", " for style, "):
+            assert "ambiguous" in str(strict_rating(f"It is [[{one}]]{joint}[[{two}]]")), joint
+        assert strict_rating(f"At first [[{one}]]. After all of that, [[{two}]]") == two
 
 
 def test_the_last_labelled_winner_wins_in_every_form() -> None:
@@ -153,3 +156,14 @@ def test_the_last_labelled_winner_wins_in_every_form() -> None:
         if draw.random() < 0.4:
             text += f". With working code {other} would have been [[{other}]]."
         assert strict_winner(text)[0] == wanted, text
+
+
+def test_a_comparison_is_no_verdict_for_the_one_named_last() -> None:
+    assert strict_winner("[[A]] is better than [[B]]")[0] is None
+    assert strict_winner("[[A]] and [[B]] are equal: [[C]]")[0] == "tie"
+
+
+def test_fingerprints_that_change_are_noted() -> None:
+    one = {"system_fingerprints": {"fp_1": 3, "": 1}, "judge_models_answering": {"j": 4}}
+    assert fingerprint_notes(one) == []
+    assert "fp_1, fp_2" in fingerprint_notes(one | {"system_fingerprints": {"fp_1": 3, "fp_2": 1}})[0]
