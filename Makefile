@@ -25,7 +25,7 @@ demo: $(BIN)/.installed-demo
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python launch/demo/demo.py $(if $(TINY),--tiny)
 
 test: $(BIN)/.installed-test
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile  # a file's fixtures are made once
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # a file's fixtures are made once, long files come first
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff check .

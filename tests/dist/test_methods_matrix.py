@@ -51,7 +51,7 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 FEWER = {
     "lora-svd": ["stage0", "stage3"],
-    "adalora-paper": ["stage0", "stage2", "stage3"],
+    "adalora-paper": ["stage0", "stage2"],
     "adalora-gate": ["stage3"],
     "salientlora-gate": ["stage2"],
     "spectral-curvature": ["stage1"],
