@@ -12,15 +12,17 @@ from torch import Tensor
 
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config.run import RunConfig
-from salient_ds.engine.build import build_engine, optimizer_factory, parameter_groups
+from salient_ds.engine.build import build_engine, optimizer_factory, parameter_groups, rate_plan
 from salient_ds.engine.engine import AllocatingEngine
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.engine.state import AllocationState
+from salient_ds.heterolora.probe_events import ProbeEvents
+from salient_ds.heterolora.probing import ProbingMethod
 from salient_ds.methods.lora.options import LoRAConfig
-from salient_ds.methods.table import methods
 from salient_ds.run.assemble import assemble
 from salient_ds.zero.sharded_base import effective_config
 
+from .method_settings import method_options, probe_data
 from .models import ds_config, load_base, model_directory, run_config
 from .plain_engine import PlainEngine
 from .plan import PLAIN, ArmSpec
@@ -56,27 +58,6 @@ class TimedEngine:
         return getattr(self._engine, name)
 
 
-def method_options(spec: ArmSpec, schedule: bool) -> dict[str, Any]:
-    """Options of the arm's method.
-
-    In both cases statistics are collected from the first step on, as in the middle of a real run.
-
-    Args:
-        schedule: use the shortened schedule. Otherwise windows are so long that no window ends in the timed steps, and
-            methods without windows have an event every ``delta_t`` steps (AdaLoRA thus like PEFT's arm).
-    """
-    settings = spec.settings
-    long = max(200, 2 * (settings.warmup + settings.steps + settings.part_steps))
-    first, last = settings.windows if schedule else (long, long)
-    wanted: dict[str, Any] = {
-        "target_rank": min(settings.target_rank, spec.rank), "window_initial": first, "window_final": last,
-        "final_warmup": settings.schedule_steps // 5 if schedule else 0,
-        "interval": max(1, settings.schedule_steps // 6) if schedule else settings.delta_t,
-    }  # fmt: skip
-    known = methods()[spec.arm].model_fields
-    return {"name": spec.arm, **{key: value for key, value in wanted.items() if key in known}}
-
-
 @dataclass
 class OwnArm:
     """A model with adapters in its engine, together with its current method."""
@@ -98,7 +79,8 @@ class OwnArm:
                 make_engine(spec, adapted, run, settings, device, autocast=False, folding=folding), watch
             )
 
-        allocating = assemble(base, run, ds, STEADY_STEPS, device, make_engine=make)
+        batches = probe_data(spec, device) if run.method.probe_batches_of(1) else None
+        allocating = assemble(base, run, ds, STEADY_STEPS, device, make_engine=make, probe_data=batches)
         return cls(spec, allocating, watch)
 
     @property
@@ -131,18 +113,21 @@ class OwnArm:
 
         An event's ``seconds`` are the time from the end of the optimizer step to the end of the training step, less the
         time of a compaction. The device is idle at both ends. ``gather``, ``solve`` and ``apply`` are measured by the
-        engine itself.
+        engine itself. An event that comes before its step (HeteroLoRA) takes the sum of the three.
         """
         spec, device = self.spec, self.watch.device
         run = run_config(spec, "unused", method_options(spec, schedule=True))
-        method = run.method.build(self.adapted.layout, spec.settings.schedule_steps)
-        if not method.events or spec.settings.target_rank >= spec.rank:
+        layout, steps = self.adapted.layout, spec.settings.schedule_steps
+        method = run.method.build(layout, steps, rate_plan(run.train, steps))
+        probes = isinstance(method, ProbingMethod)
+        planned = method.searches if isinstance(method, ProbingMethod) else method.events
+        if not planned or not (probes or run.method.grows or spec.settings.target_rank < spec.rank):
             return {}
         steady = self.allocating
-        layout = self.adapted.layout
         steady.state.method = LoRAConfig().build(layout, STEADY_STEPS)  # the timed steps' method stops observing
         state = AllocationState(steady.engine, steady.adapted, method, device)
-        self.allocating = AllocatingEngine(state, resizer=steady.resizer)
+        before = ProbeEvents(state, probe_data(spec, device)) if probes else None
+        self.allocating = AllocatingEngine(state, resizer=steady.resizer, before=before)
         self.watch.mark_steps = True
         del steady  # its hooks and views would keep tensors alive that a compaction replaces
         reset_peak(device)
@@ -155,14 +140,16 @@ class OwnArm:
             wait(device)
             ended = time.perf_counter()
             if report.event is not None:
-                took = ended - self.watch.stepped_at - (report.compaction or 0.0)
-                events.append(event_row(report.event, took) | {"compaction": report.compaction})
+                found = report.event
+                after_step = ended - self.watch.stepped_at - (report.compaction or 0.0)
+                took = found.gather + found.solve + found.apply if probes else after_step
+                events.append(event_row(found, took) | {"compaction": report.compaction})
                 after.clear()
             else:
                 after.append(ended - began)
         self.allocating.finish()
         self.watch.mark_steps = False
-        target = method.events[-1].total_rank
+        target = planned[-1].total_rank
         left = self.live_rows()
         return {
             "event_seconds": [event["seconds"] for event in events],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config.run import RunConfig
+from salient_ds.models.kernels import apply_kernels
 from salient_ds.models.loading import DTYPES
 from salient_ds.ranks import RankLayout
 
@@ -42,7 +43,10 @@ class PeftArm:
             run = run_config(spec, folder, {"name": "lora"})
             ds = ds_config(spec, run, STEADY_STEPS)
             base = load_base(run, ds, device)
+        apply_kernels(base, run.speed, device)
         model = with_adapters(base, spec, run, device)
+        if spec.compiled:
+            compile_decoder_layers(base)
         nothing = RankLayout((), (), (), ())
         low = spec.loop == PLAIN and run.train.precision != "fp32"
         engine = make_engine(spec, AdaptedModel(model, {}, nothing, None), run, ds, device, autocast=low)
@@ -83,6 +87,17 @@ class PeftArm:
     def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
         """Return nothing: PEFT has no separate events, its allocation is part of every step."""
         return {}
+
+
+def compile_decoder_layers(base: Any) -> int:
+    """Compile the forward pass of each decoder layer of a LLaMA-like model, as a user of PEFT does in one loop.
+
+    Returns:
+        How many layers there are.
+    """
+    for layer in base.model.layers:
+        layer.forward = torch.compile(layer.forward)
+    return len(base.model.layers)
 
 
 def with_adapters(base: nn.Module, spec: ArmSpec, run: RunConfig, device: torch.device) -> Any:

@@ -55,10 +55,10 @@ class ArmSpec:
     checkpointing: str
     """none, selective or all."""
     compiled: bool
-    """Decoder layers are compiled with torch.compile (only arms of this package)."""
+    """Decoder layers are compiled with torch.compile, one by one."""
     settings: Settings = field(repr=False)
     fused_loss: bool = False
-    """Output layer and loss are fused (speed.liger=loss; only arms of this package)."""
+    """Output layer and loss are fused (liger-kernel, as with speed.liger=loss)."""
 
     @property
     def title(self) -> str:
@@ -107,10 +107,9 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
     for item in text.split(","):
         name, _, own = item.strip().partition("@")
         arm, options = split_name(name)
-        if arm not in known or (arm in PEFT_ARMS and options) or set(options) - {COMPILED, FUSED_LOSS}:
+        if arm not in known or set(options) - {COMPILED, FUSED_LOSS}:
             raise ValueError(
-                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all but PEFT's also with "
-                f"+{COMPILED} and +{FUSED_LOSS}"
+                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED} and +{FUSED_LOSS}"
             )
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
     return found

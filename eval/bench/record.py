@@ -13,8 +13,8 @@ from typing import Any
 from .plan import PEFT_ARMS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COLUMNS = ("arm", "loop", "rank", "GPUs", "ckpt", "s/step", "tokens/s", "peak GiB", "x PEFT LoRA", "x floor",
-           "events s")  # fmt: skip
+COLUMNS = ("arm", "loop", "rank", "GPUs", "ckpt", "s/step", "spread", "tokens/s", "peak GiB", "reserved GiB",
+           "x best PEFT LoRA", "x floor", "events s")  # fmt: skip
 MARKS = {"compiled": "(compiled)", "fused_loss": "(fused loss)", "compacted": "(compacted)"}
 """Suffixes of an arm's name in the tables, by the key that turns them on."""
 Row = Mapping[str, Any]
@@ -23,16 +23,21 @@ Row = Mapping[str, Any]
 def with_ratios(arms: Sequence[Row], floors: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return the arms with ``ratio_to_floor`` and ``ratio_to_peft_lora`` added.
 
-    A ratio above 1 means slower. ``ratio_to_peft_lora`` is None if there is no matching peft_lora arm.
+    A ratio above 1 means slower. ``ratio_to_peft_lora`` is that to the fastest peft_lora arm at equal rank, number of
+    GPUs and checkpointing, compiled or not, in whichever loop; None if there is none.
 
     Args:
         floors: floor in seconds, by the form of the arms ("r=64").
     """
-    same = ("loop", "zero", "rank", "gpus", "checkpointing")
-    peft = {tuple(arm[key] for key in same): arm["seconds"] for arm in arms if arm["arm"] == "peft_lora"}
+    same = ("rank", "gpus", "checkpointing")
+    peft: dict[tuple[Any, ...], float] = {}
+    for arm in arms:
+        if arm["arm"] == "peft_lora":
+            key = tuple(arm[name] for name in same)
+            peft[key] = min(arm["seconds"], peft.get(key, arm["seconds"]))
     out = []
     for arm in arms:
-        base = peft.get(tuple(arm[key] for key in same))
+        base = peft.get(tuple(arm[name] for name in same))
         ratios = {
             "ratio_to_floor": arm["seconds"] / floors[arm["form"]],
             "ratio_to_peft_lora": arm["seconds"] / base if base else None,
@@ -44,13 +49,14 @@ def with_ratios(arms: Sequence[Row], floors: Mapping[str, float]) -> list[dict[s
 def row(arm: Row) -> list[str]:
     """One row of the table, with the cells of :data:`COLUMNS`."""
     events = arm.get("event_seconds") or []
-    ratio = arm.get("ratio_to_peft_lora")
+    ratio, spread, reserved = (arm.get(key) for key in ("ratio_to_peft_lora", "spread", "reserved_gib"))
     marks = [name for key, name in MARKS.items() if arm.get(key)]
     return [
         " ".join([arm["arm"], *marks]),
         "plain" if arm["loop"] == "plain" else f"ZeRO-{arm['zero']}",
         str(arm["rank"]), str(arm["gpus"]), arm["checkpointing"],
-        f"{arm['seconds']:.4f}", f"{arm['tokens_per_s']:,.0f}", f"{arm['peak_gib']:.2f}",
+        f"{arm['seconds']:.4f}", "-" if spread is None else f"{100 * spread:.1f} %", f"{arm['tokens_per_s']:,.0f}",
+        f"{arm['peak_gib']:.2f}", f"{reserved:.2f}" if reserved else "-",
         f"{ratio:.2f}" if ratio else "-", f"{arm['ratio_to_floor']:.2f}",
         f"{len(events)} x {max(events):.3f}" if events else "-",
     ]  # fmt: skip
@@ -124,9 +130,11 @@ def readme(record: Mapping[str, Any]) -> str:
         f"    {record['command']}",
         f"Random weights, {settings['precision']}, {settings['batch']} x {settings['seq']} tokens per process and "
         f"step, all linear layers of the decoder adapted, AdamW, gradients clipped at {settings['clip']:g}. Seconds "
-        f"per step: median over blocks of about eight out of {settings['steps']} steps, taken back to back as in "
-        f"training, after {settings['warmup'] + 1}; the peak is that of all steps "
-        "but the first. AdaLoRA's update_and_allocate is part of every step (masks every "
+        f"per step: median over at least three blocks out of {settings['steps']} steps, taken back to back as in "
+        f"training, after {settings['warmup'] + 1}; spread: the slowest block less the fastest, as a share of the "
+        "median; peaks are those of all steps but the first, of tensors and of what the allocator reserved. x best "
+        "PEFT LoRA: against the fastest arm of PEFT's LoRA at equal rank, GPUs and checkpointing. "
+        "AdaLoRA's update_and_allocate is part of every step (masks every "
         f"{settings['delta_t']} steps). Versions: "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
         + ".",

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 GIB = 2**30
+MIN_BLOCKS = 3
 
 
 def wait(device: torch.device) -> None:
@@ -25,6 +26,14 @@ def reset_peak(device: torch.device) -> None:
     """Reset the peak-memory counter. Only for GPUs: on a CPU the peak is over the life of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def reserved_gib(device: torch.device) -> float | None:
+    """Peak GiB that PyTorch's allocator has taken from the GPU since :func:`reset_peak`; None on a CPU.
+
+    It is above :func:`peak_gib`, because freed blocks are kept in case that they are needed again.
+    """
+    return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None
 
 
 def peak_gib(device: torch.device) -> float:
@@ -70,11 +79,16 @@ class Measurement:
     parts: dict[str, float]
     """Median seconds of every part, from separate steps."""
     peak_gib: float
+    reserved_gib: float | None = None
+    """Peak of the allocator's reserve; None on a CPU."""
 
 
 def blocks(steps: int) -> list[int]:
-    """Divide ``steps`` into blocks of about eight. Within a block nothing waits for the device, as in training."""
-    count = max(1, steps // 8)
+    """Divide ``steps`` into blocks of about eight, at least three. Within a block nothing waits for the device.
+
+    Fewer than three steps are a block each. The median of the blocks is reported, with their spread.
+    """
+    count = max(min(steps, MIN_BLOCKS), steps // 8)
     return [steps // count + (index < steps % count) for index in range(count)]
 
 
@@ -92,10 +106,10 @@ def measure(step: Callable[[], object], watch: Stopwatch, warmup: int, steps: in
             step()
         wait(device)
         seconds.append((time.perf_counter() - began) / block)
-    peak = peak_gib(device)
+    peak, reserved = peak_gib(device), reserved_gib(device)
     watch.seconds.clear()  # from an earlier measurement, before a compaction
     watch.enabled = True
     for _ in range(part_steps):
         step()
     watch.enabled = False
-    return Measurement(seconds, watch.medians(), peak)
+    return Measurement(seconds, watch.medians(), peak, reserved)

@@ -88,14 +88,23 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
 
 
 def times(spec: ArmSpec, measured: Measurement) -> dict[str, Any]:
-    """Timing results: the slowest process' median step, the largest peak, and the rates that follow from them."""
+    """Timing results: the slowest process' median step, the largest peak, and the rates that follow from them.
+
+    ``spread`` is the slowest block less the fastest one, as a share of the median; ``reserved_gib`` is None on a CPU.
+    """
     settings = spec.settings
-    everyone = gather({"seconds": median(measured.seconds), "peak_gib": measured.peak_gib})
+    middle = median(measured.seconds)
+    spread = (max(measured.seconds) - min(measured.seconds)) / middle
+    everyone = gather({"seconds": middle, "peak_gib": measured.peak_gib, "reserved_gib": measured.reserved_gib or 0.0,
+                       "spread": spread})  # fmt: skip
     seconds = max(one["seconds"] for one in everyone)
+    reserved = max(one["reserved_gib"] for one in everyone)
     return {
         "seconds": seconds,
         "tokens_per_s": spec.gpus * settings.batch * settings.seq / seconds,
         "peak_gib": max(one["peak_gib"] for one in everyone),
+        "reserved_gib": reserved or None,
+        "spread": max(one["spread"] for one in everyone),
         "parts": measured.parts,
         "seconds_of_steps": measured.seconds,
     }

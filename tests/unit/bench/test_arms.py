@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from salient_eval.bench import event, worker
 from salient_eval.bench.plain_engine import PlainEngine
+from salient_eval.bench.plan import own_methods
 from salient_eval.bench.timing import Stopwatch, measure
 
 from salient_ds.salience.influence import influence
@@ -25,7 +27,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_adaptive_arms_are_timed_and_their_schedule_ends_at_the_target(arm: str, precision: str) -> None:
     result = worker.run_arm(spec(arm, precision=precision))
-    assert result["seconds"] > 0 and len(result["seconds_of_steps"]) == 1  # one block
+    assert result["seconds"] > 0 and len(result["seconds_of_steps"]) == 2, "two steps are a block each"
+    assert result["spread"] >= 0 and result["reserved_gib"] is None, "no allocator of a GPU here"
     assert result["tokens_per_s"] == pytest.approx(2 * 16 / result["seconds"])
     assert set(result["parts"]) == {"forward", "backward", "step"}
     assert len(result["event_seconds"]) == len(result["events"]) > 1
@@ -33,6 +36,54 @@ def test_adaptive_arms_are_timed_and_their_schedule_ends_at_the_target(arm: str,
     assert all(e["seconds"] >= e["solve"] + e["apply"] for e in result["events"])
     if precision == "fp32" and arm != "lora2":  # else so small a change of the loss drowns in rounding
         assert result["last_loss"] < result["first_loss"], "the same tokens again and again are learned"
+
+
+def test_every_method_is_an_arm_that_runs() -> None:
+    """Methods with an arm of their own below or above, and those with neither, which would be missing here."""
+    assert set(own_methods()) == {"salientlora", "adalora", "lora2", "lora", "increlora", "heterolora", "spectral"}
+
+
+def test_increlora_scores_every_step_and_grows_to_the_target() -> None:
+    result = worker.run_arm(spec("increlora"))
+    assert result["total_rank"] == 14 * 6 and result["rows"] == 14 * 8, "a quarter of the rows is in reserve"
+    assert result["final_total_rank"] == result["target_total_rank"] == 14 * 8 and result["exact"]
+    assert len(result["events"]) == 2, "half of the matrices at each event"
+
+
+def test_heterolora_has_its_events_before_steps() -> None:
+    result = worker.run_arm(spec("heterolora", schedule_steps=8))
+    quarter = 14 // 4 * 8
+    assert result["total_rank"] == quarter, "the first event comes before the first step"
+    assert result["final_total_rank"] == result["target_total_rank"] == quarter
+    assert len(result["events"]) > 1
+    for found in result["events"]:
+        assert found["seconds"] == pytest.approx(found["gather"] + found["solve"] + found["apply"])
+        assert found["gather"] > 0, "probes count as gathering"
+
+
+def test_spectral_prunes_to_the_target() -> None:
+    result = worker.run_arm(spec("spectral"))
+    assert result["final_total_rank"] == result["target_total_rank"] == 14 * 4 and result["exact"]
+
+
+@pytest.mark.parametrize("arm", ["peft_lora", "lora", "heterolora"])
+def test_layers_of_any_arm_can_be_compiled(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if arm.startswith("peft"):
+        pytest.importorskip("peft")
+    compiled: list[str] = []
+    real = torch.compile
+
+    def compile_eagerly(function: Any, **options: Any) -> Any:
+        compiled.append(type(function.__self__).__name__)
+        return real(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    plain = spec(arm, schedule_steps=0)
+    results = [worker.run_arm(each) for each in (plain, replace(plain, compiled=True))]
+    assert compiled == ["LlamaDecoderLayer"] * 2
+    losses = [(result["first_loss"], result["last_loss"]) for result in results]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("arm", ["lora", "peft_lora", "peft_adalora"])

@@ -6,6 +6,7 @@ import datetime
 import json
 from pathlib import Path
 
+import pytest
 from salient_eval.bench import record
 from salient_eval.bench.step import recorded_command
 
@@ -18,10 +19,14 @@ def test_ratios_compare_equals_only() -> None:
     arms = [timed("peft_lora", 0.4), timed("salientlora", 0.2), timed("salientlora", 0.3, loop="deepspeed", zero=2)]
     lora, plain, zero2 = record.with_ratios(arms, {"r=8": 0.1})
     assert lora["ratio_to_peft_lora"] == 1.0 and plain["ratio_to_peft_lora"] == 0.5
-    assert zero2["ratio_to_peft_lora"] is None, "another engine is no comparison"
+    assert zero2["ratio_to_peft_lora"] == pytest.approx(0.75), "whoever has one GPU takes PEFT's fastest loop"
     assert (lora["ratio_to_floor"], zero2["ratio_to_floor"]) == (0.4 / 0.1, 0.3 / 0.1)
-    again = record.with_ratios([plain, zero2, timed("peft_lora", 0.6, loop="deepspeed", zero=2)], {"r=8": 0.1})
-    assert again[0]["ratio_to_peft_lora"] is None and again[1]["ratio_to_peft_lora"] == 0.5, "ratios are made anew"
+    quick = {**timed("peft_lora", 0.1), "compiled": True}
+    again = record.with_ratios([plain, zero2, lora, quick], {"r=8": 0.1})
+    assert [arm["ratio_to_peft_lora"] for arm in again] == pytest.approx([2, 3, 4, 1]), "against the fastest, made anew"
+    alone = record.with_ratios([plain, timed("peft_lora", 0.1, rank=16), timed("peft_lora", 0.1, gpus=2)],
+                               {"r=8": 0.1, "r=16": 0.1})  # fmt: skip
+    assert alone[0]["ratio_to_peft_lora"] is None, "another rank, or more GPUs, is no comparison"
 
 
 def test_written_record_reads_back(tmp_path: Path) -> None:
@@ -33,7 +38,9 @@ def test_written_record_reads_back(tmp_path: Path) -> None:
     assert all(wanted <= set(arm) for arm in result["arms"])
     assert {"command", "commit", "versions", "hardware", "arms"} <= set(result)
     readme = (tmp_path / "README.md").read_text()
-    assert "| salientlora | plain | 8 | 1 | none | 0.2000 | 5,000 | 1.50 | 0.50 | 2.00 | - |" in readme
+    assert "| salientlora | plain | 8 | 1 | none | 0.2000 | - | 5,000 | 1.50 | - | 0.50 | 2.00 | - |" in readme
+    gpu = {**arms[1], "spread": 0.021, "reserved_gib": 1.75}
+    assert record.row(gpu)[5:10] == ["0.2000", "2.1 %", "5,000", "1.50", "1.75"]
     assert "python eval/bench/step.py --shape tiny" in readme and "800 TFLOP/s" in readme
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "result.json"]
 
