@@ -8,10 +8,10 @@ A *row* is one singular value with its two vectors. Rows are numbered matrix aft
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,23 @@ class StepView(Protocol):
 
     def sigma_grad(self) -> Tensor:
         """The gradients of :meth:`sigma`'s values that the step used (n,)."""
+        ...
+
+
+@runtime_checkable
+class JoiningView(StepView, Protocol):
+    """A view that shows parts which lie side by side as one tensor: one kernel then does the work of many."""
+
+    def spans(self, parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+        """``parts`` in order, neighbours together."""
+        ...
+
+    def span_value(self, span: tuple[Part, ...]) -> Tensor:
+        """The values of all parts of a span, as :meth:`StepView.value`."""
+        ...
+
+    def span_grad(self, span: tuple[Part, ...]) -> Tensor:
+        """Their gradients, as :meth:`StepView.grad`."""
         ...
 
 

@@ -56,7 +56,10 @@ class RankedLinear(nn.Module, ABC):
         self.penalty_slot = 0
         """Index of the adapter in the orthogonality penalty and in scores of whole matrices."""
         self.mask_version = 0
-        """Increases with every change of mask or scaling, so that values derived from them can be updated."""
+        """Increases with every change of scaling, and of the mask where it is used, so that values derived from them
+        can be updated."""
+        self._seen_R: Tensor | None = None
+        """The mask on the CPU, as it was set last; None: not known."""
         self.register_buffer("rank_mask_R", torch.ones(rank, dtype=torch.bool), persistent=False)
 
     @property
@@ -84,9 +87,16 @@ class RankedLinear(nn.Module, ABC):
             gate: also mask the rows in the forward pass, so that rows switched off get no gradient.
             final: rows switched off will not come back. Only growing forms use this.
         """
-        self.rank_mask_R.copy_(mask_R)
+        on_host = mask_R.clone() if mask_R.device.type == "cpu" else None
+        same = on_host is not None and self._seen_R is not None and torch.equal(on_host, self._seen_R)
+        if same and gate == self.gated:
+            return  # an event that changes nothing costs nothing: what depends on the mask stays as it is
+        if not same:
+            self.rank_mask_R.copy_(mask_R)
+            self._seen_R = on_host
+        if gate or self.gated:  # else neither forward pass nor penalty looks at the mask
+            self.mask_version += 1
         self.gated = gate
-        self.mask_version += 1
 
     @abstractmethod
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
@@ -105,6 +115,7 @@ class RankedLinear(nn.Module, ABC):
         assert self.packed, "only packed factors can be replaced"
         self.rank = rank
         self.rank_mask_R = torch.ones(rank, dtype=torch.bool, device=self.rank_mask_R.device)
+        self._seen_R = None
         self.mask_version += 1
 
     def extra_repr(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,6 +95,28 @@ class LocalView:
         grad = self._buffers[fragment.buffer].grad
         assert grad is not None, "gradients are only there inside the optimizer's step"
         return _slice(grad, fragment.off, fragment.numel)
+
+    def spans(self, parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+        """``parts`` in order; those that lie side by side in one buffer are together."""
+        left, found = list(parts), []
+        for _, _, numel in _merge_runs([self._at[part] for part in parts]):
+            count, filled = 0, 0
+            while filled < numel:
+                filled += left[count].numel
+                count += 1
+            found.append(tuple(left[:count]))
+            del left[:count]
+        return found
+
+    def span_value(self, span: tuple[Part, ...]) -> Tensor:
+        fragment = self._at[span[0]]
+        return _slice(self._buffers[fragment.buffer].data, fragment.off, sum(part.numel for part in span))
+
+    def span_grad(self, span: tuple[Part, ...]) -> Tensor:
+        fragment = self._at[span[0]]
+        grad = self._buffers[fragment.buffer].grad
+        assert grad is not None, "gradients are only there inside the optimizer's step"
+        return _slice(grad, fragment.off, sum(part.numel for part in span))
 
     def moments(self, part: Part) -> dict[str, Tensor]:
         """Live slices of the optimizer's elementwise state for ``part``; empty before the first step."""

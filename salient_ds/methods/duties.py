@@ -84,6 +84,14 @@ class SharingMethod(Protocol):
 
 
 @runtime_checkable
+class FusingMethod(Protocol):
+    """A method whose statistics have a kernel of their own."""
+
+    fused: bool
+    """Whether to use it on CUDA devices. Set after the method was built."""
+
+
+@runtime_checkable
 class ScoringMethod(Protocol):
     """Additional duties of a method that needs scores of whole matrices (adapters/module_score.py)."""
 

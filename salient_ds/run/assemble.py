@@ -21,7 +21,7 @@ from salient_ds.engine.state import AllocationState
 from salient_ds.heterolora.probe import ProbeData
 from salient_ds.heterolora.probe_events import ProbeEvents
 from salient_ds.heterolora.probing import ProbingMethod
-from salient_ds.methods.duties import GrowingMethod, Method, ResizableMethod, ScoringMethod
+from salient_ds.methods.duties import FusingMethod, GrowingMethod, Method, ResizableMethod, ScoringMethod
 from salient_ds.methods.options import MethodConfig
 from salient_ds.models.attention import leave_out_masks
 from salient_ds.models.kernels import apply_kernels
@@ -88,6 +88,8 @@ def assemble(
     rates = rate_plan(config.train, total_steps)
     method = config.method.build(layout, total_steps, rates, steps_per_epoch)
     check_capabilities(config.method, method)
+    if isinstance(method, FusingMethod):
+        method.fused = config.speed.fused_statistics
     here_N = first_rows(layout, adapted.layout.ranks)
     if kept_N is None or len(kept_N) != len(here_N):  # of another model: the checkpoint is refused when it is read
         kept_N = here_N

@@ -23,7 +23,7 @@ CHUNK = 2**24
 
 @dataclass
 class Smoothed:
-    """State for a list of parts. Both lists have one tensor per part."""
+    """State for a list of tensors, each of one part or of neighbouring parts. Both lists have one entry per tensor."""
 
     sensitivity: list[Tensor]
     """Ibar (n,) fp32 each: moving average of |w g|."""
@@ -41,7 +41,9 @@ def init(values: Sequence[Tensor]) -> Smoothed:
     return Smoothed(*([torch.zeros_like(v, dtype=torch.float32) for v in values] for _ in range(2)))
 
 
-def update(state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: float, beta2: float) -> Smoothed:
+def update(
+    state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: float, beta2: float, fused: bool = False
+) -> Smoothed:
     """Take in one step, in place (AdaLoRA, Zhang et al. 2023, Eq. 8 to 10).
 
     I = |w g|; Ibar <- beta1 Ibar + (1 - beta1) I; Ubar <- beta2 Ubar + (1 - beta2) |I - Ibar| with the new Ibar.
@@ -49,17 +51,25 @@ def update(state: Smoothed, values: list[Tensor], grads: list[Tensor], beta1: fl
     Args:
         values: weights w of every part (n,).
         grads: their gradients g, unscaled and clipped (n,).
+        fused: do it in one pass on CUDA devices (:mod:`salient_ds.salience.sensitivity_kernel`, needs triton).
     """
     assert len(state.sensitivity) == len(values) == len(grads)
+    if fused and values and values[0].is_cuda:
+        from salient_ds.salience.sensitivity_kernel import update_span
+
+        for each in zip(state.sensitivity, state.uncertainty, values, grads, strict=True):
+            update_span(*each, beta1, beta2)
+        return state
+    values, grads, means, spreads = (_cut(list_) for list_ in (values, grads, state.sensitivity, state.uncertainty))
     for span in _chunks(values):
         now = torch._foreach_mul(values[span], grads[span])  # one launch for many small parts
         torch._foreach_abs_(now)
-        torch._foreach_mul_(state.sensitivity[span], beta1)
-        torch._foreach_add_(state.sensitivity[span], now, alpha=1 - beta1)
-        torch._foreach_sub_(now, state.sensitivity[span])
+        torch._foreach_mul_(means[span], beta1)
+        torch._foreach_add_(means[span], now, alpha=1 - beta1)
+        torch._foreach_sub_(now, means[span])
         torch._foreach_abs_(now)
-        torch._foreach_mul_(state.uncertainty[span], beta2)
-        torch._foreach_add_(state.uncertainty[span], now, alpha=1 - beta2)
+        torch._foreach_mul_(spreads[span], beta2)
+        torch._foreach_add_(spreads[span], now, alpha=1 - beta2)
     return state
 
 
@@ -79,13 +89,24 @@ def update_squares(state: Smoothed, values: list[Tensor], grads: list[Tensor], b
     return state
 
 
-def row_scores(state: Smoothed, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
+def by_part(state: Smoothed, spans: Sequence[Sequence[Part]]) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """Every part with its views of Ibar and Ubar, (n,) each.
+
+    Args:
+        spans: the parts that lie in each of the state's tensors, in order.
+    """
+    for span, sensitivity_n, uncertainty_n in zip(spans, state.sensitivity, state.uncertainty, strict=True):
+        sizes = [part.numel for part in span]
+        yield from zip(span, sensitivity_n.split(sizes), uncertainty_n.split(sizes), strict=True)
+
+
+def row_scores(state: Smoothed, spans: Sequence[Sequence[Part]]) -> Iterator[tuple[Part, Tensor]]:
     """Every part with its share of the mean of Ibar Ubar over each rank's elements, (R,) float64.
 
     The sum of the shares over all parts of a factor, on any number of processes, is the factor's contribution to the
     scores (Eq. 7 and 11).
     """
-    for part, sensitivity_n, uncertainty_n in zip(parts, state.sensitivity, state.uncertainty, strict=True):
+    for part, sensitivity_n, uncertainty_n in by_part(state, spans):
         yield part, row_means(part, sensitivity_n * uncertainty_n)
 
 
@@ -116,8 +137,13 @@ def row_means(part: Part, value_n: Tensor) -> Tensor:
     return sum_R / (math.prod(part.shape) // ranks)
 
 
+def _cut(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in order, those with more than CHUNK elements as several slices."""
+    return [piece for tensor in tensors for piece in tensor.split(max(1, CHUNK))]
+
+
 def _chunks(values: Sequence[Tensor]) -> Iterator[slice]:
-    """Consecutive spans of parts with at most CHUNK elements together. A larger part is a span of its own."""
+    """Consecutive tensors with at most CHUNK elements together."""
     start = filled = 0
     for index, value in enumerate(values):
         if filled and filled + value.numel() > CHUNK:

@@ -14,7 +14,16 @@ from torch import Tensor
 from salient_ds.methods.adalora.options import SensitivityConfig
 from salient_ds.methods.base import modules_of_rows, refuse_non_finite
 from salient_ds.methods.budget_rule import BudgetRule
-from salient_ds.ranks import Event, MaskPolicy, Part, RankDecision, RankLayout, ReadShard, StepView
+from salient_ds.ranks import (
+    Event,
+    JoiningView,
+    MaskPolicy,
+    Part,
+    RankDecision,
+    RankLayout,
+    ReadShard,
+    StepView,
+)
 from salient_ds.salience import sensitivity
 from salient_ds.salience.select import reference_threshold, score_at_cut, select_threshold
 from salient_ds.salience.sensitivity import Smoothed
@@ -52,7 +61,10 @@ class AdaLoRA:
         self.events: Sequence[Event] = config.events(layout, total_steps)
         self.needs_before = self.options.moment == "paper"
         self._views: list[StepView] = []
+        self.fused = False
+        """Update the statistics with one kernel on CUDA devices; the engine sets it (``speed.fused_statistics``)."""
         self._state: dict[str, Smoothed] = {}
+        self._joined: dict[str, list[tuple[Part, ...]]] = {}
         self._step = 0
 
     @property
@@ -64,6 +76,7 @@ class AdaLoRA:
         """Remember the views of this process."""
         assert layout == self.layout
         self._views = list(views)
+        self._joined.clear()
 
     def resized(self, layout: RankLayout) -> None:
         """Continue with the rows that the last event kept. Statistics are no longer needed."""
@@ -91,7 +104,7 @@ class AdaLoRA:
         score_N = torch.zeros(self.layout.total, dtype=torch.float64)
         for view in self._views:
             assert view.key in self._state, f"view {view.key} was not observed"
-            for part, share_R in sensitivity.row_scores(self._state[view.key], self._observed(view)):
+            for part, share_R in sensitivity.row_scores(self._state[view.key], self._spans(view)):
                 first = self.layout.offsets[part.module]
                 score_N = score_N.to(share_R.device)
                 score_N[first : first + len(share_R)] += share_R
@@ -123,9 +136,9 @@ class AdaLoRA:
         for view in self._views if self._pending(self._step) else []:
             state = self._state.get(view.key)
             if state is not None:
-                for index, part in enumerate(self._observed(view)):
-                    yield "sensitivity", part, state.sensitivity[index]
-                    yield "uncertainty", part, state.uncertainty[index]
+                for part, sensitivity_n, uncertainty_n in sensitivity.by_part(state, self._spans(view)):
+                    yield "sensitivity", part, sensitivity_n
+                    yield "uncertainty", part, uncertainty_n
 
     def shared_state(self) -> dict[str, Any]:
         """Last step seen, and whether the checkpoint of that step holds statistics."""
@@ -149,10 +162,10 @@ class AdaLoRA:
         self._state = {view.key: self._read(view, read) for view in self._views} if needed else {}
 
     def _read(self, view: StepView, read: ReadShard) -> Smoothed:
-        parts = self._observed(view)
-        devices = [view.value(part).device for part in parts]
+        spans = self._spans(view)
+        devices = [view.value(span[0]).device for span in spans]
         sensitivity_, uncertainty_ = (
-            [read(name, part).to(device, copy=True) for part, device in zip(parts, devices, strict=True)]
+            [torch.cat([read(name, p) for p in span]).to(device) for span, device in zip(spans, devices, strict=True)]
             for name in ("sensitivity", "uncertainty")
         )
         return Smoothed(sensitivity_, uncertainty_)
@@ -160,18 +173,26 @@ class AdaLoRA:
     def _take_in(self, view: StepView, step: int) -> None:
         if not self.events or step > self.events[-1].window:
             return  # the scores are frozen in the final phase
-        parts = self._observed(view)
-        values = [view.value(part) for part in parts]
+        spans = self._spans(view)
+        if isinstance(view, JoiningView):
+            values, grads = [view.span_value(span) for span in spans], [view.span_grad(span) for span in spans]
+        else:
+            values, grads = ([get(part) for (part,) in spans] for get in (view.value, view.grad))
         state = self._state.get(view.key) or sensitivity.init(values)
-        grads = [view.grad(part) for part in parts]
         if self.config.score == "gate_fisher":
             self._state[view.key] = sensitivity.update_squares(state, values, grads, self.config.beta1)
         else:
-            self._state[view.key] = sensitivity.update(state, values, grads, self.config.beta1, self.config.beta2)
+            betas = self.config.beta1, self.config.beta2
+            self._state[view.key] = sensitivity.update(state, values, grads, *betas, fused=self.fused)
 
-    def _observed(self, view: StepView) -> list[Part]:
-        factors = ("E",) if self.config.score == "gate_fisher" else self.factors
-        return [part for part in view.parts if part.factor in factors]
+    def _spans(self, view: StepView) -> list[tuple[Part, ...]]:
+        """The observed parts of a view; those that lie side by side are together."""
+        if view.key not in self._joined:
+            factors = ("E",) if self.config.score == "gate_fisher" else self.factors
+            parts = [part for part in view.parts if part.factor in factors]
+            joins = isinstance(view, JoiningView)
+            self._joined[view.key] = view.spans(parts) if joins else [(part,) for part in parts]  # type: ignore[attr-defined]
+        return self._joined[view.key]
 
     def _pending(self, step: int) -> bool:
         """Whether an event comes after ``step``."""

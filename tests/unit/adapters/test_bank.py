@@ -220,3 +220,19 @@ def test_layers_are_found_by_the_first_number() -> None:
     assert layer_of("model.layers.3.self_attn.q_proj") == "model.layers.3"
     assert layer_of("encoder.block.0.layer.1.DenseReluDense.wi") == "encoder.block.0"
     assert layer_of("classifier.dense") == ""
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_an_event_that_changes_nothing_recomputes_nothing(gate: bool) -> None:
+    """What a bank derives from masks is computed anew, and on GPUs its graph captured anew, only where they act."""
+    adapted = make(SALIENT, packed=True)
+    mask_N = torch.arange(adapted.layout.total) % 3 > 0
+    versions = [[a.mask_version for a in adapted.adapters.values()]]
+    for mask in (mask_N, mask_N.clone(), ~mask_N):
+        adapted.set_mask(mask, gate)
+        assert torch.equal(torch.cat([a.rank_mask_R for a in adapted.adapters.values()]), mask)
+        versions.append([a.mask_version for a in adapted.adapters.values()])
+    changes = [before != after for before, after in zip(versions[:-1], versions[1:], strict=True)]
+    assert changes == ([True, False, True] if gate else [False] * 3)
+    adapted.set_mask(torch.ones_like(mask_N), not gate)
+    assert [a.mask_version for a in adapted.adapters.values()] != versions[-1], "gating itself changes"

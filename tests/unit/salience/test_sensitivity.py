@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from salient_ds.ranks import Part
 from salient_ds.salience import sensitivity
-from salient_ds.salience.sensitivity import init, row_means, row_scores, update
+from salient_ds.salience.sensitivity import by_part, init, row_means, row_scores, update
 
 SHAPES = [((3, 4), 0), ((3, 4), 1), ((5, 1), 0), ((1, 5), 0), ((1, 5), 1), ((6,), 0), ((4, 2), 1), ((2, 3), 0)]
 
@@ -51,6 +51,23 @@ def test_update_is_the_printed_recursion(chunk: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(state.sensitivity[index], mean.float())
         torch.testing.assert_close(state.uncertainty[index], deviation.float())
     assert state.nbytes == 2 * 4 * sum(sizes)
+
+
+def test_neighbours_together_are_bitwise_what_they_are_alone() -> None:
+    sizes, betas = [5, 1, 9, 3], (0.85, 0.9)
+    steps = random_steps(sizes, 6)
+    alone, together = init(steps[0][0]), init([torch.zeros(6), torch.zeros(12)])
+    for values, grads in steps:
+        update(alone, values, grads, *betas)
+        update(together, *([torch.cat(t[:2]), torch.cat(t[2:])] for t in (values, grads)), *betas)
+    spans = [[part_of((n,), 0, 0, n) for n in sizes[:2]], [part_of((n,), 0, 0, n) for n in sizes[2:]]]
+    found = list(by_part(together, spans))
+    assert [part.numel for part, _, _ in found] == sizes
+    for (_, mean_n, spread_n), *expected in zip(found, alone.sensitivity, alone.uncertainty, strict=True):
+        assert torch.equal(mean_n, expected[0]) and torch.equal(spread_n, expected[1])
+    scores = [score for _, score in row_scores(together, spans)]
+    singly = [score for _, score in row_scores(alone, [[part] for span in spans for part in span])]
+    assert all(torch.equal(a, b) for a, b in zip(scores, singly, strict=True))
 
 
 def test_nothing_observed_is_no_error() -> None:
