@@ -10,10 +10,8 @@ Shape legend: n = adapters in one stack, R = rank, I/O = in/out features, L = si
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,32 +20,16 @@ from torch import Tensor, nn
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 from salient_ds.adapters.penalty_graph import PenaltyGraph
 from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
-from salient_ds.adapters.stacked_penalty import Stack, add_penalty_gradient
+from salient_ds.adapters.slots import Slot, join, lay_out, stack_key
+from salient_ds.adapters.stacked_penalty import Stack
+from salient_ds.adapters.two_scale import TwoScaleLinear
+from salient_ds.adapters.two_scale_bank import merge, two_scale_stack
+from salient_ds.adapters.two_scale_stack import TwoScaleStack
 
 LAYERS_PER_BANK = 4
 """A compromise. DeepSpeed spends 0.3 ms of host time per trainable parameter in every backward pass, and more in the
 step, so banks should be few. With all layers in one bank, gradients would be reduced only after the whole backward
 pass."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where the bank stores one factor."""
-
-    adapter: RankedLinear
-    layer: int
-    """Index of the factor's layer within the bank."""
-    factor: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @cached_property
-    def strides(self) -> tuple[int, ...]:
-        return (self.shape[1], 1) if len(self.shape) == 2 else (1,)
 
 
 class FactorBank(nn.Module):
@@ -63,8 +45,8 @@ class FactorBank(nn.Module):
         self.layers = [list(members) for members in layers]
         self._adapters = [adapter for members in layers for adapter in members]
         self._fused = all(type(a) in (SVDLinear, PlainLinear) for a in self._adapters)
-        self._slots = _lay_out(self.layers, sigmas=False)
-        self._sigma_slots = _lay_out(self.layers, sigmas=True)
+        self._slots = lay_out(self.layers, sigmas=False)
+        self._sigma_slots = lay_out(self.layers, sigmas=True)
         first = self._adapters[0].factors()["A"].parameter
         self.factors = self._fill(self._slots, first, copy)
         if self._sigma_slots:
@@ -76,9 +58,15 @@ class FactorBank(nn.Module):
                 slot.adapter.packed[slot.factor] = (parameter, slot.offset)
                 setattr(slot.adapter, name, self._views(parameter, [slot])[0].detach())
         for adapter in self._adapters:
+            # those of the last forward pass belong to another bank's graph
             if isinstance(adapter, SVDLinear | PlainLinear):
-                adapter.gain_R = None  # that of the last forward pass belongs to another bank's graph
-        self._stacks = self._make_stacks() if self._fused and self._sigma_slots else []
+                adapter.gain_R = None
+            elif isinstance(adapter, TwoScaleLinear):
+                adapter.merged_kI = None
+        self._two_scale = two_scale_stack(self._adapters, self._slots)
+        self._stacks: list[Stack | TwoScaleStack] = self._make_stacks() if self._fused and self._sigma_slots else []
+        if self._two_scale is not None:
+            self._stacks = [self._two_scale]
         self._penalty_graph = PenaltyGraph()
         self.largest = len(self.factors)
         """Number of elements in ``factors`` of the model's largest bank."""
@@ -104,11 +92,11 @@ class FactorBank(nn.Module):
         start = parameter.storage_offset()
         return [parameter.as_strided(slot.shape, slot.strides, start + slot.offset) for slot in slots]
 
-    def _make_stacks(self) -> list[Stack]:
+    def _make_stacks(self) -> list[Stack | TwoScaleStack]:
         """Group adjacent factors of one layer that have the same size along the axis that is not the rank axis."""
         grouped: dict[tuple[int, str, int], list[Slot]] = {}
         for slot in self._slots:
-            grouped.setdefault((slot.layer, slot.factor, _stack_key(slot.factor, slot.shape)), []).append(slot)
+            grouped.setdefault((slot.layer, slot.factor, stack_key(slot.factor, slot.shape)), []).append(slot)
         return [
             Stack(
                 adapters=tuple(slot.adapter for slot in slots),
@@ -129,6 +117,14 @@ class FactorBank(nn.Module):
                 object.__setattr__(slot.adapter, f"lora_{slot.factor}", view)
             for adapter, gain_R in zip(self._adapters, views[len(self._slots) :], strict=True):
                 object.__setattr__(adapter, "gain_R", gain_R)
+            return
+        if self._two_scale is not None:
+            self._refresh()
+            penalty = self._penalty()
+            merge(
+                self.factors, self.sigmas, self._gain_L, self._two_scale,
+                None if penalty is None else functools.partial(self._add_penalty, penalty),
+            )  # fmt: skip
             return
         for parameter, slots in self._parameters_with_slots():
             pieces = parameter.split([slot.numel for slot in slots])
@@ -156,12 +152,12 @@ class FactorBank(nn.Module):
             self._penalty_graph.add(penalty, self._stacks, self._version, flat, grad, self.largest)
             return
         for stack in self._stacks:
-            add_penalty_gradient(penalty, stack, flat, grad)
+            stack.add_gradient(penalty, flat, grad)
 
     def _penalty(self) -> OrthogonalityPenalty | None:
         """The penalty if it acts in this backward pass, else None."""
         first = self._adapters[0]
-        if not isinstance(first, SVDLinear) or not first.training or not first._penalty:
+        if not isinstance(first, SVDLinear | TwoScaleLinear) or not first.training or not first._penalty:
             return None
         return first._penalty[0] if first._penalty[0].armed else None
 
@@ -184,46 +180,13 @@ class _Unpack(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
         bank: FactorBank = ctx.bank
         count = len(bank._slots)
-        flat = _join(grads[:count], [slot.numel for slot in bank._slots], bank.factors)
+        flat = join(grads[:count], [slot.numel for slot in bank._slots], bank.factors)
         if ctx.penalty is not None:
             bank._add_penalty(ctx.penalty, flat)
         if not bank._sigma_slots:
             return flat, None, None
-        grad_L = _join(grads[count:], [adapter.rank for adapter in bank._adapters], bank.sigmas)
+        grad_L = join(grads[count:], [adapter.rank for adapter in bank._adapters], bank.sigmas)
         return flat, (grad_L.float() * bank._gain_L).to(bank.sigmas.dtype), None
-
-
-def _join(grads: Sequence[Tensor | None], sizes: list[int], like: Tensor) -> Tensor:
-    """Concatenate gradients; a missing one becomes zeros."""
-    return torch.cat(
-        [like.new_zeros(size) if g is None else g.reshape(-1) for g, size in zip(grads, sizes, strict=True)]
-    )
-
-
-def _stack_key(factor: str, shape: tuple[int, ...]) -> int:
-    """Size of the axis that is not the rank axis. Factors of one kind with the same key can be stacked.
-
-    Singular values all have the same key, so they stay in the order of the adapters.
-    """
-    if factor == "E":
-        return 0
-    return shape[1] if factor == "A" else shape[0]
-
-
-def _lay_out(layers: list[list[RankedLinear]], sigmas: bool) -> list[Slot]:
-    """Assign offsets layer by layer. Within a layer, factors that can be stacked are adjacent."""
-    slots, offset = [], 0
-    for layer, adapters in enumerate(layers):
-        found = [
-            (factor, _stack_key(factor, shape), index, shape)
-            for index, adapter in enumerate(adapters)
-            for factor, (shape, _) in adapter.factor_shapes().items()
-            if (factor == "E") == sigmas
-        ]
-        for factor, _, index, shape in sorted(found):
-            slots.append(Slot(adapters[index], layer, factor, shape, offset))
-            offset += slots[-1].numel
-    return slots
 
 
 def layer_of(module_path: str) -> str:

@@ -11,13 +11,20 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
-from salient_ds.adapters.stacked_penalty import Stack, add_penalty_gradient
+
+
+class Stacked(Protocol):
+    """Factors whose penalty is computed together."""
+
+    def add_gradient(self, penalty: OrthogonalityPenalty, flat: Tensor, grad: Tensor, accumulate: bool) -> None:
+        """Add its gradient to ``grad``, or with ``accumulate=False`` overwrite it, and note the norms."""
+        ...
 
 
 class PenaltyGraph:
@@ -36,13 +43,13 @@ class PenaltyGraph:
     def add(
         self,
         penalty: OrthogonalityPenalty,
-        stacks: Sequence[Stack],
+        stacks: Sequence[Stacked],
         version: int,
         flat: Tensor,
         grad: Tensor,
         largest: int,
     ) -> None:
-        """Add to ``grad`` in place and record the norms, like calling :func:`add_penalty_gradient` for every stack.
+        """Add to ``grad`` in place and record the norms, like calling ``add_gradient`` of every stack.
 
         Args:
             version: increases with every change of the stacks' masks.
@@ -66,20 +73,20 @@ class PenaltyGraph:
             penalty.note(*note)
 
     def _run(
-        self, penalty: OrthogonalityPenalty, stacks: Sequence[Stack], flat: Tensor, outs: list[Tensor] | None
+        self, penalty: OrthogonalityPenalty, stacks: Sequence[Stacked], flat: Tensor, outs: list[Tensor] | None
     ) -> list[tuple[Tensor, int, Tensor]]:
         """Fill the scratch memory. Returns the norms, written into ``outs`` if given."""
         with penalty.collect_notes() as notes:
             for stack in stacks:
-                add_penalty_gradient(penalty, stack, flat, self._extra, accumulate=False)
+                stack.add_gradient(penalty, flat, self._extra, accumulate=False)
         if outs is None:
             return notes
         return [(slots, term, out.copy_(norm)) for (slots, term, norm), out in zip(notes, outs, strict=True)]
 
-    def _record(self, penalty: OrthogonalityPenalty, stacks: Sequence[Stack], flat: Tensor) -> None:
+    def _record(self, penalty: OrthogonalityPenalty, stacks: Sequence[Stacked], flat: Tensor) -> None:
         shared, current = _shared(flat.device), torch.cuda.current_stream(flat.device)
         # Not from the pool: norms are read after the backward pass, and other graphs may overwrite pool memory before
-        outs = [torch.empty(len(stack.shapes), device=flat.device) for stack in stacks if stack.numel]
+        outs = [torch.empty_like(norms) for _, _, norms in self._notes]
         graph = torch.cuda.CUDAGraph()
         shared.stream.wait_stream(current)
         with torch.cuda.stream(shared.stream):

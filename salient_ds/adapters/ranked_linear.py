@@ -158,7 +158,7 @@ class SVDLinear(RankedLinear):
 
     def forward(self, x_BI: Tensor) -> Tensor:
         if self.gain_R is not None:
-            return _with_gain(self, x_BI, self.lora_A, self.gain_R, self.lora_B)
+            return with_gain(self, x_BI, self.lora_A, self.gain_R, self.lora_B)
         A_RI: Tensor = self.lora_A
         B_OR: Tensor = self.lora_B
         E_R: Tensor = self.lora_E
@@ -199,14 +199,14 @@ class PlainLinear(RankedLinear):
 
     def forward(self, x_BI: Tensor) -> Tensor:
         if self.gain_R is not None:
-            return _with_gain(self, x_BI, self.lora_A, self.gain_R, self.lora_B)
+            return with_gain(self, x_BI, self.lora_A, self.gain_R, self.lora_B)
         inner_BR = F.linear(self.dropout(x_BI).to(self.lora_A.dtype), self.lora_A) * self.scaling
         base_BO: Tensor = self.base(x_BI)
         return base_BO + F.linear(inner_BR, self.lora_B).to(base_BO.dtype)
 
 
-def _with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor, B_OR: Tensor) -> Tensor:
-    """base(x) + B diag(gain) A dropout(x), in one autograd function where possible."""
+def with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor | None, B_OR: Tensor) -> Tensor:
+    """base(x) + B diag(gain) A dropout(x), in one autograd function where possible. No gain: 1."""
     if len(A_RI) == 0:  # read off the tensor: torch.compile would specialise on every value of `rank`
         base_BO: Tensor = adapter.base(x_BI)
         return base_BO
@@ -220,7 +220,8 @@ def _with_gain(adapter: RankedLinear, x_BI: Tensor, A_RI: Tensor, gain_R: Tensor
         return low_rank_linear(x_BI, adapter.base.weight, adapter.base.bias, A_RI, gain_R, B_OR)
     inner_BR = F.linear(adapter.dropout(x_BI).to(A_RI.dtype), A_RI)
     base_BO = adapter.base(x_BI)
-    return base_BO + F.linear(inner_BR * gain_R, B_OR).to(base_BO.dtype)
+    inner_BR = inner_BR if gain_R is None else inner_BR * gain_R
+    return base_BO + F.linear(inner_BR, B_OR).to(base_BO.dtype)
 
 
 def uniform_start(rank: int, in_features: int, generator: torch.Generator | None) -> Tensor:

@@ -47,6 +47,10 @@ class Stack:
     def numel(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
+    def add_gradient(self, penalty: OrthogonalityPenalty, flat: Tensor, grad: Tensor, accumulate: bool = True) -> None:
+        """See :func:`add_penalty_gradient`."""
+        add_penalty_gradient(penalty, self, flat, grad, accumulate)
+
     def refresh(self, device: torch.device) -> None:
         """Update everything that depends on the adapters' masks."""
         self.slots = torch.tensor([a.penalty_slot for a in self.adapters], device=device)

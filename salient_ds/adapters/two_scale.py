@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty, TwoScaleFactors
-from salient_ds.adapters.ranked_linear import RankedLinear
+from salient_ds.adapters.ranked_linear import RankedLinear, with_gain
 
 
 class TwoScaleLinear(RankedLinear):
@@ -51,6 +51,9 @@ class TwoScaleLinear(RankedLinear):
         self.lora_aa = normal(inner_width, rank)
         self.lora_bb = normal(base.out_features, inner_width)
         self._penalty = [penalty] if penalty is not None else []  # in a list: not a submodule
+        self.merged_kI: Tensor | None = None
+        """aa diag(E * mask * scaling) B A for this forward pass, set by the bank; None: ``forward`` evaluates four
+        products."""
 
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         k, rank = self.inner_width, self.rank
@@ -63,6 +66,8 @@ class TwoScaleLinear(RankedLinear):
         }
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        if self.merged_kI is not None:
+            return with_gain(self, x_BI, self.merged_kI, None, self.lora_bb)
         factors: TwoScaleFactors = (self.lora_A, self.lora_B, self.lora_aa, self.lora_bb)
         if self._penalty and self.training:
             mask_R = self.rank_mask_R if self.gated else None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from salient_ds.adapters.bank import LAYERS_PER_BANK, _in_groups, layer_of
 from salient_ds.adapters.inject import AdaptedModel, inject
@@ -17,7 +18,7 @@ from salient_ds.methods.lora.options import LoRAConfig
 from salient_ds.methods.lora2.options import LoRA2Config
 from salient_ds.methods.salientlora.options import SalientLoRAConfig
 
-WIDTH, RANK = 12, 6
+WIDTH, RANK, LAYERS = 12, 6, 2
 
 
 class Layer(nn.Module):
@@ -34,7 +35,7 @@ class Layer(nn.Module):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.top = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,7 @@ METHODS: dict[str, Any] = {
     "lora": LoRAConfig(),
     "lora_svd": LoRAConfig(form="svd"),
     "lora2": LoRA2Config(target_rank=2),
+    "lora2_wide": LoRA2Config(target_rank=2, inner_width=3),
     "increlora": IncreLoRAConfig(target_rank=4, top_h=2),
 }
 
@@ -112,9 +114,10 @@ def test_packed_equals_separate(name: str) -> None:
 
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("form", ["mean_norm", "squared"])
-def test_packed_equals_separate_under_masks(gate: bool, form: str) -> None:
+@pytest.mark.parametrize("name", ["salientlora", "lora2", "lora2_wide"])
+def test_packed_equals_separate_under_masks(name: str, gate: bool, form: str) -> None:
     orthogonality = {"coefficient": 0.4, "form": form}
-    pair = [make(SALIENT, packed, orthogonality=orthogonality) for packed in (False, True)]
+    pair = [make(METHODS[name], packed, orthogonality=orthogonality) for packed in (False, True)]
     mask_N = torch.rand(pair[0].layout.total, generator=torch.Generator().manual_seed(4)) > 0.5
     mask_N[:RANK] = False  # a matrix that is off altogether
     backward(pair[1])  # before: what the bank derives from masks must not be stale
@@ -122,6 +125,49 @@ def test_packed_equals_separate_under_masks(gate: bool, form: str) -> None:
         adapted.trained.zero_grad()
         adapted.set_mask(mask_N, gate)
     assert_same(*pair)
+
+
+@pytest.mark.parametrize("name", ["lora2", "lora2_wide"])
+def test_more_two_scale_adapters_take_few_more_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The penalty and the inner factors are computed per bank, not per adapter. Views are counted too."""
+    counts = {}
+    for layers in (2, 4):
+        monkeypatch.setitem(globals(), "LAYERS", layers)
+        for packed in (True, False):
+            adapted = make(METHODS[name], packed)
+            backward(adapted)
+            with Operations() as mode:
+                backward(adapted)
+            counts[layers, packed] = mode.count
+    more = {packed: counts[4, packed] - counts[2, packed] for packed in (True, False)}
+    assert more[True] < 0.5 * more[False], counts
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_two_scale_adapters_with_different_ranks_work_one_by_one() -> None:
+    adapted = make(METHODS["lora2_wide"], packed=True)
+    for index, adapter in enumerate(adapted.adapters.values()):
+        adapter.resize(1 + index % 4)
+    assert adapted.packed is not None
+    adapted.packed.repack()
+    with torch.no_grad():
+        for _, tensor, index in every_factor(adapted):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index)))
+    out = backward(adapted)
+    up = adapted.adapters["layers.0.up"]
+    assert up.rank == 2 and out.isfinite().all()
+    A, B, E, aa, bb = (getattr(up, f"lora_{name}").detach() for name in ("A", "B", "E", "aa", "bb"))
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(up(x), up.base(x) + up.scaling * x @ (bb @ aa @ torch.diag(E) @ B @ A).T)
 
 
 def test_dropout_acts_on_the_adapters_input_only() -> None:
