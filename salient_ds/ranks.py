@@ -166,6 +166,10 @@ class JoiningView(StepView, Protocol):
         """Their gradients, as :meth:`StepView.grad`."""
         ...
 
+    def span_moments(self, span: tuple[Part, ...]) -> dict[str, Tensor]:
+        """Their optimizer state, as :meth:`AdamView.moments`."""
+        ...
+
 
 @dataclass(frozen=True)
 class AdamSettings:
@@ -213,6 +217,11 @@ class Spectrum:
 
 ReadShard = Callable[[str, Part], "Tensor"]
 """``read(stat, part)`` returns the saved statistic for exactly the elements of ``part``, shape (..., numel)."""
+
+
+def neighbours(view: StepView, parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+    """``parts`` in order, those together that ``view`` can show as one tensor."""
+    return view.spans(parts) if isinstance(view, JoiningView) else [(part,) for part in parts]
 
 
 def initial_decision(policy: MaskPolicy, layout: RankLayout) -> RankDecision:

@@ -11,7 +11,7 @@ Shape legend: n = adapters in one stack, R = rank, I/O = in/out features, L = si
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,10 @@ class FactorBank(nn.Module):
         super().__init__()
         self.layers = [list(members) for members in layers]
         self._adapters = [adapter for members in layers for adapter in members]
-        self._fused = all(type(a) in (SVDLinear, PlainLinear) for a in self._adapters)
+        self._fused = all(adapter.takes_gain for adapter in self._adapters)
+        self.substitute: Callable[[Tensor], Tensor] | None = None
+        """What a forward pass uses in place of the parameters, by plain operations of torch alone (SYNFLOW); None:
+        themselves."""
         self._slots = lay_out(self.layers, sigmas=False)
         self._sigma_slots = lay_out(self.layers, sigmas=True)
         first = self._adapters[0].factors()["A"].parameter
@@ -58,11 +61,7 @@ class FactorBank(nn.Module):
                 slot.adapter.packed[slot.factor] = (parameter, slot.offset)
                 setattr(slot.adapter, name, self._views(parameter, [slot])[0].detach())
         for adapter in self._adapters:
-            # those of the last forward pass belong to another bank's graph
-            if isinstance(adapter, SVDLinear | PlainLinear):
-                adapter.gain_R = None
-            elif isinstance(adapter, TwoScaleLinear):
-                adapter.merged_kI = None
+            _drop_derived(adapter)  # those of the last forward pass belong to another bank's graph
         self._two_scale = two_scale_stack(self._adapters, self._slots)
         self._stacks: list[Stack | TwoScaleStack] = self._make_stacks() if self._fused and self._sigma_slots else []
         if self._two_scale is not None:
@@ -109,6 +108,9 @@ class FactorBank(nn.Module):
 
     def unpack(self) -> None:
         """Give every adapter its views for this forward pass. Their gradients flow back to the flat parameters."""
+        if self.substitute is not None:
+            self._unpack_plainly(self.substitute)
+            return
         if self._fused:
             self._refresh()
             sigmas = self.sigmas if self._sigma_slots else None
@@ -126,8 +128,13 @@ class FactorBank(nn.Module):
                 None if penalty is None else functools.partial(self._add_penalty, penalty),
             )  # fmt: skip
             return
+        self._unpack_plainly(lambda parameter: parameter)
+
+    def _unpack_plainly(self, substitute: Callable[[Tensor], Tensor]) -> None:
+        for adapter in self._adapters:
+            _drop_derived(adapter)
         for parameter, slots in self._parameters_with_slots():
-            pieces = parameter.split([slot.numel for slot in slots])
+            pieces = substitute(parameter).split([slot.numel for slot in slots])
             for slot, piece in zip(slots, pieces, strict=True):
                 object.__setattr__(slot.adapter, f"lora_{slot.factor}", piece.view(slot.shape))
 
@@ -160,6 +167,14 @@ class FactorBank(nn.Module):
         if not isinstance(first, SVDLinear | TwoScaleLinear) or not first.training or not first._penalty:
             return None
         return first._penalty[0] if first._penalty[0].armed else None
+
+
+def _drop_derived(adapter: RankedLinear) -> None:
+    """Let an adapter compute with its factors alone, until a bank gives it more."""
+    if isinstance(adapter, SVDLinear | PlainLinear):
+        adapter.gain_R = None
+    elif isinstance(adapter, TwoScaleLinear):
+        adapter.merged_kI = None
 
 
 class _Unpack(torch.autograd.Function):

@@ -37,6 +37,7 @@ class GrowingLinear(SVDLinear):
     """
 
     drops_masked: ClassVar[bool] = True
+    takes_gain: ClassVar[bool] = False
     reserve_mask_R: Tensor
 
     def __init__(

@@ -37,6 +37,8 @@ class RankedLinear(nn.Module, ABC):
 
     drops_masked: ClassVar[bool] = False
     """Whether masked rows have no effect even while they may still come back, so that an export leaves them out."""
+    takes_gain: ClassVar[bool] = False
+    """Whether ``forward`` uses ``gain_R`` where a bank sets it: mask, scaling and singular values in one factor."""
     rank_mask_R: Tensor
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
@@ -130,6 +132,8 @@ class SVDLinear(RankedLinear):
     alpha / r, without the 1e-5 that its code adds to r.
     """
 
+    takes_gain: ClassVar[bool] = True
+
     def __init__(
         self,
         base: nn.Linear,
@@ -176,6 +180,8 @@ class SVDLinear(RankedLinear):
 
 class PlainLinear(RankedLinear):
     """y = W0 x + b + scaling * B A dropout(x), with B = 0 at the start (LoRA, Hu et al. 2022)."""
+
+    takes_gain: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -118,6 +118,11 @@ class LocalView:
         assert grad is not None, "gradients are only there inside the optimizer's step"
         return _slice(grad, fragment.off, sum(part.numel for part in span))
 
+    def span_moments(self, span: tuple[Part, ...]) -> dict[str, Tensor]:
+        fragment = self._at[span[0]]
+        whole = replace(fragment, numel=sum(part.numel for part in span))
+        return _moments(self.optimizer, self._buffers[fragment.buffer], whole)
+
     def moments(self, part: Part) -> dict[str, Tensor]:
         """Live slices of the optimizer's elementwise state for ``part``; empty before the first step."""
         fragment = self._at[part]

@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from salient_ds.ranks import AdamSettings, AdamView, Part
+from salient_ds.ranks import JoiningView, Part, neighbours
 
+if TYPE_CHECKING:
+    from salient_ds.ranks import AdamSettings, AdamView
+
+Span = tuple[Part, ...]
+"""Neighbouring parts of modules that are treated alike."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -24,11 +28,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Kept:
     """One view's state before the optimizer step. The pieces of a list are slices of one copy."""
 
-    off: list[tuple[Part, str]]
-    """(part, name); the name is "value" or that of a moment."""
+    off: list[tuple[Span, str]]
+    """(span, name); the name is "value" or that of a moment."""
     off_pieces: list[Tensor]
-    late: list[Part]
-    """Parts whose own step count is behind the optimizer's."""
+    late: list[Span]
+    """Spans whose own step count is behind the optimizer's."""
     late_pieces: list[Tensor]
 
 
@@ -72,6 +76,7 @@ class ModuleRates:
         self.reset_M = [False] * num_modules
         """Modules whose B, moments and step count are set to 0 before the next step."""
         self._kept: dict[str, _Kept] = {}
+        self._planned: dict[str, tuple[tuple[int, ...], list[Span], list[Span]]] = {}
 
     def switch(self, on_M: Sequence[bool], reset: bool) -> None:
         """Set which modules are on from the next step. With ``reset``, those switched off now will restart at B = 0."""
@@ -83,32 +88,44 @@ class ModuleRates:
     @torch.no_grad()
     def keep(self, view: AdamView, step: int) -> None:
         """Save what :meth:`settle` needs. Call this before the optimizer's step number ``step``."""
-        off: dict[tuple[Part, str], Tensor] = {}
-        late: dict[Part, Tensor] = {}
-        for part in view.parts:
-            if self.reset_M[part.module]:
-                self._reset(view, part)
-            if not self.on_M[part.module]:
-                off |= {(part, name): tensor for name, tensor in _state(view, part).items()}
-            elif self.steps_M[part.module] + 1 != step:
-                late[part] = view.value(part)
-        self._kept[view.key] = _Kept(list(off), _copied(list(off.values())), list(late), _copied(list(late.values())))
+        if any(self.reset_M):
+            for part in view.parts:
+                if self.reset_M[part.module]:
+                    self._reset(view, part)
+        off_spans, late = self._spans(view, step)
+        off = {(span, name): tensor for span in off_spans for name, tensor in _state(view, span).items()}
+        values = [_state(view, span)["value"] for span in late]
+        self._kept[view.key] = _Kept(list(off), _copied(list(off.values())), late, _copied(values))
+
+    def _spans(self, view: AdamView, step: int) -> tuple[list[Span], list[Span]]:
+        """What is off, and what is late; neighbours that are treated alike are together. Made anew after a switch."""
+        # how many steps each module is behind; -1: it is off
+        behind_M = tuple(step - 1 - n if on else -1 for n, on in zip(self.steps_M, self.on_M, strict=True))
+        known = self._planned.get(view.key)
+        if known is None or known[0] != behind_M:
+            alike: dict[int, list[Part]] = {}
+            for part in view.parts:
+                alike.setdefault(behind_M[part.module], []).append(part)
+            spans = {behind: neighbours(view, parts) for behind, parts in alike.items()}
+            late = [span for behind, found in spans.items() if behind > 0 for span in found]
+            known = self._planned[view.key] = (behind_M, spans.get(-1, []), late)
+        return known[1], known[2]
 
     @torch.no_grad()
     def settle(self, view: AdamView) -> None:
         """Restore modules that are off, and redo the update of late ones. Call this after the optimizer's step."""
         kept = self._kept.pop(view.key)
         if kept.late:
-            states = [_state(view, part) for part in kept.late]
-            steps = [self.steps_M[part.module] + 1 for part in kept.late]
+            states = [_state(view, span) for span in kept.late]
+            steps = [self.steps_M[span[0].module] + 1 for span in kept.late]
             first, second = ([state[name] for state in states] for name in MOMENTS)
-            new = own_pace(kept.late_pieces, first, second, [view.settings(part) for part in kept.late], steps)
+            new = own_pace(kept.late_pieces, first, second, [view.settings(span[0]) for span in kept.late], steps)
             torch._foreach_copy_([state["value"] for state in states], new)
         if kept.off:
-            now = {part: _state(view, part) for part, _ in kept.off}
-            torch._foreach_copy_([now[part][name] for part, name in kept.off], kept.off_pieces)
+            now = {span: _state(view, span) for span in dict.fromkeys(span for span, _ in kept.off)}
+            torch._foreach_copy_([now[span][name] for span, name in kept.off], kept.off_pieces)
             known = set(kept.off)  # the run's first step creates the moments: they must start at zero
-            fresh = [t for part, state in now.items() for name, t in state.items() if (part, name) not in known]
+            fresh = [t for span, state in now.items() for name, t in state.items() if (span, name) not in known]
             if fresh:
                 torch._foreach_zero_(fresh)
 
@@ -119,15 +136,18 @@ class ModuleRates:
 
     @staticmethod
     def _reset(view: AdamView, part: Part) -> None:
-        for name, tensor in _state(view, part).items():
+        for name, tensor in _state(view, (part,)).items():
             if name != "value" or part.factor == "B":
                 tensor.zero_()
 
 
-def _state(view: AdamView, part: Part) -> dict[str, Tensor]:
+def _state(view: AdamView, span: Span) -> dict[str, Tensor]:
     """Live slices: "value", and the moments that exist."""
-    moments = view.moments(part)
-    return {"value": view.value(part)} | {name: moments[name] for name in MOMENTS if name in moments}
+    if isinstance(view, JoiningView):
+        value, moments = view.span_value(span), view.span_moments(span)
+    else:
+        value, moments = view.value(span[0]), view.moments(span[0])
+    return {"value": value} | {name: moments[name] for name in MOMENTS if name in moments}
 
 
 def _copied(tensors: list[Tensor]) -> list[Tensor]:

@@ -76,6 +76,7 @@ class HeteroLoRAConfig(MethodConfig):
         return self
 
     implementation: ClassVar[str] = "salient_ds.heterolora.method:HeteroLoRA"
+    packable: ClassVar[bool] = True
 
     @property
     def takes_shortcuts(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from salient_ds.adapters.bank import FactorBank
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.engine.shards import ShardMap
 from salient_ds.heterolora import proxies
@@ -141,9 +142,22 @@ class Prober:
         embedding: Any = self.adapted.model.get_input_embeddings()  # type: ignore[operator]
         inputs["inputs_embeds"] = torch.ones(*tokens.shape, embedding.embedding_dim, device=self.device)
         sums = _Sums(self.adapted, self.device)
-        with AbsoluteParameters():
+        with self._absolute_banks(), AbsoluteParameters():
             sums.add(self._gradients(inputs, sums.parameters, 1.0, absolute=True))
         return sums.by_module()
+
+    @contextlib.contextmanager
+    def _absolute_banks(self) -> Iterator[None]:
+        """Let banks hand out the absolute values of packed factors inside the block."""
+        packed = self.adapted.packed
+        banks = [] if packed is None else [bank for bank in packed.banks if isinstance(bank, FactorBank)]
+        for bank in banks:
+            bank.substitute = lambda parameter: parameter.abs().float()
+        try:
+            yield
+        finally:
+            for bank in banks:
+                bank.substitute = None
 
     def _fisher(self, data: ProbeData, weights: Factors) -> Tensor:
         sums = _Sums(self.adapted, self.device)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from salient_ds.adapters.ranked_linear import PlainLinear
+from salient_ds.adapters.ranked_linear import PlainLinear, with_gain
 
 
 class SwitchedLinear(PlainLinear):
@@ -29,6 +29,9 @@ class SwitchedLinear(PlainLinear):
         """a: a factor on the whole output, including the frozen layer's. Only the ALPHA-TEST sets it."""
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        if self.gain_R is not None:  # mask and scaling in one, from a bank
+            together_BO = with_gain(self, x_BI, self.lora_A, self.gain_R, self.lora_B)
+            return together_BO if self.importance == 1.0 else together_BO * self.importance
         A_RI = self.lora_A * self.rank_mask_R.unsqueeze(1)
         inner_BR = F.linear(self.dropout(x_BI).to(A_RI.dtype), A_RI) * self.scaling
         base_BO: Tensor = self.base(x_BI)

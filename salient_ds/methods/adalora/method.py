@@ -23,6 +23,7 @@ from salient_ds.ranks import (
     RankLayout,
     ReadShard,
     StepView,
+    neighbours,
 )
 from salient_ds.salience import sensitivity
 from salient_ds.salience.select import reference_threshold, score_at_cut, select_threshold
@@ -190,8 +191,7 @@ class AdaLoRA:
         if view.key not in self._joined:
             factors = ("E",) if self.config.score == "gate_fisher" else self.factors
             parts = [part for part in view.parts if part.factor in factors]
-            joins = isinstance(view, JoiningView)
-            self._joined[view.key] = view.spans(parts) if joins else [(part,) for part in parts]  # type: ignore[attr-defined]
+            self._joined[view.key] = neighbours(view, parts)
         return self._joined[view.key]
 
     def _pending(self, step: int) -> bool:

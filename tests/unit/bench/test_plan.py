@@ -97,22 +97,22 @@ def test_compiled_arms_are_those_whose_layers_deepspeed_does_not_gather() -> Non
     run, left_out = plan(arms, parse_zero("2,3"), [1], ["none"], settings())
     assert [(s.arm, s.zero, s.compiled) for s in run] == [
         ("salientlora", 2, True), ("heterolora", 2, True), ("salientlora", 2, False), ("peft_lora", 2, True),
-        ("salientlora", 3, True), ("salientlora", 3, False),
+        ("salientlora", 3, True), ("heterolora", 3, True), ("salientlora", 3, False),
     ]  # fmt: skip
-    assert [(s.arm, s.zero, s.compiled) for s, _ in left_out] == [("heterolora", 3, True), ("peft_lora", 3, True)]
+    assert [(s.arm, s.zero, s.compiled) for s, _ in left_out] == [("peft_lora", 3, True)]
     assert run[0].title.endswith("compiled")
 
 
 def test_the_fused_loss_is_an_option_beside_compiled_layers() -> None:
-    arms = parse_arms("salientlora+liger+compile@8+16,heterolora+liger", [8])
-    assert arms == [("salientlora+liger+compile", [8, 16]), ("heterolora+liger", [8])]
+    arms = parse_arms("salientlora+liger+compile@8+16,peft_lora+liger", [8])
+    assert arms == [("salientlora+liger+compile", [8, 16]), ("peft_lora+liger", [8])]
     run, left_out = plan(arms, parse_zero("plain,3"), [1], ["none"], settings())
     both = [s for s in run if s.arm == "salientlora" and s.loop == "plain"]
     assert [(s.rank, s.compiled, s.fused_loss) for s in both] == [(8, True, True), (16, True, True)]
     assert both[0].title.endswith("compiled fused loss") and both[0].key()["fused_loss"]
-    assert ("heterolora", "plain") in [(s.arm, s.loop) for s in run]
+    assert ("peft_lora", "plain") in [(s.arm, s.loop) for s in run]
     reasons = {s.arm: reason for s, reason in left_out}
-    assert "a weight that ZeRO-3 has partitioned" in reasons["heterolora"]
+    assert "a weight that ZeRO-3 has partitioned" in reasons["peft_lora"]
     sharded, _ = plan(parse_arms("salientlora+liger", [8]), parse_zero("3"), [2], ["none"], settings())
     assert [s.fused_loss for s in sharded] == [True], "the base alone is partitioned: the output layer stays whole"
     with pytest.raises(ValueError, match="is unknown.*[+]compile and [+]liger"):

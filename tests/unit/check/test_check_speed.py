@@ -8,7 +8,8 @@ import pytest
 
 from salient_ds.check.memory import estimate
 from salient_ds.config.run import RunConfig, parse_config
-from salient_ds.config.speed import SpeedConfig, compiles, row_multiple, speed_plan, speed_problems
+from salient_ds.config.speed import SpeedConfig, compiles, row_multiple, speed_notes, speed_plan, speed_problems
+from salient_ds.methods.options import MethodConfig
 from salient_ds.strict import ConfigError
 from tests.support.methods import OPTIONS
 from tests.unit.check.test_memory import config, work
@@ -18,7 +19,6 @@ from tests.unit.check.test_memory import config, work
     ("options", "method", "stage", "expected"),
     [
         ({"packing": "layer", "zero3": "partitioned"}, "salientlora", 3, "packing=layer cannot be had .*partitioned"),
-        ({"packing": "layer"}, "heterolora", 2, "not with heterolora"),
         ({"zero3": "sharded_base", "packing": "none"}, "salientlora", 3, "zero3=sharded_base needs packed"),
         ({"compaction": "last", "packing": "none"}, "salientlora", 2, "compaction=last needs packed"),
         ({"growth": "in_flight"}, "salientlora", 2, "growth=in_flight works with methods .*, not with salientlora"),
@@ -59,9 +59,18 @@ def test_layers_are_compiled_unasked_only_where_that_is_known_to_work(
 def test_defaults_contradict_nothing(method: str, stage: int) -> None:
     assert speed_problems(SpeedConfig(), OPTIONS[method], stage) == []
     plan = speed_plan(SpeedConfig(), OPTIONS[method], stage)
-    assert plan.packed == (method != "heterolora")
-    assert plan.sharded_base == (method != "heterolora" and stage == 3)
+    assert plan.packed and plan.sharded_base == (stage == 3)
     assert plan.grows_in_flight == (method == "increlora")
+
+
+def test_a_method_that_does_not_declare_packing_is_named() -> None:
+    class Apart(MethodConfig):
+        name: str = "apart"
+
+    (problem,) = speed_problems(SpeedConfig(packing="layer"), Apart(), 2)
+    assert "packing=layer cannot be had (not with apart)" in problem
+    assert not speed_plan(SpeedConfig(), Apart(), 2).packed
+    assert any("apart does not declare packing" in note for note in speed_notes(SpeedConfig(), Apart(), 2, False, True))
 
 
 def test_shortcuts_keep_parameters_apart() -> None:

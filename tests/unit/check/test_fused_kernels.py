@@ -180,7 +180,7 @@ def test_evaluation_asks_for_the_loss_only(monkeypatch: pytest.MonkeyPatch) -> N
     ("options", "method", "stage", "shortcuts", "expected"),
     [
         ({"zero3": "partitioned"}, "salientlora", 3, False, "ZeRO-3 partitions here: use none, stage 2, or zero3"),
-        ({}, "heterolora", 3, False, "ZeRO-3 partitions here"),
+        ({}, "heterolora", 3, True, "ZeRO-3 partitions here"),
         ({"liger": "all", "compile_layers": True}, "salientlora", 2, False, "fuse these already, use liger: loss"),
         ({"liger": "all"}, "heterolora", 2, True, "does not work with adapter.shortcuts: use liger: loss"),
     ],
