@@ -48,11 +48,15 @@ def main(
 def run_training(config: RunConfig, resume: str = "never", overwrite: bool = False, changes: Sequence[str] = ()) -> int:
     """Train in this process and return the exit status."""
     from salient_ds.run.same_everywhere import agreed, setup_facts
+    from salient_ds.run.stopping import StopRequest
     from salient_ds.run.training import Training
+
+    stop = StopRequest(config.train.stop_after)
+    stop.listen()
 
     def work(device: torch.device) -> None:
         agreed(lambda: setup_facts(config), device)
-        Training(config, device).run(resume, overwrite, changes)
+        Training(config, device, stop=stop).run(resume, overwrite, changes)
 
     return launched(work, config.train.timeout_minutes)
 

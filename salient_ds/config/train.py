@@ -80,6 +80,9 @@ class TrainConfig(Strict):
     """Stop after this many evaluations in a row without a better value of `best_metric`."""
     max_skipped_steps: int = Field(30, gt=0)
     """Stop the run after this many skipped steps in a row. A step is skipped when its gradients are not finite."""
+    stop_after: float | None = Field(None, gt=0)
+    """Seconds after which the run saves a checkpoint and ends with status 75, to be started again with `--resume auto`.
+    They count from the start of the main process, loading included."""
     timeout_minutes: float = Field(30.0, gt=0)
     """How long a process waits for the others in a collective before it gives up."""
 

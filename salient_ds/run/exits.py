@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 
 from salient_ds.strict import ConfigError, Reported
 
-RUN_ERROR, USAGE_ERROR, INTERRUPTED = 1, 2, 130
-"""RUN_ERROR: the run failed. USAGE_ERROR: the command or the run file is wrong. INTERRUPTED: Ctrl-C."""
+RUN_ERROR, USAGE_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
+"""RUN_ERROR: the run failed. USAGE_ERROR: the command or the run file is wrong. STOPPED: the run has saved a checkpoint
+and ended early, because of a signal or ``train.stop_after``; start it again. INTERRUPTED: Ctrl-C."""
 
 
 def print_problems(problems: Iterable[str]) -> None:

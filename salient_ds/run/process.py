@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from salient_ds.run.exits import RUN_ERROR, USAGE_ERROR, known, print_problems, sentences
+from salient_ds.run.exits import RUN_ERROR, STOPPED, USAGE_ERROR, known, print_problems, sentences
 from salient_ds.zero.launchers import describe_process
 
 if TYPE_CHECKING:
@@ -44,12 +44,17 @@ def launched(work: Callable[[torch.device], None], timeout_minutes: float) -> in
         work: called with this process' device.
         timeout_minutes: how long a process waits for the others in a collective.
     """
+    from salient_ds.run.stopping import Stopped
     from salient_ds.zero.collectives import world
     from salient_ds.zero.environment import start, stop
 
     device = start(timeout_minutes)
     try:
         work(device)
+    except Stopped as end:
+        if world().global_rank == 0:
+            print(end, file=sys.stderr, flush=True)
+        os._exit(STOPPED)  # at once: launchers send signals to processes that outlive others
     except known() as error:
         if os.environ.get("SALIENT_TRACEBACK"):
             raise

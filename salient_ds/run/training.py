@@ -38,6 +38,7 @@ from salient_ds.run.resuming import (
     ways_on,
 )  # fmt: skip
 from salient_ds.run.same_everywhere import agreed, data_facts
+from salient_ds.run.stopping import STOP, Stopped, StopRequest
 from salient_ds.zero.collectives import all_succeeded, world
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
 from salient_ds.zero.sharded_base import effective_config
@@ -53,15 +54,17 @@ class Training:
         *,
         read_inputs: Callable[[RunConfig, Any], Inputs] = load_inputs,
         after_step: Callable[[Training, StepReport], None] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         """
         Args:
             read_inputs: reads the data of the configuration with the tokenizer.
             after_step: called after every applied step, once it is logged and saved. It may raise to end the run.
+            stop: asked in every step whether to save and end.
         """
         self.config = config
         self.device = device
-        self.read_inputs, self.after_step = read_inputs, after_step
+        self.read_inputs, self.after_step, self.stop = read_inputs, after_step, stop or StopRequest()
         self.global_rank, self.world_size = world()
         self.is_main = self.global_rank == 0
         self.counters = Counters()
@@ -169,8 +172,7 @@ class Training:
         self.say(f"adapters: {config.method.name} on {len(modules)} matrices, rank {config.adapter.rank}")
         if self.engine.adapted.full:
             self.say(f"trained in full: {', '.join(self.engine.adapted.full)}")
-        for note in self.engine.adapted.notes:
-            self.say(f"note: {note}")
+        list(map(self.say, (f"note: {note}" for note in self.engine.adapted.notes)))
         if isinstance(method, ScoringMethod):
             self.say(f"scores of matrices: {'exact, of the averaged gradient' if method.exact_scores else 'mean'}")
         self.identity |= built_identity(model, self.engine, config, summary(ds_config).stage)
@@ -191,6 +193,7 @@ class Training:
         self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
         list(map(self.say, self.log.rewind(self.engine.step)))
         self.keeper = Keeper(self.engine, self.directory.checkpoints, self.config.train, self.identity)
+        self.engine.flags[STOP] = self.stop.asked
 
     def _record(self) -> None:
         """Write the resolved settings and some facts of the run into its directory."""
@@ -231,6 +234,8 @@ class Training:
                     self.save()
                 if self.after_step is not None:
                     self.after_step(self, report)
+                if STOP in report.raised and not last:
+                    self.end_early()
 
     def _step(self, batches: list[Any], targets: int) -> StepReport:
         try:
@@ -273,6 +278,15 @@ class Training:
         """
         extra = {"counters": asdict(self.counters), "changes": self.changes, **self.held_out.state()}
         return self.keeper.save(extra, self.held_out.best_step)
+
+    def end_early(self) -> None:
+        """Save this step on all processes. Raises Stopped."""
+        saved = self.save()
+        self.keeper.wait()
+        all_succeeded(True, self.device)  # a launcher ends all processes once one has ended
+        raise Stopped(
+            f"stopped after step {self.engine.step} of {self.total_steps}, saved as {saved}: --resume auto goes on"
+        )
 
     def finish(self) -> None:
         """Write the last checkpoint, the evaluation, the exported adapter and pictures."""
