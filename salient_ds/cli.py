@@ -112,6 +112,17 @@ def train(
     )
 
 
+@app.command("last-step", hidden=True)
+def last_step(
+    run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+) -> None:
+    """Print the step of the newest checkpoint in the run's output_dir, 0 if there is none. launch/train.sh asks."""
+    from salient_ds.run.verbs import last_step as body
+
+    raise typer.Exit(body(run, overrides or []))
+
+
 @app.command()
 def search(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],

@@ -16,6 +16,7 @@ from salient_ds.config.run import RunConfig, load_config
 from salient_ds.run.changes import ChangeOption, change_problems
 from salient_ds.run.exits import known, sentences
 from salient_ds.run.process import join_described_group, launched, refused
+from salient_ds.run.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ def main(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
     """Train one run on the processes that the launcher started."""
+    stop = StopRequest()
+    stop.listen()
     join_described_group(local_rank)
     try:
         config = load_config(run, overrides)
@@ -42,23 +45,34 @@ def main(
         problems = sentences(error)
     changes = list(dict.fromkeys(change or []))
     status = refused(problems + change_problems(changes, resume))
-    raise SystemExit(status or run_training(config, resume, overwrite, changes))
+    raise SystemExit(status or run_training(config, resume, overwrite, changes, stop))
 
 
-def run_training(config: RunConfig, resume: str = "never", overwrite: bool = False, changes: Sequence[str] = ()) -> int:
-    """Train in this process and return the exit status."""
+def run_training(
+    config: RunConfig,
+    resume: str = "never",
+    overwrite: bool = False,
+    changes: Sequence[str] = (),
+    stop: StopRequest | None = None,
+) -> int:
+    """Train in this process and return the exit status.
+
+    Args:
+        stop: asked in every step whether to save and end; None: only ``train.stop_after`` ends the run early.
+    """
     from salient_ds.run.same_everywhere import agreed, setup_facts
-    from salient_ds.run.stopping import StopRequest
     from salient_ds.run.training import Training
+    from salient_ds.run.whereabouts import Whereabouts
 
-    stop = StopRequest(config.train.stop_after)
-    stop.listen()
+    stop = stop or StopRequest()
+    stop.seconds = config.train.stop_after
+    where = Whereabouts()
 
     def work(device: torch.device) -> None:
         agreed(lambda: setup_facts(config), device)
-        Training(config, device, stop=stop).run(resume, overwrite, changes)
+        Training(config, device, stop=stop, where=where).run(resume, overwrite, changes)
 
-    return launched(work, config.train.timeout_minutes)
+    return launched(work, config.train.timeout_minutes, where, stop)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class AllocatingEngine:
         self.flags: dict[str, Callable[[], bool]] = {}
         """Questions that every process answers for itself in every step, by name; the same names on all processes.
         :attr:`StepReport.raised` holds those that any process answered with yes. The answers travel with the loss."""
+        self.phase = "reading rows"
+        """What a step is doing, in words. Other threads may read it."""
 
     @property
     def step(self) -> int:
@@ -113,9 +115,12 @@ class AllocatingEngine:
         batches = list(micro_batches)
         assert len(batches) == self.engine.gradient_accumulation_steps(), "one micro-batch per accumulation step"
         if self.before is not None:
+            self.phase = "probing"
             self.state.may_change()
             self.before.take_due()
+        self.phase = "forward and backward"
         verdict = self._forward_backward(batches, global_targets)
+        self.phase = "reducing gradients and stepping"
         self.state.may_change()
         self.engine.step()
         skipped = not self.engine.was_step_applied()
@@ -133,6 +138,7 @@ class AllocatingEngine:
                 self.method.take_sums(self.state.summed(self.method.step_contribution()), self.step)
             self.method.end_step(self.step, None if penalty is None else penalty.norms_M2)
             event = self._events.get(self.step)
+            self.phase = "allocating ranks" if event is not None else "ending the step"
             if event is not None:
                 report.event = self._allocate(event)
             elif self.before is not None:
@@ -140,6 +146,7 @@ class AllocatingEngine:
             report.compaction = None if self.resizer is None else self.resizer.after_step(self.state)
         if penalty is not None:
             report.penalty_value = penalty.value()
+        self.phase = "reading rows"
         return report
 
     def _forward_backward(self, batches: list[MicroBatch], global_targets: int) -> StepLoss:

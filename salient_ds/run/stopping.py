@@ -1,4 +1,7 @@
-"""Ends a run early and whole: a signal or a time limit, a checkpoint of the same step on all processes, one status."""
+"""Ends a run early and whole: a signal or a time limit, a checkpoint of the same step on all processes, one status.
+
+Imports no torch, so that a process listens before it has loaded anything: the default action of SIGUSR1 is to kill.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Callable
 from types import FrameType
 
 from salient_ds.strict import Reported
-from salient_ds.zero.collectives import world
 
 STOP = "the run is to stop"
 """Flag of the engine: any process may raise it, and all know after the same step."""
@@ -26,11 +28,13 @@ class StopRequest:
     def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """
         Args:
-            seconds: time after which the main process asks for the end (``train.stop_after``); None: never.
+            seconds: time after which the main process asks for the end (``train.stop_after``); None: never. It counts
+                from here.
         """
-        self._seconds, self._clock, self._began = seconds, clock, clock()
-        self.signal: signal.Signals | None = None
-        """The last signal that arrived."""
+        self.seconds = seconds
+        self.reason: str | None = None
+        """Why this process asks, apart from the time: the first signal that arrived, or what :meth:`ask` was given."""
+        self._clock, self._began = clock, clock()
 
     def listen(self) -> None:
         """Take SIGTERM and SIGUSR1 as requests from now on. Only the process' main thread may call it."""
@@ -38,9 +42,21 @@ class StopRequest:
             signal.signal(number, self._arrived)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
+        self.ask(signal.Signals(number).name)
 
-    def asked(self) -> bool:
+    def ask(self, reason: str) -> None:
+        """Ask for the end. Any thread may call it."""
+        self.reason = self.reason or reason
+
+    def asked(self, is_main: bool) -> bool:
         """Whether a signal has arrived, or the time of the main process is over."""
-        over = self._seconds is not None and self._clock() - self._began >= self._seconds
-        return self.signal is not None or (over and world().global_rank == 0)
+        return self.reason is not None or (is_main and self._over())
+
+    def _over(self) -> bool:
+        return self.seconds is not None and self._clock() - self._began >= self.seconds
+
+    def why(self) -> str:
+        """What this process knows of the reason, as the end of a sentence; empty if another process asked."""
+        if self.reason is not None:
+            return f" ({self.reason})"
+        return f" (train.stop_after={self.seconds:g})" if self._over() else ""

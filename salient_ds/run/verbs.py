@@ -58,6 +58,15 @@ def launch(
     return _become_launcher(script, launcher, processes)
 
 
+def last_step(run: str, overrides: list[str]) -> int:
+    """Print the step of the newest checkpoint of a run, damaged or not; 0 if there is none. Returns the exit status."""
+    from salient_ds.engine.shard_files import checkpoint_dirs, step_of
+
+    folder = Path(load_config(run, overrides).output_dir) / "checkpoints"
+    print(max(map(step_of, checkpoint_dirs(folder)), default=0))
+    return 0
+
+
 def _port(launcher: list[str]) -> int | None:
     """Where the processes will meet, if somebody said so."""
     return int(launcher[launcher.index("--master_port") + 1]) if "--master_port" in launcher else None

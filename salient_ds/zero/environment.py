@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from salient_ds.zero.internals.engine_state import leave_out_shared_memory_collective
+from salient_ds.zero.internals.groups import limit_world_clone
 
 
 def start(timeout_minutes: float) -> torch.device:
@@ -47,6 +48,7 @@ def start(timeout_minutes: float) -> torch.device:
         verbose=False,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
+    limit_world_clone(datetime.timedelta(minutes=timeout_minutes))
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
 
 

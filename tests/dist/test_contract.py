@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import distributed_c10d
 
 from salient_ds.zero.internals import contract
 from tests.dist import scenario
@@ -38,9 +40,12 @@ class _Lacking:
         return getattr(self._real, name)
 
 
-def _look(global_rank: int, world_size: int, model: Path) -> dict[str, tuple[str, list[str], list[str], list[str]]]:
-    """By case: the optimizer's class, what engine and parameters lack, and what is said of a planted loss."""
-    found = {}
+def _look(global_rank: int, world_size: int, model: Path) -> dict[str, Any]:
+    """By case: the optimizer's class, what engine and parameters lack, and what is said of a planted loss.
+
+    "limits": time limits of all process groups in the end, in seconds.
+    """
+    found: dict[str, Any] = {}
     for name, (case, _) in CASES.items():
         engine = scenario.build(case, model, world_size).engine
         kind = type(engine.optimizer).__name__
@@ -57,6 +62,8 @@ def _look(global_rank: int, world_size: int, model: Path) -> dict[str, tuple[str
             planted += contract.missing(whole)
         found[name] = (kind, contract.missing(engine), partitioned, planted)
         engine.destroy()
+    limits = [group._get_backend(torch.device("cpu")).options._timeout for group in distributed_c10d._world.pg_map]
+    found["limits"] = [limit.total_seconds() for limit in limits]
     return found
 
 
@@ -70,6 +77,12 @@ def test_deepspeed_keeps_what_is_read(looked: Any, name: str) -> None:
     kind, engine, parameter, _ = looked[name]
     assert engine == [] and parameter == []
     assert CASES[name][1] in (None, kind), f"DeepSpeed makes a {kind} here now: does layouts.py know it?"
+
+
+def test_the_time_limit_holds_for_every_group(looked: Any) -> None:
+    """DeepSpeed makes a clone of the world group, with torch's 30 minutes if nobody is before it."""
+    assert len(looked["limits"]) > 1
+    assert set(looked["limits"]) == {180.0}  # as tests/support/spawn.py starts them
 
 
 @pytest.mark.parametrize("name", CASES)

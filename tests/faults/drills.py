@@ -10,13 +10,14 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from salient_ds.monitor.metrics import read_metrics
 from tests.launcher import runs
-from tests.support.spawn import forked_process
+from tests.support.spawn import forked_process, free_port
 
 STEPS = 24
 
@@ -69,6 +70,56 @@ def debris(run: Path) -> list[str]:
         for pattern in ("**/*.partial", "**/.*.new", "**/*.new")
         for path in run.glob(pattern)
     ]
+
+
+def member(run_file: Path, arguments: tuple[str, ...], rank: int, size: int, port: int) -> None:
+    """One training process of several, as a launcher would start it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")  # fmt: skip
+    torch.set_num_threads(1)
+    runs.train(run_file, arguments)
+
+
+@dataclass
+class Group:
+    """Training processes without a launcher, which would end all of them when one has ended."""
+
+    run_file: Path
+    processes: list[Any]
+
+    @classmethod
+    def start(cls, run_file: Path, *arguments: str, size: int = 2) -> Group:
+        port, found = free_port(), []
+        for rank in range(size):
+            output = run_file.with_suffix(f".{rank}")
+            found.append(forked_process(member, run_file, arguments, rank, size, port, output=output))
+        return cls(run_file, found)
+
+    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while step not in runs.metrics(self.run_file.parent / "run"):
+            assert all(process.is_alive() for process in self.processes), self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def end_of(self, rank: int, seconds: float) -> int | None:
+        """The exit status of a process; None if it still runs after so many seconds."""
+        self.processes[rank].join(seconds)
+        status: int | None = self.processes[rank].exitcode
+        return status
+
+    def output(self, rank: int | None = None) -> str:
+        ranks = range(len(self.processes)) if rank is None else [rank]
+        return "".join(self.run_file.with_suffix(f".{k}").read_text() for k in ranks)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
 
 
 @dataclass(frozen=True)

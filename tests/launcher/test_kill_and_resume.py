@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from salient_ds.run.exits import STOPPED
 from tests.launcher import runs
 
 
@@ -46,7 +47,7 @@ def finished(run: Path, process: subprocess.Popen[str]) -> Path:
 def test_killed_and_resumed_equals_uninterrupted(
     started: tuple[Path, subprocess.Popen[str]], tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path
 ) -> None:
-    """First one training process dies, then, in the resumed run, everything at once."""
+    """First one training process dies, then one is asked to stop, then everything dies at once."""
     run = runs.write_run(tmp_path, tiny_llama, tiny_alpaca)
     resumed = tmp_path / "run"
     process = runs.start(run)
@@ -55,7 +56,15 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert runs.finish(process)[0] != 0
     (resumed / "checkpoints" / "step-00000009.partial").mkdir()  # as a save that was killed leaves it
     process = runs.start(run, "--resume", "auto")
-    runs.wait_for_step(resumed, 17, process)
+    runs.wait_for_step(resumed, 11, process)
+    os.kill(runs.workers(process.pid)[-1], signal.SIGTERM)  # only this process knows of it at first
+    status, output = runs.finish(process)
+    assert status == STOPPED, output
+    assert "stopped after step" in output and "Traceback" not in output
+    step = len(runs.metrics(resumed))
+    assert (resumed / "checkpoints" / f"step-{step:08d}" / "manifest.json").is_file()
+    process = runs.start(run, "--resume", "auto")
+    runs.wait_for_step(resumed, max(17, step + 1), process)
     os.killpg(process.pid, signal.SIGKILL)
     assert runs.finish(process)[0] != 0
     status, output = runs.finish(runs.start(run, "--resume", "auto"))
