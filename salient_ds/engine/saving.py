@@ -9,6 +9,7 @@ Collectives are called by the step's thread only. A failed or killed save leaves
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ from salient_ds.engine.shard_files import CheckpointError, find_checkpoints
 from salient_ds.engine.snapshot import Snapshot, manifest_facts
 from salient_ds.engine.state import AllocationState
 from salient_ds.zero.collectives import all_succeeded, from_everyone, world
+from salient_ds.zero.frozen import FrozenWeights
+
+NOT_FINITE, CHANGED = "not finite: ", "changed: "
+"""How reports of values begin, as opposed to those of a disk."""
 
 
 @dataclass
@@ -61,13 +66,14 @@ class _Job:
 class Saver:
     """The checkpoints of one run. All processes call its methods, after the same steps."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, frozen: FrozenWeights | None = None) -> None:
         """
         Args:
             folder: the run's ``checkpoints`` directory, on a file system that all processes share.
             keep: how many whole checkpoints to keep.
+            frozen: weights that must not have changed when a checkpoint is written.
         """
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.frozen = folder, keep, frozen
         self._job: _Job | None = None
 
     @property
@@ -106,7 +112,12 @@ class Saver:
             snapshot.take()
             broken = snapshot.not_finite()
             if broken is not None:
-                job.failure = f"not finite: {broken}"
+                job.failure = f"{NOT_FINITE}{broken}"
+                return
+            changed = None if self.frozen is None else self.frozen.changed()
+            if changed is not None:
+                here = f"process {world().global_rank} on {socket.gethostname()}"
+                job.failure = f"{CHANGED}{changed} on {here}"
                 return
             for name, content in snapshot.objects.items():
                 job.written[name] = write_file(partial / name, [content])
@@ -171,15 +182,21 @@ class Saver:
         if world().global_rank == 0:
             shutil.rmtree(job.partial, ignore_errors=True)
         all_succeeded(True, job.state.device)  # wait for the removal before any process looks for checkpoints
-        kind, _, clause = failure.partition("not finite: ")
-        if not kind:
+        last = _last_whole(self.folder)
+        if failure.startswith(NOT_FINITE):
             raise CheckpointError(
-                f"checkpoint of step {job.step} was not written, because {clause}; {_last_whole(self.folder)}. Go on "
-                "from the last whole one, if there is one, with a lower train.lr: train.lr=VALUE --resume auto "
+                f"checkpoint of step {job.step} was not written, because {failure.removeprefix(NOT_FINITE)}; {last}. "
+                "Go on from the last whole one, if there is one, with a lower train.lr: train.lr=VALUE --resume auto "
                 "--change train.lr"
             )
+        if failure.startswith(CHANGED):
+            raise CheckpointError(
+                f"checkpoint of step {job.step} was not written, because {failure.removeprefix(CHANGED)}; {last}. "
+                "Look at the memory of that node (ECC errors: nvidia-smi -q), leave it out if there are any, and "
+                "continue with --resume auto"
+            )
         raise CheckpointError(
-            f"checkpoint of step {job.step} was not written ({failure}); {_last_whole(self.folder)}. "
+            f"checkpoint of step {job.step} was not written ({failure}); {last}. "
             f"Free space under {self.folder} and continue with --resume auto"
         )
 

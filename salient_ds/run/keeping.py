@@ -13,6 +13,7 @@ from salient_ds.engine.reports import StepReport
 from salient_ds.engine.saving import Saver
 from salient_ds.engine.shard_files import step_of
 from salient_ds.zero.collectives import world
+from salient_ds.zero.frozen import FrozenWeights
 
 BUSY, DUE = "a checkpoint is being written", "a checkpoint is due"
 """Flags of the engine. The clock of the main process counts."""
@@ -37,7 +38,9 @@ class Keeper:
         self.engine, self.train, self.identity = engine, train, identity
         self.last: Path | None = None
         """The last checkpoint that was begun. It may still be written."""
-        self._saver = Saver(folder, train.keep_checkpoints)
+        self.frozen = FrozenWeights(engine.adapted.model)
+        """They are compared with what they are now whenever a checkpoint is written."""
+        self._saver = Saver(folder, train.keep_checkpoints, self.frozen)
         self._clock, self._began = clock, clock()
         engine.flags |= {BUSY: lambda: self._saver.busy, DUE: self._is_due}
 

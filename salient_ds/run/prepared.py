@@ -30,9 +30,9 @@ from salient_ds.run.resuming import (
     open_run,
     run_identity,
 )
-from salient_ds.run.same_everywhere import agreed, data_facts
+from salient_ds.run.same_everywhere import NodesDiffer, agreed, data_facts
 from salient_ds.run.whereabouts import Whereabouts
-from salient_ds.zero.collectives import all_succeeded, world
+from salient_ds.zero.collectives import all_equal, all_succeeded, world
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
 from salient_ds.zero.sharded_base import effective_config
 
@@ -160,6 +160,11 @@ class PreparedRun:
         self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
         list(map(self.say, self.log.rewind(self.engine.step)))
         self.keeper = Keeper(self.engine, self.directory.checkpoints, self.config.train, self.identity)
+        if not all_equal(self.keeper.frozen.digest(), self.device):
+            raise NodesDiffer(
+                "the processes do not hold the same frozen weights after loading: look at the weight files and at the "
+                "memory of the nodes"
+            )
 
     def _record(self) -> None:
         """Write the resolved settings and some facts of the run into its directory."""

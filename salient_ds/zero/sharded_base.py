@@ -27,6 +27,7 @@ from salient_ds.adapters.bank import layer_of
 from salient_ds.config.run import RunConfig
 from salient_ds.zero.collectives import world
 from salient_ds.zero.ds_json import summary
+from salient_ds.zero.frozen import PART
 from salient_ds.zero.internals.layouts import full_shape
 from salient_ds.zero.internals.partitioned import mark_not_available, take_whole
 
@@ -168,6 +169,7 @@ class _Shard:
             return buffer[begin : begin + size].data.view(old.dtype).view(self._shapes[index])
 
         _replace(layer, parameters, view)
+        setattr(layer, PART, lambda: (self._part, {id(parameter) for parameter in self._sharded(layer)}))
         for parameter in self._sharded(layer):
             mark_not_available(parameter)  # so that an engine over the model does not broadcast the buffers
 

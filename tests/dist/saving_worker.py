@@ -14,8 +14,12 @@ from salient_ds.engine import saving
 from salient_ds.engine.engine import AllocatingEngine
 from salient_ds.engine.shard_files import CheckpointError, ShardReader
 from salient_ds.run.keeping import BUSY, Keeper
+from salient_ds.zero import frozen
 from tests.dist import scenario
 from tests.dist.scenario import Case
+
+FROZEN = [Case(2), Case(3, speed={"zero3": "sharded_base"}), Case(3)]
+"""A base that is whole, one that this package partitions, and one that DeepSpeed partitions."""
 
 
 def keeper_of(engine: AllocatingEngine, folder: Path, **train: Any) -> Keeper:
@@ -94,6 +98,30 @@ def full_disk_later(global_rank: int, world_size: int, model: Path, folder: Path
     return {"message": message, "left": left, "after": len(list(folder.glob("step-*"))), "step": engine.step}
 
 
+def frozen_weights(global_rank: int, world_size: int, model: Path, folder: Path, case: Case) -> dict[str, Any]:
+    """One frozen value of the last process changes after a save: no process writes the next checkpoint."""
+    engine = scenario.build(case, model, world_size)
+    keeper = keeper_of(engine, folder)
+    scenario.advance(engine, 2, global_rank, world_size)
+    keeper.save({}, None)
+    keeper.wait()
+    scenario.advance(engine, 5, global_rank, world_size)  # an event lies between
+    keeper.save({}, None)
+    keeper.wait()
+    if global_rank == world_size - 1:
+        held = frozen._held(engine.adapted.model)
+        name = [name for name in held if name.startswith("part of ") or "mlp" in name][-1]
+        held[name].view(-1)[3] += 1
+    scenario.advance(engine, 6, global_rank, world_size)
+    message = ""
+    try:
+        keeper.save({}, None)
+        keeper.wait()
+    except CheckpointError as error:
+        message = str(error)
+    return {"message": message, "left": sorted(p.name for p in folder.iterdir())}
+
+
 def sizes(global_rank: int, world_size: int, model: Path, folder: Path) -> dict[str, Any]:
     """Bytes of a checkpoint before and after pruned rows are dropped, and of what it must hold."""
     case = Case(2, speed={"compaction": "last"})
@@ -118,4 +146,7 @@ def everything(global_rank: int, world_size: int, model: Path, folder: Path, cas
         "writing": [while_writing(global_rank, world_size, model, folder / str(k), c) for k, c in enumerate(cases)],
         "full": full_disk_later(global_rank, world_size, model, folder / "full"),
         "sizes": sizes(global_rank, world_size, model, folder / "sizes"),
+        "frozen": [
+            frozen_weights(global_rank, world_size, model, folder / f"frozen{k}", case) for k, case in enumerate(FROZEN)
+        ],
     }

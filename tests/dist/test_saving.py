@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def test_a_full_disk_reaches_all_processes(two: list[Any]) -> None:
         assert "step-00000003" in found["message"] and "--resume auto" in found["message"]
         assert found["left"] == ["step-00000003"] and found["after"] == 2
     assert two[0]["full"]["step"] == two[1]["full"]["step"]
+
+
+@pytest.mark.parametrize("index", range(len(saving_worker.FROZEN)))
+def test_a_frozen_weight_that_changes_is_noticed_at_the_next_save(two: list[Any], index: int) -> None:
+    for result in two:
+        found = result["frozen"][index]
+        assert "checkpoint of step 6 was not written, because the frozen weights " in found["message"]
+        assert f"on process 1 on {socket.gethostname()}; the last whole one is" in found["message"]
+        assert found["left"] == ["step-00000002", "step-00000005"]
 
 
 def test_a_checkpoint_holds_live_rows_and_nothing_of_the_base(two: list[Any]) -> None:

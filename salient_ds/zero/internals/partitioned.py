@@ -20,6 +20,11 @@ def take_whole(parameter: nn.Parameter) -> Tensor:
     return whole
 
 
+def own_partition(parameter: nn.Parameter) -> Tensor | None:
+    """What this process keeps of a parameter that DeepSpeed has partitioned; None if it has not."""
+    return parameter.ds_tensor.data if hasattr(parameter, "ds_id") else None  # type: ignore[attr-defined]
+
+
 def put_whole(parameter: nn.Parameter, value: Tensor) -> None:
     """Write ``value`` (the same on every process) into a parameter, which DeepSpeed may have partitioned.
 
