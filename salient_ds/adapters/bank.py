@@ -161,6 +161,11 @@ class FactorBank(nn.Module):
         for stack in self._stacks:
             stack.add_gradient(penalty, flat, grad)
 
+    @property
+    def penalty_is_graph(self) -> bool:
+        """Whether the penalty of the last backward pass was launched as one CUDA graph."""
+        return self._penalty_graph.captured
+
     def _penalty(self) -> OrthogonalityPenalty | None:
         """The penalty if it acts in this backward pass, else None."""
         first = self._adapters[0]

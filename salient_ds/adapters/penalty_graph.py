@@ -40,6 +40,11 @@ class PenaltyGraph:
         self._scratch = self._extra = torch.zeros(0)
         self._notes: list[tuple[Tensor, int, Tensor]] = []
 
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph."""
+        return self._graph is not None
+
     def add(
         self,
         penalty: OrthogonalityPenalty,

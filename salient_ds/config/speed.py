@@ -53,6 +53,10 @@ class SpeedConfig(Strict):
     fused_statistics: bool = False
     """Update the statistics of adalora and lora2 with one Triton kernel on CUDA devices: 24 instead of 80 bytes of
     memory traffic per adapter parameter and step. Equal to rounding. Other methods and devices ignore it."""
+    target_head: bool = False
+    """Compute output layer and loss at target positions only, without ever storing the logits of more than 1,024 of
+    them. Answers are often 10 to 30 % of the tokens. Only models whose head is known do so (models/target_head.py);
+    others ignore it. The loss is the same to rounding. Not together with `liger`, which has a loss of its own."""
     liger: Literal["none", "loss", "all"] = "none"
     """Use the Triton kernels of liger-kernel, an optional dependency (pip install 'salient-ds[liger]'). They need a
     CUDA device. none: do not use them. loss: compute output layer and cross-entropy together, so that the full logits
@@ -156,6 +160,8 @@ def speed_problems(speed: SpeedConfig, method: MethodConfig, stage: int, shortcu
             f"speed.liger={speed.liger} reads the output layer's weight, which ZeRO-3 partitions here: use none, "
             "stage 2, or zero3: sharded_base where the method allows it"
         )
+    if speed.liger != "none" and speed.target_head:
+        problems.append(f"speed.target_head and speed.liger={speed.liger} both replace the loss: use one of them")
     if speed.liger == "all" and speed.compile_layers is True:
         problems.append("speed.liger=all: layers compiled by speed.compile_layers fuse these already, use liger: loss")
     if speed.liger == "all" and shortcuts:

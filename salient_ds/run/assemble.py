@@ -27,6 +27,7 @@ from salient_ds.models.attention import leave_out_masks
 from salient_ds.models.kernels import apply_kernels
 from salient_ds.models.loading import DTYPES
 from salient_ds.models.packed_masks import keep_examples_apart
+from salient_ds.models.target_head import use_target_head
 from salient_ds.run.adapt import adapt
 from salient_ds.zero.ds_json import summary
 from salient_ds.zero.internals.layouts import full_shape
@@ -68,6 +69,8 @@ def assemble(
     """
     plan = config.speed_plan(summary(ds_config).stage)
     apply_kernels(model, config.speed, device)
+    if config.speed.target_head:
+        use_target_head(model)
     if config.data.packing:
         keep_examples_apart(model)
     else:

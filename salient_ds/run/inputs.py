@@ -25,6 +25,7 @@ from salient_ds.data.template_base import Template
 from salient_ds.data.templates import get_template
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.probe import ProbeData
+from salient_ds.models.target_head import INDEX, target_index, uses_target_head
 from salient_ds.steps import total_steps
 
 
@@ -159,16 +160,19 @@ def micro_batches(
     world_size: int,
     size: int,
     device: torch.device,
+    model: torch.nn.Module | None = None,
 ) -> tuple[list[MicroBatch], int]:
     """This process' micro-batches of one global batch, and the number of targets in the whole global batch.
 
     Args:
         batch: number of the global batch, counted from 0.
         size: examples per micro-batch.
+        model: gets the positions of targets too if it computes logits there only (``speed.target_head``).
     """
     everyone = sampler.indices(batch)
+    index_targets = model is not None and uses_target_head(model)
     parts = [
-        _to_micro(inputs.train, inputs.collator, indices, device)
+        _to_micro(inputs.train, inputs.collator, indices, device, index_targets)
         for indices in sampler.shard(batch, global_rank, world_size, size)
     ]
     return parts, int(inputs.train.num_targets[everyone].sum())
@@ -209,9 +213,15 @@ def probe_data(inputs: Inputs, batches: int, size: int, device: torch.device) ->
 
 
 def _to_micro(
-    dataset: TrainingData, collator: Collator | TaskCollator | _Known, rows: np.ndarray, device: torch.device
+    dataset: TrainingData,
+    collator: Collator | TaskCollator | _Known,
+    rows: np.ndarray,
+    device: torch.device,
+    index_targets: bool = False,
 ) -> MicroBatch:
     batch = collator([dataset[int(i)] for i in rows])
+    if index_targets:
+        batch = batch | {INDEX: target_index(batch["labels"])}
     if device.type == "cuda":  # a copy from memory that is not pinned waits for everything queued on the device
         batch = {k: v.pin_memory() for k, v in batch.items()}
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}

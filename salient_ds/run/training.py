@@ -14,6 +14,7 @@ from salient_ds.config.run import RunConfig
 from salient_ds.engine.reports import Diverged, NonFiniteLoss, StepReport
 from salient_ds.methods.duties import ReportingMethod
 from salient_ds.monitor.progress import Progress
+from salient_ds.run.active import speed_facts
 from salient_ds.run.export import export_run
 from salient_ds.run.inputs import Inputs, load_inputs, micro_batches
 from salient_ds.run.prepared import PreparedRun
@@ -90,7 +91,7 @@ class Training(PreparedRun):
                 batches, targets = micro_batches(
                     self.inputs, self.sampler, self.counters.batches,
                     global_rank=self.global_rank, world_size=self.world_size, size=train.micro_batch_size,
-                    device=self.device,
+                    device=self.device, model=engine.adapted.model,
                 )  # fmt: skip
                 report = self._step(batches, targets)
                 self.keeper.after_step(report)
@@ -174,7 +175,8 @@ class Training(PreparedRun):
         self.where.at("the end, with the last checkpoint and the adapter")
         self.keeper.wait()
         if self.engine.step > self.start.step or not self.directory.summary.exists():
-            self.log.summary(self.bar, skipped_steps=self.counters.skipped, **self.held_out.facts())
+            facts = self.held_out.facts() | speed_facts(self.engine)
+            self.log.summary(self.bar, skipped_steps=self.counters.skipped, **facts)
         if self.is_main:
             path = self.held_out.result(saved, self.directory.checkpoints)
             export_run(self.directory.path, None, self.directory.adapter, overwrite=True, checkpoint=path)

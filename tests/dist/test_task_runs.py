@@ -76,6 +76,7 @@ def test_metrics_do_not_depend_on_the_number_of_processes(two: list[Any], one: A
 def test_the_best_checkpoint_is_kept_and_exported(place: Path, two: list[Any], name: str) -> None:
     folder, best = place / "two" / name, two[0][name]["best"]
     summary = json.loads((folder / "summary.json").read_text())
+    assert summary["speed"]["adapters"] == summary["speed"]["fused_adapters"] > 0, "facts of the run"
     assert summary["best"] == best and summary["evaluation"] == two[0][name]["values"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seen = {line["step"]: line[f"eval_{best['metric']}"] for line in lines if f"eval_{best['metric']}" in line}
