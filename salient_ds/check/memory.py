@@ -9,7 +9,7 @@ f = intermediate size, r = rank. A forward pass has micro-batch size x maximum l
     optimizer   12 n / W: fp32 master and two moments. Stage 0: not divided by W, and 8 n in fp32, which needs no
                 separate master.
     gradients   While the optimizer steps: c n (divided by W from stage 2 on) and an fp32 copy, 4 n / W (stage 0: not
-                divided by W, and none in fp32).
+                divided by W, and none in fp32). From stage 1 on, below fp32, also what is copied: c n / W.
     buffers     Reduction buckets (none at stage 0). At stage 3 also gathered parameters, except on a single process
                 without parameter offload. If only the base is sharded: two layers. Otherwise: the most that may stay
                 live plus the prefetch bucket, but not more than all parameters.
@@ -21,11 +21,16 @@ f = intermediate size, r = rank. A forward pass has micro-batch size x maximum l
                     2 c k        k and v
                     4 c f        gate, its activation, up and their product
                     2 c r        per adapter: two tensors of its rank
+                Compiled layers keep c (4 h + 2 a + 2 k + 3 f) instead of the first four: norms' inputs and outputs,
+                q, k, v, attention output, gate, up and their product.
                 With dropout also (c + 1) x in features per adapter. With eager attention also 4 + 2 c bytes per head
                 and position. The sum over all layers, plus the vocabulary term.
                 With activation checkpointing: c h per layer, plus the larger of one layer and the vocabulary term.
     vocabulary  Logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary size per token (12 x in fp32).
                 With speed.liger: the gradient of the hidden states and a chunk of logits, at most 3 c h per token.
+                Below stage 3, buckets come when 4 bytes x vocabulary size per token of this are free again.
+    other       0.4 GiB and c n / 8: workspaces of matrix products, masks, the penalty's scratch memory for a bank.
+                Peaks are then 0 to 9 % above those that were measured (tests/unit/check/test_memory.py).
 
 IncreLoRA's n is that of adapter.rank. If room is made in flight (speed.growth), n is an upper bound instead: all growth
 goes to the widest matrices, and every matrix has reserve and headroom. While room is made, masters and moments are
@@ -49,12 +54,14 @@ from math import ceil
 
 from salient_ds.check.model_shapes import Architecture
 from salient_ds.config.run import RunConfig
-from salient_ds.config.speed import row_multiple
+from salient_ds.config.speed import compiles, row_multiple
 from salient_ds.methods.options import MethodConfig
 from salient_ds.ranks import RankLayout
 from salient_ds.zero.ds_json import DsSummary
 
 GIB = 2**30
+OTHER = 2 * GIB // 5
+"""Bytes of what is in none of the formulas."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Workload:
     max_length: int
     accumulation: int
     checkpointing: bool
+    compiled: bool
+    """Decoder layers are compiled. On GPUs that is the default for most methods."""
     eager_attention: bool
     dropout: bool
     architecture: Architecture | None
@@ -141,6 +150,7 @@ def workload(
         max_length=run.data.max_length,
         accumulation=max(1, train.global_batch_size // (train.micro_batch_size * world_size)),
         checkpointing=train.activation_checkpointing == "all",
+        compiled=compiles(run.speed, method, run.speed_plan(2).packed, on_gpu=True),
         eager_attention=run.model.attn_implementation == "eager",
         dropout=run.adapter.dropout > 0,
         architecture=architecture,
@@ -180,18 +190,22 @@ def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
     state = (8 if stage == 0 and c == 4 else 12) * n // shards
     low_precision_grads = c * n // (world_size if stage >= 2 else 1)
     fp32_grads = 0 if stage == 0 and c == 4 else 4 * n // shards
+    flat_grads = c * n // shards if stage >= 1 and c < 4 else 0
     host = (state + fp32_grads if ds.offload_optimizer else 0) + (
         c * (inside + (0 if sharded else n)) // parameter_shards if ds.offload_param else 0
     )
     optimizer = 0 if ds.offload_optimizer else state
-    gradients = low_precision_grads + (0 if ds.offload_optimizer else fp32_grads)
+    gradients = low_precision_grads + (0 if ds.offload_optimizer else fp32_grads + flat_grads)
     buffers = _buffers(work, ds, world_size)
     statistics = work.statistics // shards
     activations = _activations(work)
 
     stays = base + adapters + optimizer + statistics
-    forward = buffers + (activations or 0) + (low_precision_grads if work.accumulation > 1 else 0) + work.scoring
-    peak = stays + max(forward, gradients, work.event)
+    freed = min(buffers, _freed_by_loss(work)) if stage < 3 else 0
+    forward = (
+        buffers - freed + (activations or 0) + (low_precision_grads if work.accumulation > 1 else 0) + work.scoring
+    )
+    peak = stays + max(forward, gradients, work.event) + OTHER + c * n // 8
     return MemoryEstimate(
         stage=stage,
         base=base,
@@ -256,15 +270,30 @@ def _activations(work: Workload) -> int | None:
     c, hidden = work.element_bytes, arch.hidden_size
     attention = arch.heads * arch.head_dim
     layer = 8 * hidden + c * (2 * hidden + 3 * attention + 2 * arch.kv_width + 4 * arch.intermediate_size)
+    if work.compiled:
+        layer = c * (4 * hidden + 2 * attention + 2 * arch.kv_width + 3 * arch.intermediate_size)
     if work.eager_attention:
         layer += (4 + 2 * c) * arch.heads * work.max_length
     in_adapters = 2 * c * work.rank * len(work.adapted)
     if work.dropout:
         in_adapters += (c + 1) * sum(inner for _, inner in work.adapted)
     layers = arch.layers * layer + in_adapters
-    vocabulary = (12 if c == 4 else c + 12) * arch.vocab_size
-    if work.fused_loss:  # gradient of hidden states, and a chunk of logits of the same size, rounded up to 2^k
-        vocabulary = c * (hidden + min(2 * hidden, arch.vocab_size))
+    vocabulary = _vocabulary(work, arch)
     if work.checkpointing:
         return work.tokens * (c * hidden * arch.layers + max(layers // arch.layers, vocabulary))
     return work.tokens * (layers + vocabulary)
+
+
+def _vocabulary(work: Workload, arch: Architecture) -> int:
+    """Bytes per token of the output layer and the loss."""
+    c, hidden = work.element_bytes, arch.hidden_size
+    if work.fused_loss:  # gradient of hidden states, and a chunk of logits of the same size, rounded up to 2^k
+        return c * (hidden + min(2 * hidden, arch.vocab_size))
+    return (12 if c == 4 else c + 12) * arch.vocab_size
+
+
+def _freed_by_loss(work: Workload) -> int:
+    """Bytes of the loss that are free when its backward pass begins, and reduction buckets are allocated."""
+    if work.architecture is None or work.fused_loss:
+        return 0
+    return work.tokens * 4 * work.architecture.vocab_size

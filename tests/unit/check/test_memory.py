@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from salient_ds.check.memory import GIB, Workload, estimate, estimate_stages, workload
+from salient_ds.check.memory import GIB, OTHER, Workload, estimate, estimate_stages, workload
 from salient_ds.check.model_shapes import architecture, derived_linear_shapes, derived_parameters
 from salient_ds.config.run import parse_config
 from salient_ds.methods.adalora.options import AdaLoRAConfig
@@ -21,20 +23,29 @@ LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 110
 SALIENT = SalientLoRAConfig(target_rank=64)
 SHAPES = derived_linear_shapes(LLAMA_7B)
 """(out, in) by path."""
-# torch.cuda.max_memory_allocated in GiB: LLaMA-7B shape, 224 matrices, bf16 adapters with fp32 masters, 4 x 512 tokens,
-# sdpa; buckets of 5e8 elements, at stage 3 also prefetch 5e8 and max_live_parameters 3e9. Stage 0 stands for a plain
-# loop without DeepSpeed. (rank, checkpointing, stage, GPUs, measured)
+# torch.cuda.max_memory_allocated in GiB: LLaMA-7B shape, 224 matrices, bf16 adapters with fp32 masters, sdpa, the files
+# in ds_configs. The largest peak of each kind in eval/records, of the newest code there; the last three were measured
+# independently. Stage 0 stands for a plain loop without DeepSpeed, stage 3 for a sharded base.
+# (rank, checkpointing, compiled, stage, GPUs, sequences x tokens, measured)
 MEASURED = [
-    (64, True, 0, 1, 16.0),
-    (64, False, 0, 1, 25.4),
-    (480, False, 0, 1, 38.0),
-    (64, False, 2, 1, 27.0),
-    (480, False, 2, 1, 41.0),
-    (64, False, 3, 1, 27.0),
-    (64, False, 2, 2, 26.0),
-    (64, False, 3, 2, 26.0),
+    (64, False, True, 0, 1, (4, 512), 23.78),
+    (480, False, True, 0, 1, (4, 512), 38.51),
+    (64, False, True, 2, 1, (4, 512), 23.77),
+    (480, False, True, 2, 1, (4, 512), 38.50),
+    (480, False, True, 2, 2, (4, 512), 31.70),
+    (64, False, True, 3, 2, (4, 512), 17.80),
+    (64, False, False, 0, 1, (4, 512), 26.04),
+    (480, False, False, 0, 1, (4, 512), 40.14),
+    (64, False, False, 2, 1, (4, 512), 26.00),
+    (480, False, False, 2, 1, (4, 512), 40.35),
+    (64, False, False, 2, 2, (4, 512), 25.11),
+    (64, False, False, 3, 2, (4, 512), 19.93),
+    (480, True, True, 2, 1, (4, 512), 37.70),
+    (64, False, True, 2, 1, (1, 4096), 32.60),
+    (64, True, True, 2, 1, (1, 4096), 16.70),
 ]
 TOLERANCE = 0.10
+RECORDS = Path(__file__).resolve().parents[3] / "eval" / "records"
 
 
 def layout(rank: int) -> RankLayout:
@@ -43,7 +54,9 @@ def layout(rank: int) -> RankLayout:
     return RankLayout(tuple(SHAPES), (rank,) * 224, wide, tall)
 
 
-def work(rank: int = 64, checkpointing: bool = False) -> Workload:
+def work(
+    rank: int = 64, checkpointing: bool = False, compiled: bool = False, size: tuple[int, int] = (4, 512)
+) -> Workload:
     parameters = derived_parameters(LLAMA_7B)
     assert parameters is not None
     return Workload(
@@ -54,10 +67,11 @@ def work(rank: int = 64, checkpointing: bool = False) -> Workload:
         statistics=0,
         event=0,
         element_bytes=2,
-        tokens=4 * 512,
-        max_length=512,
+        tokens=size[0] * size[1],
+        max_length=size[1],
         accumulation=1,
         checkpointing=checkpointing,
+        compiled=compiled,
         eager_attention=False,
         dropout=False,
         architecture=architecture(LLAMA_7B),
@@ -68,12 +82,30 @@ def config(stage: int) -> DsSummary:
     return DsSummary(stage, False, False, True, True, 500_000_000, 500_000_000, 3_000_000_000)
 
 
-@pytest.mark.parametrize(("rank", "checkpointing", "stage", "gpus", "measured"), MEASURED)
-def test_within_a_tenth_of_the_measured_peak(
-    rank: int, checkpointing: bool, stage: int, gpus: int, measured: float
+@pytest.mark.parametrize(("rank", "checkpointing", "compiled", "stage", "gpus", "size", "measured"), MEASURED)
+def test_at_most_a_tenth_above_the_measured_peak_and_never_below(
+    rank: int, checkpointing: bool, compiled: bool, stage: int, gpus: int, size: tuple[int, int], measured: float
 ) -> None:
-    peak = estimate(work(rank, checkpointing), config(stage), gpus).peak / GIB
-    assert peak == pytest.approx(measured, rel=TOLERANCE)
+    files = {0: config(0), 2: replace(config(2), reduce_bucket_size=200_000_000),
+             3: replace(config(3), reduce_bucket_size=4096**2)}  # fmt: skip
+    case = replace(work(rank, checkpointing, compiled, size), sharded_base=True)
+    peak = estimate(case, files[stage], gpus).peak / GIB
+    assert measured <= peak <= measured * (1 + TOLERANCE)
+
+
+def test_peaks_are_those_of_the_records() -> None:
+    """The table above, against result.json of the newest records of each kind."""
+    found: dict[tuple[object, ...], float] = {}
+    for name in ("1xh100-2", "1xh100-3", "1xh100-4", "1xh100-5", "2xh200-3", "2xh200-4", "2xh200-5", "2xh200-6"):
+        page = json.loads((RECORDS / f"2026-11-22_llama-7b_salientlora_{name}" / "result.json").read_text())
+        for arm in page["arms"]:
+            old = arm["compiled"] and name == "1xh100-2"  # banks of four layers came after it
+            if arm["arm"] == "salientlora" and not arm["compacted"] and not old:
+                key = (arm["rank"], arm.get("compiled", False), arm["zero"], arm["gpus"])
+                found[key] = max(arm["peak_gib"], found.get(key, 0))
+    known = {(r, c, z, g): peak for r, _, c, z, g, size, peak in MEASURED[:-3]}
+    for key, peak in found.items():
+        assert known[key] == pytest.approx(peak, abs=0.005), key
 
 
 def test_trainable_parameters_of_the_papers_setting() -> None:
@@ -134,7 +166,8 @@ def test_statistics_are_sharded_and_an_event_can_be_the_peak() -> None:
     assert estimate(rich, config(2), 2).statistics == 10**9 // 2
     assert estimate(rich, config(0), 2).statistics == 10**9
     row = estimate(replace(rich, event=10**12), config(2), 2)
-    assert row.peak == row.base + row.adapters + row.optimizer + row.statistics + 10**12
+    stays = row.base + row.adapters + row.optimizer + row.statistics
+    assert row.peak == stays + 10**12 + OTHER + 2 * rich.trainable // 8
 
 
 def test_more_work_needs_more_memory() -> None:
