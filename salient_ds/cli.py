@@ -112,6 +112,19 @@ def train(
     )
 
 
+@app.command()
+def doctor(
+    hostfile: Annotated[str | None, typer.Option(help="File of hosts and slots; without it: this machine.")] = None,
+    shared: Annotated[str, typer.Option(help="Directory that all nodes should share.")] = ".",
+    master_port: Annotated[int, typer.Option(min=1, max=65535, help="Port on which the processes will meet.")] = 29500,
+    pairs: Annotated[bool, typer.Option(help="Measure an all-reduce between pairs of nodes.")] = True,
+) -> None:
+    """Look at the nodes before a run does, and say which one is wrong: ssh, versions, GPUs, names, ports, bandwidth."""
+    from salient_ds.doctor.command import doctor as body
+
+    raise typer.Exit(body(hostfile, shared, master_port, pairs))
+
+
 @app.command("last-step", hidden=True)
 def last_step(
     run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="Run file.")],

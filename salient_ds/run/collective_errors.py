@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 _SIGNS = re.compile(
     r"gloo|nccl|c10d|TCPStore|connection (?:closed|reset|refused)|timed out|socket|broken pipe|rendezvous",
     re.IGNORECASE,
 )
 _NOISE = re.compile(r"\[[^\]]*(?:/|\.cc:|\.cpp:)[^\]]*\]\s*|Exception raised from.*|frame #.*", re.DOTALL)
+_FRAMES = re.compile(r"frame #|<omitting python|Exception raised from|\[[EW]\d{4} [^\]]*\] \[c10d\]|\s*$")
 _SHOWN = 200
 """Characters of a library's own message."""
 
@@ -45,13 +51,13 @@ def unable_to_join(error: BaseException, environ: Mapping[str, str]) -> str:
             f"{who} finds no network interface for its connections ({shown}; {core}): set GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME to the one that reaches the other nodes (ip addr), on every node"
         )
-    if re.search("127\\.0\\.|connectFullMesh|full mesh|connect.{0,40}timed? ?out", text, re.IGNORECASE | re.DOTALL):
+    if re.search(r"127\.0\.1\.|connectFullMesh|full mesh", text, re.IGNORECASE):
         return (
             f"{who} cannot connect to the others ({core}): if this node's name is 127.0.1.1 in /etc/hosts, or it has "
             "several interfaces, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the one that reaches the other nodes "
             "(ip addr), on every node"
         )
-    if re.search("name or service not known|getaddrinfo|name resolution", text, re.IGNORECASE):
+    if not _known(address):
         return (
             f"{who} does not know the address {address}: give --master_addr (MASTER_ADDR) a name that all nodes resolve"
         )
@@ -60,6 +66,36 @@ def unable_to_join(error: BaseException, environ: Mapping[str, str]) -> str:
         "the same MASTER_ADDR and MASTER_PORT, and whether a firewall lets them through (salient-ds doctor --hostfile "
         "FILE looks)"
     )
+
+
+def _known(address: str) -> bool:
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def without_frames() -> Iterator[None]:
+    """Leave out what torch's C++ code prints to stderr about failed connections: 20 lines of addresses for each.
+
+    Everything else that is printed meanwhile comes out at the end.
+    """
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, 2)
+            os.close(real)
+            kept.seek(0)
+            for line in kept.read().decode(errors="replace").splitlines():
+                if not _FRAMES.match(line):
+                    print(line, file=sys.stderr, flush=True)
 
 
 def _core(text: str) -> str:

@@ -55,14 +55,15 @@ def launched(
         where: kept up to date by ``work``.
         stop_request: is told if the launcher has ended; None: this process ends too.
     """
-    from salient_ds.run.collective_errors import in_collective, unable_to_join
+    from salient_ds.run.collective_errors import in_collective, unable_to_join, without_frames
     from salient_ds.run.watchdog import GO_ON, watch
     from salient_ds.zero.collectives import world
     from salient_ds.zero.environment import start, stop
 
     where = where or Whereabouts()
     try:
-        device = start(timeout_minutes)
+        with without_frames():
+            device = start(timeout_minutes)
     except (RuntimeError, OSError) as error:
         if os.environ.get("SALIENT_TRACEBACK"):
             raise

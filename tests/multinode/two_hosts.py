@@ -41,6 +41,8 @@ class TwoHosts:
     """For keys, logs and configuration."""
     private_on_second: Path | None = None
     """A directory that is empty and private on the second host."""
+    debian: bool = False
+    """Each host's own name means 127.0.1.1 there, as Debian's installer writes it."""
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
     suffix: str = field(default_factory=lambda: str(os.getpid()))
 
@@ -66,7 +68,11 @@ class TwoHosts:
     def _write_etc(self, namespace: str) -> None:
         etc = Path("/etc/netns") / namespace
         (etc / "ssh").mkdir(parents=True)
-        names = "".join(f"{address} {host}\n" for address, host in zip(ADDRESSES, HOSTS, strict=True))
+        own = HOSTS[self.namespaces.index(namespace)]
+        names = "".join(
+            f"{'127.0.1.1' if self.debian and host == own else address} {host}\n"
+            for address, host in zip(ADDRESSES, HOSTS, strict=True)
+        )
         (etc / "hosts").write_text("127.0.0.1 localhost\n" + names)
         (etc / "ssh" / "ssh_config").write_text(
             f"Host nodea nodeb\n  User root\n  IdentityFile {self.folder / 'key'}\n  StrictHostKeyChecking no\n"
@@ -85,7 +91,7 @@ class TwoHosts:
     def _start_sshd(self, index: int) -> None:
         settings = self.folder / f"sshd_{HOSTS[index]}.conf"
         settings.write_text(
-            f"Port 22\nListenAddress {ADDRESSES[index]}\nHostKey {self.folder / 'host_key'}\n"
+            f"Port 22\nListenAddress 0.0.0.0\nHostKey {self.folder / 'host_key'}\n"
             f"AuthorizedKeysFile {self.folder / 'authorized_keys'}\nPermitRootLogin prohibit-password\n"
             "StrictModes no\nUsePAM no\nPidFile none\n"
         )
@@ -159,9 +165,9 @@ class TwoHosts:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path, private_on_second: Path | None = None) -> Iterator[TwoHosts]:
+def two_hosts(folder: Path, private_on_second: Path | None = None, debian: bool = False) -> Iterator[TwoHosts]:
     """The pair for the length of a ``with`` block; always cleaned up."""
-    hosts = TwoHosts(folder, private_on_second)
+    hosts = TwoHosts(folder, private_on_second, debian)
     try:
         hosts.start()
         yield hosts

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 
-from salient_ds.run.collective_errors import in_collective, unable_to_join
+from salient_ds.run.collective_errors import in_collective, unable_to_join, without_frames
 
 GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [10.0.0.2]:8113: Connection reset by peer. "
@@ -13,7 +16,7 @@ GLOO = (
 SLOW = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30000ms for recv operation"
 )
-ENVIRON = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+ENVIRON = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def joining(text: str, **environ: str) -> str:
@@ -53,9 +56,20 @@ def test_a_name_that_means_the_node_itself() -> None:
 
 
 def test_an_unknown_name() -> None:
-    assert "does not know the address node1" in joining("getaddrinfo: Name or service not known")
+    text = joining("The client socket has timed out after 6000ms", MASTER_ADDR="no-such-host.invalid")
+    assert "does not know the address no-such-host.invalid" in text
+
+
+def test_frames_of_torch_are_left_out_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError), without_frames():
+        os.write(
+            2, b"[E1126 20:47:30.97 socket.cpp:1028] [c10d] The client socket has timed out\nframe #0: c10 (0x7)\n"
+        )
+        os.write(2, b"Exception raised from throwTimeoutError\n\nNCCL WARN something\n")
+        raise RuntimeError
+    assert capfd.readouterr().err == "NCCL WARN something\n"
 
 
 def test_anything_else_says_what_to_look_at() -> None:
     text = joining("The client socket has timed out after 60000ms while trying to connect to (node1, 29500).")
-    assert "could not join the others at node1:29500" in text and "salient-ds doctor" in text
+    assert "could not join the others at 127.0.0.1:29500" in text and "salient-ds doctor" in text
