@@ -83,7 +83,12 @@ def _heterolora(spec: ArmSpec, schedule: bool) -> dict[str, Any]:
     return {"interval_unit": "steps", "interval": interval, "probe_batches": PROBE_BATCHES}
 
 
-_OWN = {"increlora": _increlora, "heterolora": _heterolora}
+def _adalora(spec: ArmSpec, schedule: bool) -> dict[str, Any]:
+    """No warm-up, so that the events of the timed steps prune as PEFT's do with ``tinit=0``."""
+    return {} if schedule else {"initial_warmup": 0}
+
+
+_OWN = {"increlora": _increlora, "heterolora": _heterolora, "adalora": _adalora, "lora2": _adalora}
 """Options of single methods, by name: functions of the arm and of whether the schedule is the shortened one."""
 
 

@@ -18,6 +18,7 @@ from salient_ds.engine.reports import MicroBatch
 from salient_ds.engine.state import AllocationState
 from salient_ds.heterolora.probe_events import ProbeEvents
 from salient_ds.heterolora.probing import ProbingMethod
+from salient_ds.methods.duties import FusingMethod
 from salient_ds.methods.lora.options import LoRAConfig
 from salient_ds.run.assemble import assemble
 from salient_ds.zero.sharded_base import effective_config
@@ -124,6 +125,8 @@ class OwnArm:
         if not planned or not (probes or run.method.grows or spec.settings.target_rank < spec.rank):
             return {}
         steady = self.allocating
+        if isinstance(method, FusingMethod):
+            method.fused = run.speed.fused_statistics
         steady.state.method = LoRAConfig().build(layout, STEADY_STEPS)  # the timed steps' method stops observing
         state = AllocationState(steady.engine, steady.adapted, method, device)
         before = ProbeEvents(state, probe_data(spec, device)) if probes else None

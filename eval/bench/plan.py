@@ -12,6 +12,12 @@ PEFT_ARMS = ("peft_lora", "peft_adalora")
 PLAIN = "plain"
 COMPILED, FUSED_LOSS = "compile", "liger"
 """Options of an arm, appended to its name with "+": compiled decoder layers, or the fused loss of liger-kernel."""
+SPEED: dict[str, dict[str, Any]] = {
+    "statistics": {"fused_statistics": True},
+    "targets": {"target_head": True},
+    "unpacked": {"packing": "none"},
+}
+"""Further options of this package's arms: what they change in section ``speed``."""
 _STAGES = ("0", "1", "2", "3")
 
 
@@ -59,17 +65,21 @@ class ArmSpec:
     settings: Settings = field(repr=False)
     fused_loss: bool = False
     """Output layer and loss are fused (liger-kernel, as with speed.liger=loss)."""
+    speed: tuple[str, ...] = ()
+    """Further options, names in :data:`SPEED`."""
 
     @property
     def title(self) -> str:
         where = PLAIN if self.loop == PLAIN else f"zero{self.zero}"
         options = (" compiled" if self.compiled else "") + (" fused loss" if self.fused_loss else "")
+        options += "".join(f" {name}" for name in self.speed)
         return f"{self.arm} r={self.rank} {where} x{self.gpus} checkpointing={self.checkpointing}{options}"
 
     def key(self) -> dict[str, Any]:
         """The fields that identify the arm in a record."""
         return {"arm": self.arm, "loop": self.loop, "zero": self.zero, "rank": self.rank, "gpus": self.gpus,
                 "checkpointing": self.checkpointing, "compiled": self.compiled, "fused_loss": self.fused_loss,
+                "speed": list(self.speed),
                 "form": self.form}  # fmt: skip
 
     @property
@@ -80,7 +90,7 @@ class ArmSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ArmSpec:
         settings = Settings(**{**data["settings"], "windows": tuple(data["settings"]["windows"])})
-        return cls(**{**data, "settings": settings})
+        return cls(**{**data, "settings": settings, "speed": tuple(data.get("speed", ()))})
 
 
 def own_methods() -> list[str]:
@@ -107,9 +117,11 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
     for item in text.split(","):
         name, _, own = item.strip().partition("@")
         arm, options = split_name(name)
-        if arm not in known or set(options) - {COMPILED, FUSED_LOSS}:
+        further = set() if arm in PEFT_ARMS else set(SPEED)
+        if arm not in known or set(options) - {COMPILED, FUSED_LOSS} - further:
             raise ValueError(
-                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED} and +{FUSED_LOSS}"
+                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED} and +{FUSED_LOSS}, "
+                f"all but PEFT's with {', '.join('+' + option for option in SPEED)}"
             )
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
     return found
@@ -134,7 +146,7 @@ def impossible(spec: ArmSpec) -> str | None:
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
     own = methods().get(spec.arm)
-    partitioned = spec.zero == 3 and not (own is not None and own.packable)
+    partitioned = spec.zero == 3 and not (own is not None and own.packable and "unpacked" not in spec.speed)
     if spec.compiled and partitioned:
         return "layers that DeepSpeed's ZeRO-3 gathers are not compiled"
     if spec.fused_loss and partitioned:
@@ -160,7 +172,8 @@ def plan(
                 for rank in ranks:
                     for name in (name for name, own in arms if rank in own):
                         arm, options = split_name(name)
-                        choices = COMPILED in options, settings, FUSED_LOSS in options
+                        more = tuple(option for option in options if option in SPEED)
+                        choices = COMPILED in options, settings, FUSED_LOSS in options, more
                         spec = ArmSpec(arm, loop, stage, rank, count, how, *choices)
                         reason = impossible(spec)
                         if reason is None:

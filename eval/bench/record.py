@@ -50,7 +50,7 @@ def row(arm: Row) -> list[str]:
     """One row of the table, with the cells of :data:`COLUMNS`."""
     events = arm.get("event_seconds") or []
     ratio, spread, reserved = (arm.get(key) for key in ("ratio_to_peft_lora", "spread", "reserved_gib"))
-    marks = [name for key, name in MARKS.items() if arm.get(key)]
+    marks = [name for key, name in MARKS.items() if arm.get(key)] + [f"({name})" for name in arm.get("speed", ())]
     return [
         " ".join([arm["arm"], *marks]),
         "plain" if arm["loop"] == "plain" else f"ZeRO-{arm['zero']}",

@@ -31,7 +31,7 @@ def leave_out_masks(model: nn.Module, device: torch.device) -> bool:
         Whether the model now runs without masks.
     """
     config: Any = model.config
-    if config._attn_implementation != "sdpa" or not _plainly_causal(model, config):
+    if config._attn_implementation != "sdpa" or not plainly_causal(model, config):
         return False
     if device.type == "cuda" and model.dtype == torch.float32 and _grouped(config):
         # without a mask transformers leaves grouped heads to the kernel, and fast kernels for fp32 do not support them
@@ -44,7 +44,7 @@ def leave_out_masks(model: nn.Module, device: torch.device) -> bool:
     return bool(config._attn_implementation == NAME)
 
 
-def _plainly_causal(model: nn.Module, config: Any) -> bool:
+def plainly_causal(model: nn.Module, config: Any) -> bool:
     """Whether in every layer each token attends to itself and to all tokens before it, in model code that we know."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (

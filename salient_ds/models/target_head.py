@@ -86,7 +86,7 @@ def _forward(model: Any, whole: Any, *args: Any, labels: Tensor | None = None, *
     return CausalLMOutputWithPast(loss=target_loss(model.lm_head, hidden_nh, target_n))
 
 
-_KNOWN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"}
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", "cu_seq_lens_q"}
 
 
 def target_loss(head: nn.Module, hidden_nh: Tensor, target_n: Tensor) -> Tensor:

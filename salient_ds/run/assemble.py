@@ -28,6 +28,7 @@ from salient_ds.models.kernels import apply_kernels
 from salient_ds.models.loading import DTYPES
 from salient_ds.models.packed_masks import keep_examples_apart
 from salient_ds.models.target_head import use_target_head
+from salient_ds.models.varlen_attention import use_varlen_attention
 from salient_ds.run.adapt import adapt
 from salient_ds.zero.ds_json import summary
 from salient_ds.zero.internals.layouts import full_shape
@@ -72,7 +73,9 @@ def assemble(
     if config.speed.target_head:
         use_target_head(model)
     if config.data.packing:
-        keep_examples_apart(model)
+        varlen = config.speed.packed_attention == "varlen" and device.type == "cuda"
+        if not (varlen and use_varlen_attention(model, device)):
+            keep_examples_apart(model)
     else:
         leave_out_masks(model, device)
     if plan.sharded_base:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -26,7 +26,11 @@ from salient_ds.data.templates import get_template
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.probe import ProbeData
 from salient_ds.models.target_head import INDEX, target_index, uses_target_head
+from salient_ds.models.varlen_attention import BORDERS, borders, uses_varlen_attention
 from salient_ds.steps import total_steps
+
+Extra = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+"""A model's input that is made from the others, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -167,12 +171,17 @@ def micro_batches(
     Args:
         batch: number of the global batch, counted from 0.
         size: examples per micro-batch.
-        model: gets the positions of targets too if it computes logits there only (``speed.target_head``).
+        model: gets the positions of targets too if it computes logits there only (``speed.target_head``), and the
+            borders of packed examples if it attends by them (``speed.packed_attention``).
     """
     everyone = sampler.indices(batch)
-    index_targets = model is not None and uses_target_head(model)
+    extras: dict[str, Extra] = {}
+    if model is not None and uses_target_head(model):
+        extras[INDEX] = lambda batch: target_index(batch["labels"])
+    if model is not None and uses_varlen_attention(model):
+        extras[BORDERS] = lambda batch: borders(batch["position_ids"])
     parts = [
-        _to_micro(inputs.train, inputs.collator, indices, device, index_targets)
+        _to_micro(inputs.train, inputs.collator, indices, device, extras)
         for indices in sampler.shard(batch, global_rank, world_size, size)
     ]
     return parts, int(inputs.train.num_targets[everyone].sum())
@@ -217,11 +226,10 @@ def _to_micro(
     collator: Collator | TaskCollator | _Known,
     rows: np.ndarray,
     device: torch.device,
-    index_targets: bool = False,
+    extras: Mapping[str, Extra] | None = None,
 ) -> MicroBatch:
     batch = collator([dataset[int(i)] for i in rows])
-    if index_targets:
-        batch = batch | {INDEX: target_index(batch["labels"])}
+    batch = batch | {name: make(batch) for name, make in (extras or {}).items()}
     if device.type == "cuda":  # a copy from memory that is not pinned waits for everything queued on the device
         batch = {k: v.pin_memory() for k, v in batch.items()}
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
