@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from salient_ds.adapters.stacked_penalty import add_penalty_gradient
-from tests.unit.adapters.test_bank import SALIENT, WIDTH, make
+from tests.unit.adapters.test_bank import METHODS, SALIENT, WIDTH, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_packed_equals_separate_in_bf16(ragged: bool) -> None:
+@pytest.mark.parametrize("name", ["salientlora", "lora2", "lora2_wide"])
+def test_packed_equals_separate_in_bf16(name: str, ragged: bool) -> None:
     device = torch.device("cuda")
-    pair = [make(SALIENT, packed) for packed in (False, True)]
+    pair = [make(METHODS[name], packed) for packed in (False, True)]
     mask_N = torch.rand(pair[0].layout.total, generator=torch.Generator().manual_seed(4)) > 0.4
     found = []
     for adapted in pair:
