@@ -221,7 +221,7 @@ def show(page: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("arm", "loop") else "right", no_wrap=True)
     for arm in page["arms"]:
         table.add_row(*record.row(arm))
-    Console(width=max(140, Console().width)).print(table)
+    Console(width=max(176, Console().width)).print(table)
     for line in [*record.schedule_lines(page["arms"]), *record.missing_lines(page)]:
         print(line)
 

@@ -44,6 +44,9 @@ def merge(factors: Tensor, sigmas: Tensor, gain_L: Tensor, stack: TwoScaleStack,
     pieces = _Merge.apply(factors, sigmas, gain_L, stack, penalty)
     count = len(stack.adapters)
     for adapter, merged_kI, bb_Ok in zip(stack.adapters, pieces[:count], pieces[count:], strict=True):
+        if adapter.merged_kI is None:  # else they would keep the memory of parameters that an engine has moved
+            for name in ("A", "B", "aa"):
+                object.__setattr__(adapter, f"lora_{name}", factors.new_empty(0))
         object.__setattr__(adapter, "merged_kI", merged_kI)
         object.__setattr__(adapter, "lora_bb", bb_Ok)
 

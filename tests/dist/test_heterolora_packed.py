@@ -14,6 +14,7 @@ from tests.dist import scenario
 from tests.dist.scenario import Case
 from tests.support.spawn import spawn
 
+pytestmark = pytest.mark.slow
 # drawn modules come and go; scores are compared by themselves
 SEARCH = {"name": "heterolora", "proxy": "constant", "interval": 3, "interval_unit": "steps", "keep": 0.5,
           "tie_seed": 3}  # fmt: skip

@@ -66,7 +66,10 @@ def test_spectral_prunes_to_the_target() -> None:
     assert result["final_total_rank"] == result["target_total_rank"] == 14 * 4 and result["exact"]
 
 
-@pytest.mark.parametrize("arm", ["peft_lora", "lora", "heterolora"])
+@pytest.mark.parametrize(
+    "arm",
+    ["peft_lora", pytest.param("lora2", marks=pytest.mark.slow), pytest.param("heterolora", marks=pytest.mark.slow)],
+)
 def test_layers_of_any_arm_can_be_compiled(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if arm.startswith("peft"):
         pytest.importorskip("peft")

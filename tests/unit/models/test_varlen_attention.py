@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from salient_ds.data.packing import plan_packs
 from salient_ds.models.attention import MODEL_TYPES
 from salient_ds.models.packing import group_of
+from salient_ds.models.target_head import INDEX, target_index, use_target_head
 from salient_ds.models.varlen_attention import BORDERS, NAME, borders, use_varlen_attention, uses_varlen_attention
 from tests.unit.models.packing_cases import LENGTHS, ROOM, alone, difference, examples, packed, tiny, together
 
@@ -59,6 +60,15 @@ def test_losses_per_example_and_gradients_are_those_of_single_examples(kind: str
     assert [loss.item() for loss in losses] == pytest.approx(single, rel=1e-6)
     (grad,) = torch.autograd.grad(sum(losses), weight)  # type: ignore[arg-type]
     torch.testing.assert_close(grad, total, rtol=1e-4, atol=1e-6)
+
+
+def test_segments_and_logits_at_targets_go_together() -> None:
+    model, batch = windowless("llama").train(), packed("sdpa")
+    expected = model(**batch).loss.item()
+    assert use_varlen_attention(model, CPU) and use_target_head(model)
+    given = batch | {BORDERS: borders(batch["position_ids"]), INDEX: target_index(batch["labels"])}
+    found = model(**given)
+    assert found.logits is None and found.loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def together_with_grad(logits: torch.Tensor) -> list[torch.Tensor]:
