@@ -114,8 +114,8 @@ def attention_parts(
         return (out, *torch.autograd.grad(out, (q, k, v), weights))
 
     def by_segments() -> tuple[Tensor, ...]:
-        flat = [t.transpose(1, 2).reshape(size, heads, width) for t in (q, k, v)]
-        out = kernel(*flat, border, size, width**-0.5).view(1, size, heads, width).transpose(1, 2)
+        flat_q, flat_k, flat_v = (t.transpose(1, 2).reshape(size, heads, width) for t in (q, k, v))
+        out = kernel(flat_q, flat_k, flat_v, border, size, width**-0.5).view(1, size, heads, width).transpose(1, 2)
         return (out, *torch.autograd.grad(out, (q, k, v), weights))
 
     rows = [timed(f"attention of 1 x {size}, mask", dense, device), timed("attention, segments", by_segments, device)]
