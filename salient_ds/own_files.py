@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from salient_ds.strict import extreme
+from salient_ds.strict import Reported, extreme
 
 _SUM = re.compile(r"^# sha256 ([0-9a-f]{64})\n\Z", re.MULTILINE)
 _BROKEN_SUM = re.compile(r"sha256|[0-9a-f]{60}")
@@ -123,6 +123,10 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         raise _damaged(path, f"it lacks something: {type(error).__name__} {error}") from error
+    except RuntimeError as error:  # torch's, about shapes and sizes that the file states
+        if isinstance(error, Reported):
+            raise
+        raise _damaged(path, f"it states something impossible: {str(error).partition(chr(10))[0][:200]}") from error
 
 
 def sealed_line(values: Mapping[str, Any]) -> str:

@@ -67,6 +67,8 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
                 yield line, spread or _problem_at(text, error.pos, error.msg, line)
                 if spread:
                     return
+            except RecursionError:
+                yield line, Problem("invalid JSON", line, "it is nested too deeply")
             else:
                 yield line, row
             first = False
@@ -89,6 +91,9 @@ def list_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
         except json.JSONDecodeError as error:
             problem = _problem_at(text, error.pos, error.msg)
             yield problem.line, problem
+            return
+        except RecursionError:
+            yield line, Problem("invalid JSON", line, "it is nested too deeply")
             return
         yield line, row
         end = _skip(text, end)
@@ -161,7 +166,7 @@ def _spread_object(path: Path) -> Problem | None:
         return None
     try:
         whole = json.loads(_all_bytes(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(whole, dict):
         return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salient_ds.data.conversation import DataError
+from salient_ds.strict import expanded
 
 _HUB = re.compile(r"(?P<name>[^:\[\]]+)(:(?P<config>[^\[\]]+))?(\[(?P<split>.+)\])?")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -33,7 +34,7 @@ def parse_hub_name(text: str) -> HubName | None:
     if match is None:
         return None
     name = match["name"]
-    if _HUB_NAME.fullmatch(name) is None and not Path(name).expanduser().is_dir():
+    if _HUB_NAME.fullmatch(name) is None and not Path(expanded(name)).is_dir():
         return None
     return HubName(name, match["config"], match["split"])
 

@@ -24,7 +24,7 @@ from salient_ds.data.remote import (
     parse_hub_name,
 )
 from salient_ds.data.table_files import count_table_rows, is_table, table_rows
-from salient_ds.strict import nearest
+from salient_ds.strict import expanded, nearest
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".gz")
 
@@ -87,7 +87,7 @@ def count_rows(path: str | Path) -> int:
 
 def locate(path: str | Path) -> Path | HubName:
     """A local file that exists, or a data set name. Raises DataError for a missing file."""
-    local = Path(path).expanduser()
+    local = Path(expanded(str(path)))
     if local.is_file():
         return local
     text = str(path)

@@ -133,6 +133,12 @@ def _refuse_other_types(path: Path, values: Mapping[str, Any]) -> None:
         )
 
 
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return value.bit_length() < 64 if isinstance(value, int) else math.isfinite(value)
+
+
 def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
     for default, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         if default not in values:
@@ -146,8 +152,8 @@ def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
             except re.error as error:
                 raise ValueError(f"{path} has {pattern!r} in {patterns}, which is no pattern ({error})") from error
         for name, value in [(default, values[default]), *((f"{patterns}[{key!r}]", v) for key, v in table.items())]:
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or (default == "r" and (value < 1 or value != int(value))):
+            if not _is_number(value) or (default == "r" and (value < 1 or value != int(value))):
+                shown = value if not isinstance(value, int) or value.bit_length() < 64 else "a number of many digits"
                 raise ValueError(
-                    f"{path} has {name}={value!r}, expected a {'rank above 0' if default == 'r' else 'number'}"
+                    f"{path} has {name}={shown!r}, expected a {'rank above 0' if default == 'r' else 'number'}"
                 )

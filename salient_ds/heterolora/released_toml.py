@@ -184,8 +184,10 @@ class _File:
     def _read(self) -> None:
         try:
             data = tomllib.loads(Path(self.path).read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            self._problem(f"cannot be read: {error}")
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+            self._problem(
+                f"cannot be read: {'it is nested too deeply' if isinstance(error, RecursionError) else error}"
+            )
             return
         granularity = data.pop("granularity", None)
         if granularity == "head":

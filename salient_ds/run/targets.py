@@ -97,9 +97,10 @@ def _run_target(folder: Path, options: EvaluateOptions) -> Target:
         length, precision, base = int(data["max_length"]), str(train["precision"]), str(model["path"])
         seed, size = int(train["seed"]), float(data.get("eval_size") or 0)
         norm = (config["adapter"].get("shortcuts") or {}).get("norm_after_shortcut")
+        trained_on = str(data["train"])
     task = _task(options, data.get("task"), str(folder))
     splits = options.split == "eval" and options.data is None and data.get("eval") is None and size
-    source, labelled = (str(data["train"]), True) if splits else _data(options, task, data, str(folder))
+    source, labelled = (trained_on, True) if splits else _data(options, task, data, str(folder))
     return Target(
         str(folder), "run", options.base or base, task, source, labelled,
         options.max_length or length, options.precision or precision, model,
