@@ -185,9 +185,7 @@ class _File:
         try:
             data = tomllib.loads(Path(self.path).read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-            self._problem(
-                f"cannot be read: {'it is nested too deeply' if isinstance(error, RecursionError) else error}"
-            )
+            self._problem(f"cannot be read: {'it is nested too deeply' if type(error) is RecursionError else error}")
             return
         granularity = data.pop("granularity", None)
         if granularity == "head":

@@ -59,8 +59,11 @@ class RunDirectory:
 
         The run counts as unfinished afterwards.
         """
-        for debris in self.path.glob(".*.new"):  # of a process that was killed while it wrote
-            debris.unlink(missing_ok=True)
+        for debris in self.path.glob(".*.new"):  # of a process that was killed while it wrote, or exported
+            if debris.is_dir():
+                shutil.rmtree(debris, ignore_errors=True)
+            else:
+                debris.unlink(missing_ok=True)
         write_settings(self.path / "run.yaml", run)
         write_whole(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         write_object(self.path / "run.json", facts | {"finished": None})

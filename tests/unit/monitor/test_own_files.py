@@ -128,6 +128,8 @@ def test_files_of_older_versions_and_changes_on_purpose(tmp_path: Path) -> None:
 def test_a_run_is_finished_only_if_its_files_are_whole(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     (tmp_path / ".run.yaml.new").write_text("debris")
+    (tmp_path / ".adapter.a96e9ed7.new").mkdir()  # of a kill during the export
+    (tmp_path / ".adapter.a96e9ed7.new" / "README.md").write_text("debris")
     run.write_resolved({"model": {}}, {}, {"processes": 1})
     assert not (tmp_path / ".run.yaml.new").exists() and not run.finished_at(5)
     write_object(run.summary, {"steps": 5})
