@@ -112,7 +112,7 @@ def limited(run: Path, arguments: tuple[str, ...], size: int) -> None:
     runs.train(run, arguments)
 
 
-@pytest.mark.parametrize("size", [100, 3_000, 20_000, 60_000])
+@pytest.mark.parametrize("size", [1_000, 3_000, 20_000, 60_000])
 def test_a_disk_that_takes_no_more(
     size: int, whole: tuple[Path, float], tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path
 ) -> None:
