@@ -186,7 +186,10 @@ def make_engine(
     """Build the plain loop, or DeepSpeed's engine exactly as salient_ds builds it for a run."""
     ratio = run.sigma_ratio(adapted.layout)
     if spec.loop != PLAIN:
-        return build_engine(adapted, run.train, ds, STEADY_STEPS, device, folding, sigma_ratio=ratio)
+        flat = run.speed.flat_gradients
+        return build_engine(
+            adapted, run.train, ds, STEADY_STEPS, device, folding, sigma_ratio=ratio, flat_gradients=flat
+        )
     optimizer = optimizer_factory(run.train, fused=device.type == "cuda")
     groups = [
         {k: v for k, v in g.items() if k != "name"}

@@ -15,6 +15,7 @@ COMPILED, FUSED_LOSS = "compile", "liger"
 SPEED: dict[str, dict[str, Any]] = {
     "statistics": {"fused_statistics": True},
     "targets": {"target_head": True},
+    "flat": {"flat_gradients": True},
     "unpacked": {"packing": "none"},
 }
 """Further options of this package's arms: what they change in section ``speed``."""

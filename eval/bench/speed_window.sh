@@ -31,6 +31,6 @@ echo "parts done after $((SECONDS - BEGAN)) s"
 arms plain peft_lora+compile@64,peft_lora+compile+liger@64
 arms 2 salientlora+compile@64,lora2+compile@64,heterolora+compile@64,lora2+unpacked@64
 # AdaLoRA's statistics at rank 480, eight passes or one, with its default interval of ten steps
-arms 2 adalora+compile@480,adalora+compile+statistics@480,salientlora+compile@480
+arms 2 adalora+compile@480,adalora+compile+statistics@480,salientlora+compile@480,salientlora+compile+flat@480
 arms 2 heterolora+unpacked@64,increlora@64,adalora+compile@64,salientlora+compile+targets@64,spectral+compile@64
 echo "window ended after $((SECONDS - BEGAN)) s"

@@ -43,7 +43,8 @@ def main(
         typer.Option(
             help="peft_lora, peft_adalora and methods of this package. NAME@64+480 sets the ranks of one arm, "
             "NAME+compile compiles its layers one by one, NAME+liger uses the fused loss of liger-kernel. Own methods "
-            "also: +statistics, +targets, +unpacked (speed.fused_statistics, target_head, packing=none)."
+            "also: +statistics, +targets, +flat, +unpacked (speed.fused_statistics, target_head, flat_gradients, "
+            "packing=none)."
         ),
     ] = "peft_lora,peft_lora+compile,peft_adalora,salientlora",
     zero: Annotated[str, typer.Option(help="Any of plain (no DeepSpeed), 0, 1, 2, 3.")] = "plain,2,3",

@@ -16,6 +16,7 @@ from salient_ds.zero.collectives import world
 from salient_ds.zero.ds_json import summary
 from salient_ds.zero.environment import make_engine
 from salient_ds.zero.internals.clipping import can_fold_clipping, fold_clipping
+from salient_ds.zero.internals.flat_gradients import can_flatten_in_fp32, flatten_in_fp32
 from salient_ds.zero.internals.layouts import full_shape
 from salient_ds.zero.internals.skipping import skip_non_finite
 
@@ -104,6 +105,7 @@ def build_engine(
     folding: bool = False,
     *,
     sigma_ratio: float,
+    flat_gradients: bool = False,
 ) -> Any:
     """Call ``deepspeed.initialize`` on the adapted model and return the engine.
 
@@ -113,6 +115,8 @@ def build_engine(
             :func:`salient_ds.zero.sharded_base.adapter_config` first.
         total_steps: applied optimizer steps of the run.
         sigma_ratio: learning rate of singular values, as a multiple of ``train.lr``.
+        flat_gradients: convert gradients to fp32 while they are flattened, where DeepSpeed does one after the other
+            (:mod:`salient_ds.zero.internals.flat_gradients`).
         folding: clip inside the optimizer's kernel where possible (:mod:`salient_ds.zero.internals.clipping`).
     """
     fused = uses_fused_optimizer(ds_config, device)
@@ -133,6 +137,8 @@ def build_engine(
     )
     if bound:
         fold_clipping(engine, bound)
+    if flat_gradients and can_flatten_in_fp32(ds_config, train.precision):
+        flatten_in_fp32(engine)
     skip_non_finite(engine)
     return engine
 

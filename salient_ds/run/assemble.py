@@ -117,7 +117,10 @@ def assemble(
         if make_engine is not None:
             return make_engine(adapted, ds_config, folding)
         ratio = config.sigma_ratio(layout)
-        return build_engine(adapted, config.train, ds_config, total_steps, device, folding, sigma_ratio=ratio)
+        flat = config.speed.flat_gradients
+        return build_engine(
+            adapted, config.train, ds_config, total_steps, device, folding, sigma_ratio=ratio, flat_gradients=flat
+        )
 
     when = compaction(config, method, plan.packed)
     multiple = row_multiple(config.speed, device.type == "cuda")

@@ -18,7 +18,7 @@ WRAPPERS = {
     "DeepSpeedZeroOptimizer": (
         "single_partition_of_fp32_groups", "round_robin_bit16_groups", "round_robin_bit16_offsets", "partition_size",
         "real_dp_process_group", "update_lp_params", "averaged_gradients", "clip_grad", "loss_scale",
-        "_global_grad_norm", "scaled_global_norm", "check_overflow", "device",
+        "_global_grad_norm", "scaled_global_norm", "check_overflow", "device", "_get_preflattened_grad_partition",
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
         "fp32_partitioned_groups_flat", "grad_position", "get_param_id", "fp16_groups", "persistent_parameters",
