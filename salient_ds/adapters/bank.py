@@ -71,6 +71,7 @@ class FactorBank(nn.Module):
         """Number of elements in ``factors`` of the model's largest bank."""
         self._version = -1
         self._gain_L = torch.zeros(0)
+        self._added_L: Tensor | None = None
 
     def _parameters_with_slots(self) -> list[tuple[nn.Parameter, list[Slot]]]:
         pairs = [(self.factors, self._slots)]
@@ -145,11 +146,12 @@ class FactorBank(nn.Module):
             return
         self._version = version
         device = self.factors.device
-        gains = [
-            (a.rank_mask_R.to(device) if a.gated else torch.ones(a.rank, device=device)) * a.scaling
-            for a in self._adapters
-        ]
-        self._gain_L = torch.cat(gains).float()
+        pairs = [(a.rank, *a.gain()) for a in self._adapters]
+        self._gain_L = torch.cat([factor_R.to(device).float() for _, factor_R, _ in pairs])
+        self._added_L = None
+        if any(added_R is not None for _, _, added_R in pairs):
+            added = [torch.zeros(rank) if added_R is None else added_R for rank, _, added_R in pairs]
+            self._added_L = torch.cat([added_R.to(device).float() for added_R in added])
         for stack in self._stacks:
             stack.refresh(device)
 
@@ -193,6 +195,8 @@ class _Unpack(torch.autograd.Function):
         ctx.bank, ctx.penalty = bank, bank._penalty()
         views = FactorBank._views(factors, bank._slots)
         gain_L = bank._gain_L if sigmas is None else sigmas.float() * bank._gain_L
+        if bank._added_L is not None:
+            gain_L = gain_L + bank._added_L
         gains = gain_L.to(factors.dtype).split([adapter.rank for adapter in bank._adapters])
         return (*views, *gains)
 

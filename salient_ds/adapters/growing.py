@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
-from salient_ds.adapters.ranked_linear import SVDLinear
+from salient_ds.adapters.ranked_linear import SVDLinear, with_gain
 
 RESERVE_SIGMA = 1e-5
 """Singular value of a reserve row: large enough for its vectors to learn, too small to noticeably change the output."""
@@ -37,7 +37,6 @@ class GrowingLinear(SVDLinear):
     """
 
     drops_masked: ClassVar[bool] = True
-    takes_gain: ClassVar[bool] = False
     reserve_mask_R: Tensor
 
     def __init__(
@@ -126,12 +125,36 @@ class GrowingLinear(SVDLinear):
         self.scaling = self.alpha / active
         self.mask_version += 1
 
+    def _with_bank(self, x_BI: Tensor, gain_R: Tensor) -> Tensor:
+        scores = self._scores[0] if self._scores and self.training and self._scores[0].armed else None
+        if scores is None:
+            return with_gain(self, x_BI, self.lora_A, gain_R, self.lora_B)
+        factors = self.lora_A, self.lora_B, gain_R
+        if isinstance(self.dropout, nn.Identity):  # the gradient of layer and update together is that of the update
+            together_BO = with_gain(self, x_BI, self.lora_A, gain_R, self.lora_B)
+            return scores.watch(together_BO, x_BI.to(self.lora_A.dtype), *factors, self.penalty_slot)
+        input_BI = self.dropout(x_BI).to(self.lora_A.dtype)  # drawn once, for the update and its score
+        update_BO = F.linear(F.linear(input_BI, self.lora_A) * gain_R, self.lora_B)
+        update_BO = scores.watch(update_BO, input_BI, *factors, self.penalty_slot)
+        base_BO: Tensor = self.base(x_BI)
+        return base_BO + update_BO.to(base_BO.dtype)
+
     def sigma(self) -> Tensor:
         """Effective singular values (R,); only those of active rows are trained."""
         E_R: Tensor = self.lora_E
         return torch.where(self.rank_mask_R, E_R, (self.reserve_mask_R * RESERVE_SIGMA).to(E_R.dtype))
 
+    def gain(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`sigma` times scaling: active rows have their own value, reserve rows a constant."""
+        return self.rank_mask_R * self.scaling, self.reserve_mask_R * (RESERVE_SIGMA * self.scaling)
+
+    def penalised(self) -> Tensor:
+        """Active rows and the reserve."""
+        return self.rank_mask_R | self.reserve_mask_R
+
     def forward(self, x_BI: Tensor) -> Tensor:
+        if self.gain_R is not None:  # from a bank, whose backward pass adds the penalty
+            return self._with_bank(x_BI, self.gain_R)
         A_RI: Tensor = self.lora_A
         B_OR: Tensor = self.lora_B
         if self._penalty and self.training:

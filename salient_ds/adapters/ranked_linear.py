@@ -100,6 +100,15 @@ class RankedLinear(nn.Module, ABC):
             self.mask_version += 1
         self.gated = gate
 
+    def gain(self) -> tuple[Tensor, Tensor | None]:
+        """What a bank multiplies singular values with (R,), and what it adds to the products (R,; None: nothing)."""
+        live_R = self.rank_mask_R if self.gated else torch.ones_like(self.rank_mask_R)
+        return live_R.float() * self.scaling, None
+
+    def penalised(self) -> Tensor:
+        """Rows that count in the orthogonality penalty (R,), bool."""
+        return self.rank_mask_R if self.gated else torch.ones_like(self.rank_mask_R)
+
     @abstractmethod
     def factor_shapes(self) -> dict[str, tuple[tuple[int, ...], int | None]]:
         """Shape and rank axis (None: shared by all ranks) of each trainable factor by short name ("A", "E", "B")."""

@@ -54,7 +54,7 @@ class Stack:
     def refresh(self, device: torch.device) -> None:
         """Update everything that depends on the adapters' masks."""
         self.slots = torch.tensor([a.penalty_slot for a in self.adapters], device=device)
-        masks = [a.rank_mask_R.to(device) if a.gated else torch.ones_like(a.rank_mask_R) for a in self.adapters]
+        masks = [a.penalised().to(device) for a in self.adapters]
         size = self.ranks[0] if self.uniform else sum(self.ranks)
         self.minus_identity = -torch.eye(size, device=device).unsqueeze(0)
         if self.uniform:

@@ -69,8 +69,7 @@ class TwoScaleStack:
     def refresh(self, device: torch.device) -> None:
         """Update everything that depends on the adapters' masks."""
         self.slots_N = torch.tensor([a.penalty_slot for a in self.adapters], device=device)
-        masks = [a.rank_mask_R.to(device) if a.gated else torch.ones_like(a.rank_mask_R) for a in self.adapters]
-        live_NR = torch.stack(masks)
+        live_NR = torch.stack([a.penalised().to(device) for a in self.adapters])
         self.live_NR = None if bool(live_NR.all()) else live_NR
         self._index = {
             id(block): torch.tensor(block.members, device=device) for part in self.blocks.values() for block in part

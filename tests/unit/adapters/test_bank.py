@@ -282,3 +282,22 @@ def test_an_event_that_changes_nothing_recomputes_nothing(gate: bool) -> None:
     assert changes == ([True, False, True] if gate else [False] * 3)
     adapted.set_mask(torch.ones_like(mask_N), not gate)
     assert [a.mask_version for a in adapted.adapters.values()] != versions[-1], "gating itself changes"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("armed", [True, False])
+def test_scores_of_growing_matrices_in_a_bank(armed: bool, dropout: float) -> None:
+    """Outputs, gradients and scores of whole matrices are those of separate factors, dropout drawn once."""
+    found = []
+    for packed in (False, True):
+        adapted = make(METHODS["increlora"], packed, dropout=dropout)
+        assert adapted.scores is not None
+        if armed:
+            adapted.scores.arm(1.0, torch.device("cpu"), None)
+        torch.manual_seed(5)
+        out = backward(adapted)
+        grads = torch.cat([grad.reshape(-1) for _, grad, _ in every_factor(adapted, "grad")])
+        found.append((out, grads, adapted.scores.score_M.clone(), torch.rand(1)))
+    assert bool(found[0][2].any()) == armed
+    for separate, banked in zip(*found, strict=True):
+        torch.testing.assert_close(banked, separate, rtol=1e-4, atol=1e-6)

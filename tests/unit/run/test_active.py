@@ -9,6 +9,7 @@ import pytest
 import torch
 from salient_eval.bench.own_arms import OwnArm
 
+from salient_ds.adapters.ranked_linear import SVDLinear
 from salient_ds.run.active import speed_facts
 from tests.unit.bench.bench_helpers import spec
 
@@ -27,7 +28,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("arm", ["salientlora", "lora2", "heterolora"])
+@pytest.mark.parametrize("arm", ["salientlora", "lora2", "heterolora", "increlora"])
 def test_every_adapter_of_a_packed_method_is_fused(arm: str) -> None:
     facts = facts_of(arm)
     assert facts["packed_factors"] and facts["fused_adapters"] == facts["adapters"] == 14
@@ -36,10 +37,12 @@ def test_every_adapter_of_a_packed_method_is_fused(arm: str) -> None:
     assert facts["attention"] == "salient_ds_causal"
 
 
-def test_a_bank_that_falls_back_is_seen() -> None:
-    """IncreLoRA's adapters take no gain from their bank."""
-    facts = facts_of("increlora")
-    assert facts["packed_factors"] and facts["fused_adapters"] == 0
+def test_what_falls_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = facts_of("increlora", speed=("unpacked",))
+    assert not facts["packed_factors"] and facts["fused_adapters"] == 0
+    monkeypatch.setattr(SVDLinear, "takes_gain", False)
+    facts = facts_of("salientlora")
+    assert facts["packed_factors"] and facts["fused_adapters"] == 0, "a bank of single factors"
 
 
 @pytest.mark.parametrize("works", [True, False])
