@@ -10,6 +10,7 @@ set -u
 cd "$(dirname "$0")/../.."
 OUT=${OUT:?a folder for the results}
 LIMIT=${1:-440}
+SHAPE=${SHAPE:-llama-7b} # tiny: a rehearsal without a GPU
 BEGAN=$SECONDS
 mkdir -p "$OUT/records"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -18,7 +19,7 @@ left() { echo $((LIMIT - (SECONDS - BEGAN))); }
 arms() { # ZERO ARMS MORE...: a record with what fits in the time that is left
     local rest; rest=$(left)
     if [ "$rest" -lt 25 ]; then echo "no time left: $2 (zero $1)"; return; fi
-    python3 eval/bench/step.py --shape llama-7b --zero "$1" --arms "$2" --steps 24 --warmup 4 --part-steps 2 \
+    python3 eval/bench/step.py --shape "$SHAPE" --zero "$1" --arms "$2" --steps 24 --warmup 4 --part-steps 2 \
         --schedule-steps 0 --delta-t 10 --deadline $((rest - 15)) --timeout 100 --out "$OUT/records" "${@:3}" 2>&1 |
         tee -a "$OUT/steps.txt"
 }
