@@ -208,7 +208,17 @@ def parse_config(data: dict[str, Any], base: Path | None = None) -> RunConfig:
         raise ConfigError(describe_errors(error, data)) from error
     except RankFileError as error:
         raise ConfigError([str(error)]) from error
+    except OSError as error:
+        raise ConfigError([_unusable_name("adapter.rank_pattern", error)]) from error
     found = Path(config.deepspeed)
-    if not found.is_file() and base is not None and (base / found).is_file():
-        config = config.model_copy(update={"deepspeed": str((base / found).resolve())})
+    try:
+        if not found.is_file() and base is not None and (base / found).is_file():
+            config = config.model_copy(update={"deepspeed": str((base / found).resolve())})
+    except OSError as error:
+        raise ConfigError([_unusable_name("deepspeed", error)]) from error
     return config
+
+
+def _unusable_name(key: str, error: OSError) -> str:
+    """A path that cannot even be looked for, such as one of 5000 letters."""
+    return f"{key}={str(error.filename)[:80]!r}: {error.strerror}"

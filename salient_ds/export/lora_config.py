@@ -91,7 +91,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
         raise ValueError(_why_not(folder))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): save the adapter again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no object: save the adapter again")

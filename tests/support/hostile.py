@@ -36,27 +36,32 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def value(draw: random.Random) -> Any:
+    """One of the values, as an object of its own: whoever changes it later leaves the others as they are."""
+    return copy.deepcopy(draw.choice(VALUES))
+
+
 def changed(data: Any, draw: random.Random) -> Any:
     """A copy of plain data with one to three values replaced, removed, renamed or added."""
     data = copy.deepcopy(data)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         found = places(data)
         if not found:
-            return draw.choice(VALUES)
+            return value(draw)
         path = draw.choice(found)
         parent = data
         for step in path[:-1]:
             parent = parent[step]
         last, kind = path[-1], draw.random()
         if kind < 0.7:
-            parent[last] = deep(draw.choice((3, 60, 400))) if draw.random() < 0.03 else draw.choice(VALUES)
+            parent[last] = deep(draw.choice((3, 60, 400))) if draw.random() < 0.03 else value(draw)
         elif kind < 0.8:
             del parent[last]
         elif isinstance(parent, dict):
-            name = f"{last}x" if kind < 0.9 else str(draw.choice(VALUES))[:40]
-            parent[name] = parent.pop(last) if kind < 0.9 else draw.choice(VALUES)
+            name = f"{last}x" if kind < 0.9 else str(value(draw))[:40]
+            parent[name] = parent.pop(last) if kind < 0.9 else value(draw)
         else:
-            parent.append(draw.choice(VALUES))
+            parent.append(value(draw))
     return data
 
 

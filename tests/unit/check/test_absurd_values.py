@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from salient_ds.config.run import parse_config
 from salient_ds.data.formats import check_file
 from salient_ds.data.sources import locate
 from salient_ds.engine.shard_files import CheckpointError
 from salient_ds.export.lora_config import read_lora_config
 from salient_ds.heterolora.released_toml import convert
 from salient_ds.own_files import OwnFileError, reading
+from salient_ds.strict import ConfigError
 
 DEEP = "[" * 100_000
 
@@ -44,6 +46,27 @@ def test_ranks_of_hundreds_of_digits(tmp_path: Path, field: str) -> None:
     with pytest.raises(ValueError, match="a number of many digits") as found:
         read_lora_config(tmp_path)
     assert len(str(found.value)) < 300
+
+
+def test_an_adapter_configuration_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": {DEEP}')
+    with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
+        read_lora_config(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "rank_pattern"])
+def test_names_of_thousands_of_letters(key: str) -> None:
+    name = "a" * 5000
+    run = {
+        "output_dir": "o", "deepspeed": name if key == "deepspeed" else "d", "model": {"path": "m"},
+        "adapter": {"rank": 4, "alpha": 8, "rank_pattern": name if key == "rank_pattern" else {}},
+        "method": {"name": "lora"}, "data": {"train": "t"},
+        "train": {"max_steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "lr": 0.01},
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as found:
+        parse_config(run, base=Path())
+    (problem,) = found.value.problems
+    assert key in problem and "File name too long" in problem and len(problem) < 200
 
 
 def test_the_home_of_nobody() -> None:
