@@ -52,8 +52,6 @@ def test_sound_hosts_and_one_that_is_not(tmp_path: Path, tmp_path_factory: pytes
         done = doctor(hosts, tmp_path, "--master-port", "29655", "--no-pairs", before=listen)
         assert done.returncode == 1 and "error: nodea: port 29655 is taken" in done.stderr
 
-        with (tmp_path / "hosts").open("a") as file:
-            file.write("nodec slots=1\n")
         settings(tmp_path, GLOO_SOCKET_IFNAME="eth7")
         done = doctor(hosts, tmp_path, "--no-pairs")
         assert "error: nodeb: GLOO_SOCKET_IFNAME=eth7 names no interface there (it has eth0)" in done.stderr
