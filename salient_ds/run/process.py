@@ -64,11 +64,11 @@ def launched(
     try:
         with without_frames():
             device = start(timeout_minutes)
+            watchdog = watch(timeout_minutes, where, stop_request)
     except (RuntimeError, OSError) as error:
         if os.environ.get("SALIENT_TRACEBACK"):
             raise
         _leave(f"error: {unable_to_join(error, os.environ)}")
-    watchdog = watch(timeout_minutes, where, stop_request)
     try:
         work(device)
     except Stopped as end:
