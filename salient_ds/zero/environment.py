@@ -14,6 +14,9 @@ from torch import nn
 from salient_ds.zero.internals.engine_state import leave_out_shared_memory_collective
 from salient_ds.zero.internals.groups import limit_world_clone
 
+_PORTS = 5
+"""Ports that a process without a launcher tries. Another process can take a free port before it is bound."""
+
 
 def start(timeout_minutes: float) -> torch.device:
     """Join the process group that the launcher described, and return this process' device.
@@ -35,20 +38,25 @@ def start(timeout_minutes: float) -> torch.device:
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
         leave_out_shared_memory_collective()
     else:
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if not on_cpu else "gloo",
-        verbose=False,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-    )
-    limit_world_clone(datetime.timedelta(minutes=timeout_minutes))
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    limit = datetime.timedelta(minutes=timeout_minutes)
+    attempts = 1 if "MASTER_PORT" in os.environ else _PORTS
+    for attempt in range(attempts):
+        if attempts > 1:
+            os.environ["MASTER_PORT"] = str(_free_port())
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)
+            break
+        except torch.distributed.DistNetworkError:
+            if attempt + 1 == attempts:
+                raise
+    limit_world_clone(limit)
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
 
 
