@@ -105,7 +105,7 @@ class PeftLoRA:
         chosen = survey(model).select(config.adapter.target_modules)
         heads = sorted({name.split(".")[0] for name in fresh}) or None
         settings = LoraConfig(
-            r=config.adapter.rank, lora_alpha=config.adapter.alpha, target_modules=chosen, modules_to_save=heads,
+            r=config.adapter.rank, lora_alpha=int(config.adapter.alpha), target_modules=chosen, modules_to_save=heads,
             task_type=PEFT_TASK_TYPES[config.model.task],
         )  # fmt: skip
         self.model: Any = get_peft_model(model.to(problem.device), settings)
