@@ -9,19 +9,20 @@ PEFT loop compiles every layer, and keeps fp32 adapters under autocast, as PEFT 
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from torch import nn
 
+from salient_ds.adapters.bank import layer_of
 from salient_ds.adapters.survey import survey
-from salient_ds.config.run import RunConfig, load_config
+from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.data.sampler import StepSampler
 from salient_ds.engine.build import scheduler_factory
 from salient_ds.export.lora_folder import LoraFolder
@@ -34,7 +35,7 @@ from salient_ds.run.evaluating import Speaker, evaluate
 from salient_ds.run.inputs import Inputs, load_inputs, micro_batches
 from salient_ds.salience.spectral_cut import Cut
 from salient_ds.sweep.arms import arm_runs, fresh_data, job_run
-from salient_ds.sweep.folder import SweepFolder, write_whole
+from salient_ds.sweep.folder import SweepFolder
 from salient_ds.sweep.plan import Job
 from salient_ds.sweep.spec import SweepSpec, load_spec
 from salient_ds.zero.environment import start
@@ -56,10 +57,7 @@ class Problem:
 
     def config(self, lr: float, seed: int, fresh: bool) -> RunConfig:
         """The settings of one run, as the sweep would write them."""
-        run = job_run(self.run, lr, seed, Path("/tmp/baseline"), self.fresh if fresh else None)
-        path = Path("/tmp/baseline.yaml")
-        write_whole(path, yaml.safe_dump(run, sort_keys=False))
-        return load_config(path)
+        return parse_config(job_run(self.run, lr, seed, Path("unused"), self.fresh if fresh else None))
 
     def inputs(self, config: RunConfig, tokenizer: Any) -> Inputs:
         key = str(config.data.eval)
@@ -71,16 +69,15 @@ class Problem:
         """Held-out loss and metrics of ``model``."""
         model.eval()
         with autocast(config, self.device):
-            found = evaluate(
-                inputs, Speaker(model, model.generate), config.train.micro_batch_size, self.device, tokenizer
-            )
+            speaker = Speaker(model, lambda **settings: model.generate(**settings))  # classifiers cannot
+            found = evaluate(inputs, speaker, config.train.micro_batch_size, self.device, tokenizer)
         model.train()
         return {f"eval_{name}": value for name, value in found.values.items()}
 
 
 def autocast(config: RunConfig, device: torch.device) -> Any:
     low = config.train.precision != "fp32"
-    return torch.autocast(device.type, DTYPES[config.train.precision] if low else torch.bfloat16, enabled=low)
+    return torch.autocast(device.type, DTYPES[config.train.precision]) if low else contextlib.nullcontext()
 
 
 def base_model(config: RunConfig, inputs: Inputs) -> tuple[nn.Module, tuple[str, ...]]:
@@ -112,7 +109,8 @@ class PeftLoRA:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.initial = [p.detach().clone() for p in self.trained]
         if compiled:
-            for layer in _layers(self.model):
+            for path in sorted({layer_of(name) for name in chosen} - {""}):
+                layer = model.get_submodule(path)
                 layer.forward = torch.compile(layer.forward)
 
     def set_back(self, seed: int) -> None:
@@ -159,12 +157,6 @@ class PeftLoRA:
             "train_loss": last, **self.problem.held_out(self.model, inputs, config, self.tokenizer),
             "trainable": sum(p.numel() for p in self.trained), "seconds": seconds,
         }  # fmt: skip
-
-
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of the model's longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    yield from max(lists, key=len)
 
 
 def _write(out: Path, rows: list[dict[str, Any]]) -> None:
@@ -224,10 +216,9 @@ def para(
             ("para", plan_cut(source, Cut("parameters", budget))),
             ("uniform-cut", uniform),
         ):
-            folder = Path("/tmp/baseline-cut")
-            write_shrunk(source, cut, folder, overwrite=True)
             model, _ = base_model(config, inputs)
-            adapted: Any = add_adapter(model, folder).to(problem.device)
+            with tempfile.TemporaryDirectory() as folder:
+                adapted: Any = add_adapter(model, write_shrunk(source, cut, Path(folder) / "cut")).to(problem.device)
             values = problem.held_out(adapted, inputs, config, tokenizer)
             known = {"arm": name, "lr": outcome.lr, "seed": outcome.seed, "phase": "fresh"}
             rows.append(known | {"trainable": cut.parameters[1]} | values)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 
 from salient_ds.check.preflight import preflight
 from salient_ds.check.report import Report
 from salient_ds.check.token_sample import SAMPLE, check_tokens
 from salient_ds.config.run import RunConfig
+from salient_ds.host import is_taken
 
 PORT = 29500
 """Where the processes of the deepspeed launcher meet, if nothing else is said."""
@@ -49,21 +49,3 @@ def check_start(run: RunConfig, options: StartOptions, run_source: str = "run.ya
                 "--master_port"
             )
     return report
-
-
-def is_taken(port: int) -> bool:
-    """Whether another process of this machine listens on a port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
-
-
-def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from salient_ds.host import installed_version, is_taken
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "numpy", "salient-ds")
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -34,14 +35,14 @@ def facts(folder: Path, token: str, port: int, hosts: list[str], wait: float = 1
     return {
         "time": time.time(),
         "hostname": socket.gethostname(),
-        "versions": {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"Python": platform.python_version()} | {name: installed_version(name) for name in PACKAGES},
         "python": sys.executable,
         "gpus": gpus(),
         "interfaces": interfaces(),
         "environment": {name: os.environ[name] for name in (*INTERFACES, "DS_ACCELERATOR") if name in os.environ},
         "addresses": {name: address(name) for name in dict.fromkeys([socket.gethostname(), *hosts])},
         "shared": _shared(folder, token, wait),
-        "port_taken": _taken(port),
+        "port_taken": is_taken(port),
     }
 
 
@@ -93,23 +94,6 @@ def _shared(folder: Path, token: str, wait: float) -> bool:
             pass
         time.sleep(0.2)  # network file systems show new files late
     return False
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def main() -> None:

@@ -87,14 +87,10 @@ class LocalView:
         self.rows_n = torch.cat(spans).to(device) if spans else torch.zeros(0, dtype=torch.int64, device=device)
 
     def value(self, part: Part) -> Tensor:
-        fragment = self._at[part]
-        return _slice(self._buffers[fragment.buffer].data, fragment.off, fragment.numel)
+        return self.span_value((part,))
 
     def grad(self, part: Part) -> Tensor:
-        fragment = self._at[part]
-        grad = self._buffers[fragment.buffer].grad
-        assert grad is not None, "gradients are only there inside the optimizer's step"
-        return _slice(grad, fragment.off, fragment.numel)
+        return self.span_grad((part,))
 
     def spans(self, parts: Sequence[Part]) -> list[tuple[Part, ...]]:
         """``parts`` in order; those that lie side by side in one buffer are together."""
@@ -125,8 +121,7 @@ class LocalView:
 
     def moments(self, part: Part) -> dict[str, Tensor]:
         """Live slices of the optimizer's elementwise state for ``part``; empty before the first step."""
-        fragment = self._at[part]
-        return _moments(self.optimizer, self._buffers[fragment.buffer], fragment)
+        return self.span_moments((part,))
 
     def settings(self, part: Part) -> AdamSettings:
         """The optimizer's settings for ``part``. Valid only inside its step."""

@@ -9,7 +9,6 @@ first difference.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from salient_ds.config.run import RunConfig
+from salient_ds.host import installed_version
 from salient_ds.models.fingerprint import base_identity
 from salient_ds.run.inputs import Inputs
 from salient_ds.strict import Reported
@@ -63,7 +63,7 @@ def setup_facts(config: RunConfig) -> Facts:
     """
     base = base_identity(config.model, config.train.seed)
     return {
-        "version": {"Python": platform.python_version()} | {name: _version(name) for name in _VERSIONS},
+        "version": {"Python": platform.python_version()} | {name: installed_version(name) for name in _VERSIONS},
         _CODE: {name: _digest(sources(name))[:16] for name in _SOURCES},
         "run file": config.model_dump(mode="json", by_alias=True),
         "ZeRO JSON": load_ds_config(config.deepspeed),
@@ -171,13 +171,6 @@ def _changed_file(differing: dict[int, _Place], device: torch.device) -> str | N
     (theirs,) = from_main([mine], device)
     found: list[str] = from_everyone(next((item.key for item in _unequal("", theirs, mine)), ""))
     return package + "/" + found[rank].removeprefix(": ")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _digest(facts: Mapping[str, Any]) -> str:

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from salient_ds.check.start import PORT, StartOptions, check_start, free_port, is_taken
+from salient_ds.check.start import PORT, StartOptions, check_start
 from salient_ds.config.run import load_config
+from salient_ds.host import free_port, is_taken
 from salient_ds.run.changes import change_problems
 from salient_ds.run.exits import USAGE_ERROR, print_problems, reported
 from salient_ds.strict import ConfigError

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from salient_ds.host import free_port
 from salient_ds.zero.internals.engine_state import leave_out_shared_memory_collective
 from salient_ds.zero.internals.groups import limit_world_clone
 
@@ -49,7 +50,7 @@ def start(timeout_minutes: float) -> torch.device:
     attempts = 1 if "MASTER_PORT" in os.environ else _PORTS
     for attempt in range(attempts):
         if attempts > 1:
-            os.environ["MASTER_PORT"] = str(_free_port())
+            os.environ["MASTER_PORT"] = str(free_port())
         try:
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)
             break
@@ -86,11 +87,3 @@ def stop() -> None:
     """Leave the process group, so that the backend prints no warnings when the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -10,8 +10,8 @@ import sys
 CODE = """
 import sys
 from salient_ds.zero import environment
-free, taken = environment._free_port, iter([int(sys.argv[1])])
-environment._free_port = lambda: next(taken, None) or free()
+free, taken = environment.free_port, iter([int(sys.argv[1])])
+environment.free_port = lambda: next(taken, None) or free()
 print("device", environment.start(1.0))
 environment.stop()
 """
