@@ -98,9 +98,9 @@ class PeftLoRA:
         config = problem.config(1e-3, 0, False)
         self.tokenizer = load_tokenizer(config.model)
         inputs = problem.inputs(config, self.tokenizer)
-        model, fresh = base_model(config, inputs)
+        model, self.fresh = base_model(config, inputs)
         chosen = survey(model).select(config.adapter.target_modules)
-        heads = sorted({name.split(".")[0] for name in fresh}) or None
+        heads = sorted({name.split(".")[0] for name in self.fresh}) or None
         settings = LoraConfig(
             r=config.adapter.rank, lora_alpha=int(config.adapter.alpha), target_modules=chosen, modules_to_save=heads,
             task_type=PEFT_TASK_TYPES[config.model.task],
@@ -111,14 +111,19 @@ class PeftLoRA:
         if compiled:
             for path in sorted({layer_of(name) for name in chosen} - {""}):
                 layer = model.get_submodule(path)
-                layer.forward = torch.compile(layer.forward)
+                layer.forward = torch.compile(layer.forward, dynamic=True)  # batches differ in length
 
-    def set_back(self, seed: int) -> None:
-        """Draw the adapters anew. A head begins at the same values in every run."""
-        torch.manual_seed(seed)
+    def set_back(self, config: RunConfig, inputs: Inputs) -> None:
+        """Draw the adapters anew, and a new head as our run with this seed draws it."""
+        torch.manual_seed(config.train.seed)
         with torch.no_grad():
             for parameter, value in zip(self.trained, self.initial, strict=True):
                 parameter.copy_(value)
+            if self.fresh:
+                drawn = dict(base_model(config, inputs)[0].named_parameters())
+                heads = {name.replace(".modules_to_save.default", ""): p for name, p in self.model.named_parameters()}
+                for name in self.fresh:
+                    heads[f"base_model.model.{name}"].copy_(drawn[name])
         for module in self.model.modules():
             if hasattr(module, "reset_lora_parameters"):
                 module.reset_lora_parameters("default", True)
@@ -128,7 +133,7 @@ class PeftLoRA:
         device = self.problem.device
         config = self.problem.config(lr, seed, fresh)
         inputs = self.problem.inputs(config, self.tokenizer)
-        self.set_back(seed)
+        self.set_back(config, inputs)
         train = config.train
         sampler = StepSampler(len(inputs.train), train.global_batch_size, train.seed)
         optimizer = torch.optim.AdamW(self.trained, lr=lr, betas=train.betas, eps=train.eps, weight_decay=0.0)
