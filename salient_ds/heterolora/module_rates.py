@@ -28,11 +28,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Kept:
     """One view's state before the optimizer step. The pieces of a list are slices of one copy."""
 
-    off: list[tuple[Span, str]]
-    """(span, name); the name is "value" or that of a moment."""
+    off: list[Span]
+    off_states: list[dict[str, Tensor]]
+    """Live slices of every span that is off: "value", and the moments that existed."""
     off_pieces: list[Tensor]
     late: list[Span]
     """Spans whose own step count is behind the optimizer's."""
+    late_states: list[dict[str, Tensor]]
     late_pieces: list[Tensor]
 
 
@@ -89,13 +91,14 @@ class ModuleRates:
     def keep(self, view: AdamView, step: int) -> None:
         """Save what :meth:`settle` needs. Call this before the optimizer's step number ``step``."""
         if any(self.reset_M):
-            for part in view.parts:
-                if self.reset_M[part.module]:
-                    self._reset(view, part)
-        off_spans, late = self._spans(view, step)
-        off = {(span, name): tensor for span in off_spans for name, tensor in _state(view, span).items()}
-        values = [_state(view, span)["value"] for span in late]
-        self._kept[view.key] = _Kept(list(off), _copied(list(off.values())), late, _copied(values))
+            gone = [part for part in view.parts if self.reset_M[part.module]]
+            for part, state in zip(gone, _states(view, [(part,) for part in gone]), strict=True):
+                _reset(state, part)
+        off, late = self._spans(view, step)
+        off_states, late_states = _states(view, off), _states(view, late)
+        off_pieces = _copied([tensor for state in off_states for tensor in state.values()])
+        late_pieces = _copied([state["value"] for state in late_states])
+        self._kept[view.key] = _Kept(off, off_states, off_pieces, late, late_states, late_pieces)
 
     def _spans(self, view: AdamView, step: int) -> tuple[list[Span], list[Span]]:
         """What is off, and what is late; neighbours that are treated alike are together. Made anew after a switch."""
@@ -116,16 +119,21 @@ class ModuleRates:
         """Restore modules that are off, and redo the update of late ones. Call this after the optimizer's step."""
         kept = self._kept.pop(view.key)
         if kept.late:
-            states = [_state(view, span) for span in kept.late]
+            states = _with_moments(view, kept.late, kept.late_states)
             steps = [self.steps_M[span[0].module] + 1 for span in kept.late]
             first, second = ([state[name] for state in states] for name in MOMENTS)
             new = own_pace(kept.late_pieces, first, second, [view.settings(span[0]) for span in kept.late], steps)
             torch._foreach_copy_([state["value"] for state in states], new)
         if kept.off:
-            now = {span: _state(view, span) for span in dict.fromkeys(span for span, _ in kept.off)}
-            torch._foreach_copy_([now[span][name] for span, name in kept.off], kept.off_pieces)
-            known = set(kept.off)  # the run's first step creates the moments: they must start at zero
-            fresh = [t for span, state in now.items() for name, t in state.items() if (span, name) not in known]
+            torch._foreach_copy_([tensor for state in kept.off_states for tensor in state.values()], kept.off_pieces)
+            now = _with_moments(view, kept.off, kept.off_states)
+            # the run's first step creates the moments: they must start at zero
+            fresh = [
+                tensor
+                for state, before in zip(now, kept.off_states, strict=True)
+                for name, tensor in state.items()
+                if name not in before
+            ]
             if fresh:
                 torch._foreach_zero_(fresh)
 
@@ -134,20 +142,26 @@ class ModuleRates:
         self.steps_M = [n + on for n, on in zip(self.steps_M, self.on_M, strict=True)]
         self.reset_M = [False] * len(self.on_M)
 
-    @staticmethod
-    def _reset(view: AdamView, part: Part) -> None:
-        for name, tensor in _state(view, (part,)).items():
-            if name != "value" or part.factor == "B":
-                tensor.zero_()
+
+def _reset(state: dict[str, Tensor], part: Part) -> None:
+    for name, tensor in state.items():
+        if name != "value" or part.factor == "B":
+            tensor.zero_()
 
 
-def _state(view: AdamView, span: Span) -> dict[str, Tensor]:
-    """Live slices: "value", and the moments that exist."""
+def _states(view: AdamView, spans: Sequence[Span]) -> list[dict[str, Tensor]]:
+    """Live slices of every span: "value", and the moments that exist."""
+    # asked once: isinstance of a protocol costs 40 us, as much as all the rest for a span
     if isinstance(view, JoiningView):
-        value, moments = view.span_value(span), view.span_moments(span)
+        found = [(view.span_value(span), view.span_moments(span)) for span in spans]
     else:
-        value, moments = view.value(span[0]), view.moments(span[0])
-    return {"value": value} | {name: moments[name] for name in MOMENTS if name in moments}
+        found = [(view.value(span[0]), view.moments(span[0])) for span in spans]
+    return [{"value": value} | {name: moments[name] for name in MOMENTS if name in moments} for value, moments in found]
+
+
+def _with_moments(view: AdamView, spans: Sequence[Span], states: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """``states`` of the spans; looked up again if their moments were not there yet."""
+    return states if all(MOMENTS[0] in state for state in states) else _states(view, spans)
 
 
 def _copied(tensors: list[Tensor]) -> list[Tensor]:
