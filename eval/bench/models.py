@@ -15,7 +15,7 @@ from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.models.loading import load_model
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config
 
-from .plan import PLAIN, SPEED, ArmSpec
+from .plan import PLAIN, SPEED, TRAIN, ArmSpec
 
 
 def run_config(spec: ArmSpec, model_dir: str, method: dict[str, Any]) -> RunConfig:
@@ -27,8 +27,8 @@ def run_config(spec: ArmSpec, model_dir: str, method: dict[str, Any]) -> RunConf
         "adapter": {"rank": spec.rank, "alpha": float(spec.rank)},
         "method": method,
         "speed": {"compile_layers": spec.compiled, "liger": "loss" if spec.fused_loss else "none"}
-        | {key: value for option in spec.speed for key, value in SPEED[option].items()},
-        "train": {
+        | {key: value for option in spec.speed for key, value in SPEED.get(option, {}).items()},
+        "train": {key: value for option in spec.speed for key, value in TRAIN.get(option, {}).items()} | {
             "max_steps": 1, "global_batch_size": settings.batch * spec.gpus, "micro_batch_size": settings.batch,
             "precision": settings.precision, "lr": 1e-4, "lr_schedule": "constant", "max_grad_norm": settings.clip,
             "activation_checkpointing": spec.checkpointing, "seed": settings.seed,

@@ -19,6 +19,10 @@ SPEED: dict[str, dict[str, Any]] = {
     "unpacked": {"packing": "none"},
 }
 """Further options of this package's arms: what they change in section ``speed``."""
+TRAIN: dict[str, dict[str, Any]] = {
+    f"memory{percent}": {"activation_memory": percent / 100} for percent in (0, 25, 50, 75)
+}
+"""Options that change section ``train``: the share of activations that compiled layers keep, in percent."""
 _STAGES = ("0", "1", "2", "3")
 
 
@@ -67,7 +71,7 @@ class ArmSpec:
     fused_loss: bool = False
     """Output layer and loss are fused (liger-kernel, as with speed.liger=loss)."""
     speed: tuple[str, ...] = ()
-    """Further options, names in :data:`SPEED`."""
+    """Further options, names in :data:`SPEED` and :data:`TRAIN`."""
 
     @property
     def title(self) -> str:
@@ -118,11 +122,11 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
     for item in text.split(","):
         name, _, own = item.strip().partition("@")
         arm, options = split_name(name)
-        further = set() if arm in PEFT_ARMS else set(SPEED)
+        further = set() if arm in PEFT_ARMS else {*SPEED, *TRAIN}
         if arm not in known or set(options) - {COMPILED, FUSED_LOSS} - further:
             raise ValueError(
                 f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED} and +{FUSED_LOSS}, "
-                f"all but PEFT's with {', '.join('+' + option for option in SPEED)}"
+                f"all but PEFT's with {', '.join('+' + option for option in (*SPEED, *TRAIN))}"
             )
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
     return found
@@ -173,7 +177,7 @@ def plan(
                 for rank in ranks:
                     for name in (name for name, own in arms if rank in own):
                         arm, options = split_name(name)
-                        more = tuple(option for option in options if option in SPEED)
+                        more = tuple(option for option in options if option in SPEED or option in TRAIN)
                         choices = COMPILED in options, settings, FUSED_LOSS in options, more
                         spec = ArmSpec(arm, loop, stage, rank, count, how, *choices)
                         reason = impossible(spec)

@@ -26,6 +26,8 @@ f = intermediate size, r = rank. A forward pass has micro-batch size x maximum l
                 With dropout also (c + 1) x in features per adapter. With eager attention also 4 + 2 c bytes per head
                 and position. The sum over all layers, plus the vocabulary term.
                 With activation checkpointing: c h per layer, plus the larger of one layer and the vocabulary term.
+                With a share x below 1 (train.activation_memory): c h and x of the rest per layer, plus the larger of
+                1 - x of one layer and the vocabulary term.
     vocabulary  Logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary size per token (12 x in fp32).
                 With speed.liger: the gradient of the hidden states and a chunk of logits, at most 3 c h per token.
                 Below stage 3, buckets come when 4 bytes x vocabulary size per token of this are free again.
@@ -90,6 +92,8 @@ class Workload:
     eager_attention: bool
     dropout: bool
     architecture: Architecture | None
+    activation_memory: float = 1.0
+    """Share of their activations that compiled layers keep."""
     scoring: int = 0
     """Bytes that each process needs during the backward pass to score whole matrices."""
     sharded_base: bool = False
@@ -150,6 +154,7 @@ def workload(
         max_length=run.data.max_length,
         accumulation=max(1, train.global_batch_size // (train.micro_batch_size * world_size)),
         checkpointing=train.activation_checkpointing == "all",
+        activation_memory=train.activation_memory,
         compiled=compiles(run.speed, method, run.speed_plan(2).packed, on_gpu=True),
         eager_attention=run.model.attn_implementation == "eager",
         dropout=run.adapter.dropout > 0,
@@ -279,9 +284,10 @@ def _activations(work: Workload) -> int | None:
         in_adapters += (c + 1) * sum(inner for _, inner in work.adapted)
     layers = arch.layers * layer + in_adapters
     vocabulary = _vocabulary(work, arch)
-    if work.checkpointing:
-        return work.tokens * (c * hidden * arch.layers + max(layers // arch.layers, vocabulary))
-    return work.tokens * (layers + vocabulary)
+    kept = 0.0 if work.checkpointing else work.activation_memory
+    inputs = c * hidden * arch.layers
+    recomputed = (1 - kept) * (layers - inputs)
+    return work.tokens * round(layers - recomputed + max(recomputed / arch.layers, vocabulary))
 
 
 def _vocabulary(work: Workload, arch: Architecture) -> int:

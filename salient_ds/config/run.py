@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.rank_pattern import RankFileError, with_ranks_of_file
 from salient_ds.config.data import DataConfig, metric_problems, task_problems
-from salient_ds.config.speed import SpeedConfig, SpeedPlan, replaced_weights_problems, speed_plan
+from salient_ds.config.speed import SpeedConfig, SpeedPlan, activation_problems, replaced_weights_problems, speed_plan
 from salient_ds.config.train import TrainConfig
 from salient_ds.config.yaml_files import read_yaml
 from salient_ds.data.tasks.table import kind_of
@@ -100,6 +100,7 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
         problems = self.method.problems(self.adapter) + replaced_weights_problems(self.speed, self.method)
+        problems += activation_problems(self.train, self.speed, self.method)
         if self.adapter.shortcuts is not None and not self.method.takes_shortcuts:
             problems.append(
                 "adapter.shortcuts works with method.name=heterolora and lora (form plain), not with "

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from salient_ds.config.train import TrainConfig
 from salient_ds.methods.options import MethodConfig
 from salient_ds.methods.table import methods
 from salient_ds.strict import Strict
@@ -104,6 +105,22 @@ def compiles(speed: SpeedConfig, method: MethodConfig, packed: bool, on_gpu: boo
     if speed.compile_layers == "auto":
         return on_gpu and packed and method.compilable and speed.liger != "all"
     return speed.compile_layers
+
+
+def activation_problems(train: TrainConfig, speed: SpeedConfig, method: MethodConfig) -> list[str]:
+    """Conflicts of ``train.activation_memory``, one sentence each."""
+    share, other = train.activation_memory, train.activation_checkpointing
+    if share == 1:
+        return []
+    if other != "none":
+        return [f"train.activation_memory={share} and train.activation_checkpointing={other} both recompute: use one"]
+    if compiles(speed, method, packed=True, on_gpu=True):
+        return []
+    return [
+        f"train.activation_memory={share} needs compiled layers, which speed.compile_layers={speed.compile_layers}, "
+        f"method {method.name} and speed.liger={speed.liger} rule out: set speed.compile_layers=true, or use "
+        "train.activation_checkpointing"
+    ]
 
 
 def row_multiple(speed: SpeedConfig, on_gpu: bool) -> int:

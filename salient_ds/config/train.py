@@ -59,7 +59,13 @@ class TrainConfig(Strict):
     """Clip the global norm of the gradients to this value. 0: no clipping."""
     activation_checkpointing: Literal["none", "selective", "all"] = "none"
     """none: keep all activations for the backward pass. all: recompute decoder layers in the backward pass
-    (non-reentrant). selective: keep the results of matrix products and attention, and recompute only what is cheap."""
+    (non-reentrant). selective: keep the results of matrix products and attention, and recompute only what is cheap;
+    with compiled layers use `activation_memory` instead, because they recompute these products too."""
+    activation_memory: float = Field(1.0, ge=0, le=1)
+    """Share of their activations that compiled layers keep for the backward pass. The compiler recomputes the rest,
+    what is cheap per byte first. 1: keep all. 0: keep only the input of every layer. Example: 0.5 when 1 does not fit.
+    Needs compiled layers (see `speed.compile_layers`). Where `auto` does not compile, as on CPUs, any share below 1
+    means `activation_checkpointing: all`, and the log says so. Results are the same to rounding."""
     seed: int = 0
     """Seed of the adapters' initial values, the order of the data, the held-out rows and dropout."""
     log_every: int = Field(10, gt=0)

@@ -136,12 +136,17 @@ def load_base(
     draw_head(loaded, fresh, train.seed)
     loaded.config.use_cache = False  # type: ignore[union-attr]
     if train.activation_checkpointing != "none":
-        # Reentrant checkpointing under ZeRO-3 with a frozen base keeps every gathered weight until backward ends.
-        options: dict[str, Any] = {"use_reentrant": False}
-        if train.activation_checkpointing == "selective":
-            options["context_fn"] = keep_products
-        loaded.gradient_checkpointing_enable(options)  # type: ignore[operator]
+        recompute_layers(loaded, train.activation_checkpointing == "selective")
     return BaseModel(loaded, tuple(fresh))
+
+
+def recompute_layers(model: Any, selective: bool = False) -> None:
+    """Recompute every decoder layer in the backward pass, or with ``selective`` only what is cheap."""
+    # Reentrant checkpointing under ZeRO-3 with a frozen base keeps every gathered weight until backward ends.
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = keep_products
+    model.gradient_checkpointing_enable(options)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from salient_ds.methods.duties import FusingMethod, GrowingMethod, Method, Resiz
 from salient_ds.methods.options import MethodConfig
 from salient_ds.models.attention import leave_out_masks
 from salient_ds.models.kernels import apply_kernels
-from salient_ds.models.loading import DTYPES
+from salient_ds.models.loading import DTYPES, recompute_layers
 from salient_ds.models.packed_masks import keep_examples_apart
 from salient_ds.models.target_head import use_target_head
 from salient_ds.models.varlen_attention import use_varlen_attention
@@ -34,6 +35,7 @@ from salient_ds.zero.ds_json import summary
 from salient_ds.zero.internals.layouts import full_shape
 from salient_ds.zero.sharded_base import ShardedBase, adapter_config
 
+log = logging.getLogger(__name__)
 MakeEngine = Callable[[AdaptedModel, dict[str, Any], bool], Any]
 """Builds an engine from the adapted model, DeepSpeed settings, and whether clipping may move into the optimizer."""
 
@@ -88,8 +90,15 @@ def assemble(
         adapted.pack()
     for adapter in adapted.adapters.values():
         adapter.fused = config.train.activation_checkpointing != "selective"
+    share = config.train.activation_memory
     if compiles(config.speed, config.method, plan.packed, device.type == "cuda"):
-        compile_layers(adapted, may_fail=config.speed.compile_layers == "auto")
+        compile_layers(adapted, may_fail=config.speed.compile_layers == "auto", activation_memory=share)
+    elif share < 1:
+        log.warning(
+            "train.activation_memory=%g: layers are not compiled here, so all of them are recomputed in the backward "
+            "pass (train.activation_checkpointing: all)", share,
+        )  # fmt: skip
+        recompute_layers(model)
     layout = all_rows(adapted)
     rates = rate_plan(config.train, total_steps)
     method = config.method.build(layout, total_steps, rates, steps_per_epoch)
@@ -163,7 +172,7 @@ def compaction(config: RunConfig, method: Method, packed: bool) -> Literal["none
     return wanted if possible else "none"
 
 
-def compile_layers(adapted: AdaptedModel, may_fail: bool) -> None:
+def compile_layers(adapted: AdaptedModel, may_fail: bool, activation_memory: float = 1.0) -> None:
     """Compile the forward pass of every adapted layer with torch.compile. Hooks stay outside of the compiled code.
 
     All layers share one compilation. After a compaction, ranks differ from layer to layer and become symbols. Each rank
@@ -172,10 +181,14 @@ def compile_layers(adapted: AdaptedModel, may_fail: bool) -> None:
 
     Args:
         may_fail: if the compiler fails, run layers uncompiled instead of raising.
+        activation_memory: share of their activations that layers keep for the backward pass. PyTorch's partitioner
+            chooses what to recompute by FLOPs per byte. The setting holds for everything that this process compiles.
     """
+    import torch._functorch.config
     from torch.fx.experimental import _config as shapes
 
     shapes.use_duck_shape = False
+    torch._functorch.config.activation_memory_budget = activation_memory
     if may_fail:
         torch._dynamo.config.suppress_errors = True
     for path in sorted({layer_of(name) for name in adapted.adapters} - {""}):
