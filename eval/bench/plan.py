@@ -49,6 +49,8 @@ class Settings:
     clip: float
     attention: str
     seed: int
+    kernels: bool = False
+    """Also say where the device's time goes, from a few steps under PyTorch's profiler."""
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ def readme(record: Mapping[str, Any]) -> str:
         f"{rate['size']} squared): {floors}.",
         markdown_table(COLUMNS, [row(arm) for arm in record["arms"]]),
         parts_table(record["arms"]),
+        kernels_table(record["arms"]),
         *schedule_lines(record["arms"]),
         *missing_lines(record),
     ]
@@ -157,6 +158,20 @@ def parts_table(arms: Sequence[Row]) -> str:
         for arm in arms
     ]
     return markdown_table([*COLUMNS[:5], *names], rows) if arms else ""
+
+
+def kernels_table(arms: Sequence[Row]) -> str:
+    """Table of device time by kind of kernel, in milliseconds per step, for arms that were profiled."""
+    profiled = [arm for arm in arms if arm.get("kernels")]
+    kinds = list(dict.fromkeys(kind for arm in profiled for kind in arm["kernels"]["kinds"]))
+    rows = [
+        [
+            *row(arm)[:5], f"{arm['kernels']['busy']:.1f}", f"{arm['kernels']['idle']:.1f}",
+            str(arm["kernels"]["kernels"]), *(f"{arm['kernels']['kinds'].get(kind, 0):.1f}" for kind in kinds),
+        ]
+        for arm in profiled
+    ]  # fmt: skip
+    return markdown_table([*COLUMNS[:5], "busy ms", "idle ms", "kernels", *kinds], rows) if profiled else ""
 
 
 def schedule_lines(arms: Sequence[Row]) -> list[str]:

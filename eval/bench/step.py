@@ -44,7 +44,7 @@ def main(
             help="peft_lora, peft_adalora and methods of this package. NAME@64+480 sets the ranks of one arm, "
             "NAME+compile compiles its layers one by one, NAME+liger uses the fused loss of liger-kernel. Own methods "
             "also: +statistics, +targets, +flat, +unpacked (speed.fused_statistics, target_head, flat_gradients, "
-            "packing=none)."
+            "packing=none), +memory50 (train.activation_memory=0.5; 0, 25, 50 or 75)."
         ),
     ] = "peft_lora,peft_lora+compile,peft_adalora,salientlora",
     zero: Annotated[str, typer.Option(help="Any of plain (no DeepSpeed), 0, 1, 2, 3.")] = "plain,2,3",
@@ -74,6 +74,7 @@ def main(
     launcher: Annotated[bool, typer.Option("--launcher", help="Use DeepSpeed's launcher for one process too.")] = False,
     log: Annotated[Path | None, typer.Option(help="File for the output of all arms (default: temporary).")] = None,
     commit: Annotated[str, typer.Option(help="Commit named in the record, if there is no git.")] = "",
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also profile: device time by kind of kernel.")] = False,
     seed: int = 0,
 ) -> None:
     """Time training steps of several arms in one run and write a record."""
@@ -101,7 +102,7 @@ def main(
         precision=precision or ("fp32" if on_cpu else "bf16"),
         batch=batch or model.batch, seq=seq or model.seq, warmup=warmup, steps=steps, part_steps=part_steps,
         target_rank=target_rank or model.target_rank, schedule_steps=schedule_steps, windows=(pair[0], pair[1]),
-        delta_t=delta_t, clip=clip, attention=attention, seed=seed,
+        delta_t=delta_t, clip=clip, attention=attention, seed=seed, kernels=kernels,
     )  # fmt: skip
     specs, left_out = plan(chosen, stages, counts, recompute, settings)
     page = first_page(model, settings, facts, specs, commit) | {

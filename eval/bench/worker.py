@@ -72,6 +72,10 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
     first_loss = arm.loss(tokens_BS)
     measured = measure(lambda: arm.step(tokens_BS), arm.watch, settings.warmup, settings.steps, settings.part_steps)
     main = {**spec.key(), **arm.facts(), **times(spec, measured)}
+    if settings.kernels:
+        from .kernels import kernel_table
+
+        main["kernels"] = kernel_table(lambda: arm.step(tokens_BS), device)
     schedule = run_schedule(arm, tokens_BS) if settings.schedule_steps else {}
     found = {
         **main, "event_seconds": [], **schedule,
