@@ -8,6 +8,7 @@ import typer
 
 from salient_ds.cli_trained import app as trained
 from salient_ds.cli_trained import launcher_options
+from salient_ds.guide.commands import app as guide
 from salient_ds.recipes.commands import app as recipes
 from salient_ds.run.changes import ChangeOption
 from salient_ds.run.exits import print_problems, reported
@@ -38,6 +39,7 @@ app = OneLineErrors(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(recipes, name="recipes")
+app.add_typer(guide)
 app.add_typer(trained)
 
 

@@ -18,7 +18,7 @@ from salient_ds.check.model_fit import fitting_model, sharding_problems
 from salient_ds.check.model_shapes import architecture
 from salient_ds.check.place import check_directory, check_disk
 from salient_ds.check.rendered_rows import rendered
-from salient_ds.check.report import Report
+from salient_ds.check.report import MemoryInputs, Report
 from salient_ds.check.tables import check_tables
 from salient_ds.check.target_layers import target_layout
 from salient_ds.check.task_rows import rough_steps, task_rows
@@ -290,8 +290,9 @@ class _Checks:
         if layout is None or not layout.modules or not {"ds_config", "base_parameters"} <= self.facts.keys():
             return
         assert self.files is not None
-        base, shape = self.facts["base_parameters"], architecture(self.files.config)
-        work = workload(self.run, base, layout, shape, self.world_size, self._in_full())
+        base, shape, full = self.facts["base_parameters"], architecture(self.files.config), self._in_full()
+        self.report.memory_inputs = MemoryInputs(base, layout, shape, full)
+        work = workload(self.run, base, layout, shape, self.world_size, full)
         ds = summary(self.facts["ds_config"])
         self.facts["memory"] = {name: asdict(row) for name, row in estimate_stages(work, ds, self.world_size).items()}
         self.facts["this_run"] = asdict(estimate(work, ds, self.world_size))

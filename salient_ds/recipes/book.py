@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from salient_ds.config.run import RunConfig, parse_config
+from salient_ds.guide.schema import language_server_line
 from salient_ds.steps import total_steps
 from salient_ds.strict import did_you_mean
 
@@ -61,7 +62,7 @@ class Recipe:
             f"run here   {RUN_HERE}",
             *self.notes,
         ]
-        header = "".join(f"# {line}\n" for line in lines)
+        header = language_server_line() + "\n" + "".join(f"# {line}\n" for line in lines)
         return header + yaml.safe_dump(dict(self.sections), sort_keys=False, width=110, allow_unicode=True)
 
     def _hint(self) -> str:

@@ -1,0 +1,1 @@
+"""The run file explained: JSON schema, options page, and ``salient-ds init``."""
