@@ -60,7 +60,7 @@ class SpeedConfig(Strict):
     packed_attention: Literal["mask", "varlen"] = "mask"
     """How packed examples (`data.packing`) are kept apart. mask: transformers' dense masks. varlen: a kernel for
     segments of different lengths on GPUs, flash_attn's or PyTorch's, in bf16 and fp16 and for decoders that are known
-    (models/varlen_attention.py); elsewhere masks. Equal to rounding on CPUs. Its GPU tests fail: see docs/speed.md."""
+    (models/varlen_attention.py); elsewhere masks. Equal to rounding on CPUs; on GPUs see docs/speed.md."""
     target_head: bool = False
     """Compute output layer and loss at target positions only, without ever storing the logits of more than 1,024 of
     them. Answers are often 10 to 30 % of the tokens. Only models whose head is known do so (models/target_head.py);

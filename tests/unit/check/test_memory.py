@@ -93,6 +93,19 @@ def test_at_most_a_tenth_above_the_measured_peak_and_never_below(
     assert measured <= peak <= measured * (1 + TOLERANCE)
 
 
+@pytest.mark.parametrize(("share", "measured"), [(0.5, 24.72), (0.25, 21.07)])
+def test_a_share_of_the_activations_is_within_a_tenth_of_the_measured_peak(share: float, measured: float) -> None:
+    """eval/records/2026-11-27_llama-7b_activation-memory_1xh100: r=64, ZeRO-2, 1 x 4096 tokens."""
+    case = replace(work(64, False, True, (1, 4096)), activation_memory=share)
+    peak = estimate(case, replace(config(2), reduce_bucket_size=200_000_000), 1).peak / GIB
+    assert measured <= peak <= measured * (1 + TOLERANCE)
+
+
+def test_none_kept_is_what_checkpointing_keeps() -> None:
+    none = replace(work(64, False, True, (1, 4096)), activation_memory=0.0)
+    assert estimate(none, config(2), 1).peak == estimate(work(64, True, True, (1, 4096)), config(2), 1).peak
+
+
 def test_peaks_are_those_of_the_records() -> None:
     """The table above, against result.json of the newest records of each kind."""
     found: dict[tuple[object, ...], float] = {}

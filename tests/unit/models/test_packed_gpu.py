@@ -10,7 +10,7 @@ import torch
 from salient_ds.models import target_head
 from salient_ds.models.target_head import INDEX, target_index, use_target_head
 from salient_ds.models.varlen_attention import BORDERS, borders, use_varlen_attention
-from tests.unit.models.packing_cases import examples, packed, tiny
+from tests.unit.models.packing_cases import examples, packed, tiny, together
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICE = torch.device("cuda")
@@ -28,28 +28,29 @@ def loss_and_gradient(found: Any, batch: dict[str, torch.Tensor]) -> tuple[float
     return float(loss.detach()), grad.float()
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return float((found - expected).norm() / expected.norm()) < 0.03
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error. bf16 itself costs 0.02 to 0.05 here, whatever attends (eager and compiled masks on a CPU)."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_segments_see_what_single_examples_see(kind: str, compiled: bool) -> None:
-    masked, varlen = model(kind), model(kind)
+    exact, varlen = model(kind).float(), model(kind)
     batch = packed("sdpa")
-    expected = loss_and_gradient(masked, batch)
+    expected = loss_and_gradient(exact, batch)  # dense masks in fp32
     assert use_varlen_attention(varlen, DEVICE)
     if compiled:
         for layer in varlen.model.layers:
             layer.forward = torch.compile(layer.forward)
     for given in (batch, batch | {BORDERS: borders(batch["position_ids"])}):
         loss, grad = loss_and_gradient(varlen, given)
-        assert loss == pytest.approx(expected[0], rel=5e-3) and close(grad, expected[1])
-    with torch.no_grad():
-        alone = [varlen(input_ids=torch.tensor(e["input_ids"], device=DEVICE)[None]).logits[0] for e in examples()]
-        together = varlen(**{name: value.to(DEVICE) for name, value in batch.items()}).logits
-    first = alone[0]  # the first example is the first of the first row
-    assert close(together[0, : len(first)].float(), first.float())
+        assert loss == pytest.approx(expected[0], rel=5e-3) and error(grad, expected[1]) < 0.08
+    packed_batch = {name: value.to(DEVICE) for name, value in batch.items()}
+    for one, found in zip(examples(), together(varlen, packed_batch), strict=True):
+        with torch.no_grad():
+            alone = exact(input_ids=torch.tensor(one["input_ids"], device=DEVICE)[None]).logits[0]
+        assert error(found, alone) < 0.08
 
 
 @pytest.mark.parametrize("chunk", [8, 1024])
@@ -61,4 +62,4 @@ def test_logits_at_targets_give_the_loss_of_all(chunk: int, monkeypatch: pytest.
     expected = loss_and_gradient(whole, batch)
     assert use_target_head(targets)
     loss, grad = loss_and_gradient(targets, batch | {INDEX: target_index(batch["labels"])})
-    assert loss == pytest.approx(expected[0], rel=2e-3) and close(grad, expected[1])
+    assert loss == pytest.approx(expected[0], rel=2e-3) and error(grad, expected[1]) < 0.03

@@ -12,6 +12,7 @@ import pytest
 
 from salient_ds.sweep.folder import SweepFolder
 from salient_ds.sweep.page import to_html
+from salient_ds.sweep.printing import print_result
 from salient_ds.sweep.report import write_report
 from salient_ds.sweep.spec import SweepSpec
 from tests.unit.sweep.sweep_helpers import ended, make_spec
@@ -56,6 +57,26 @@ def test_files(swept: tuple[SweepSpec, SweepFolder]) -> None:
     page = (folder.path / "report.html").read_text()
     assert "last &lt;b&gt;words&lt;/b&gt;" in page and "<b>words" not in page
     assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(("gap", "tune", "close"), [(0.05, [0], True), (0.2, [0], False), (0.09, [0, 10], False)])
+def test_a_rate_that_the_tuning_seeds_do_not_tell_apart_is_named(
+    gap: float, tune: list[int], close: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fresh seeds deviate by 0.1: with one tuning seed that is the bound, with two it is 0.07."""
+    spec = make_spec(arms={"lora": {}, "other": {}}, lr=[1e-3, 2e-3], seeds={"tune": tune, "fresh": [1, 2, 3]})
+    folder = SweepFolder(tmp_path / "out")
+    folder.begin({"lora": {}, "other": {}}, [], [])
+    for seed in tune:
+        folder.put(ended("lora", 1e-3, seed, 1.0 + gap))
+        folder.put(ended("lora", 2e-3, seed, 1.0))
+    for seed in (1, 2, 3):
+        folder.put(ended("lora", 2e-3, seed, 1.0 + seed / 10, phase="fresh"))
+    result = write_report(spec, folder, RUNS)
+    assert result["arms"][0]["close"] == ([1e-3] if close else []) and result["arms"][1]["close"] == []
+    print_result(result, folder, [])
+    assert ("lora: the tuning seeds do not tell 0.001 apart from 0.002" in capsys.readouterr().out) == close
+    assert ("; close: 0.001" in (folder.path / "report.html").read_text()) == close
 
 
 def test_a_value_that_is_not_finite_is_no_json_number(swept: tuple[SweepSpec, SweepFolder]) -> None:
