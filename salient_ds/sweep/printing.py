@@ -132,8 +132,8 @@ def print_result(result: Mapping[str, Any], folder: SweepFolder, worker_lines: l
         if arm["close"]:
             others = ", ".join(map(lr_text, arm["close"]))
             print(
-                f"note: {arm['name']}: the tuning seeds do not tell {others} apart from {lr_text(arm['lr'])}, which may "
-                "be the wrong choice by chance: give more of them (seeds.tune)"
+                f"note: {arm['name']}: the tuning seeds do not tell {others} apart from {lr_text(arm['lr'])}, which "
+                "may be the wrong choice by chance: give more of them (seeds.tune)"
             )
     for item in result["comparisons"]:
         interval = "" if item["low"] is None else f", 95 % {item['low']:+.3g} to {item['high']:+.3g}"
