@@ -109,6 +109,8 @@ def write(
                 line = {"id": prediction.id, "label": data.task.shown(example.target),
                         "prediction": data.task.shown(prediction.value), "score": prediction.score,
                         **prediction.details}  # fmt: skip
+                if prediction.span is not None:
+                    line["span"] = prediction.span
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if not data.labelled:
             (fresh / "submission").mkdir()

@@ -71,6 +71,8 @@ class Prediction:
     """Confidence: probability of the label, or of the answer among the n best. None where the model gives none."""
     details: Mapping[str, float] = field(default_factory=dict)
     """Further numbers, such as "null_odds" of SQuAD v2.0."""
+    span: str | None = None
+    """Question answering with "no answer": the best span, also where ``value`` is "". None: there is none."""
 
 
 class Task(Strict):

@@ -100,7 +100,8 @@ def _choose(example: Example, spans: list[_Span], null_score: float, how: Answer
     shares = np.exp(everything - everything.max())
     shares = shares / shares.sum()
     details = {"null_odds": odds if np.isfinite(odds) else float(np.finfo(np.float32).max)} if allowed else {}
-    if not ranked or (how.null_threshold is not None and odds > how.null_threshold):
-        return Prediction(example.id, "", float(shares[-1]), details)
-    text = context[ranked[0].start : ranked[0].end].strip()
-    return Prediction(example.id, text, float(shares[0]), details)
+    text = context[ranked[0].start : ranked[0].end].strip() if ranked else None
+    span = text if allowed else None
+    if text is None or (how.null_threshold is not None and odds > how.null_threshold):
+        return Prediction(example.id, "", float(shares[-1]), details, span)
+    return Prediction(example.id, text, float(shares[0]), details, span)

@@ -15,7 +15,7 @@ from salient_ds.data.tasks.base import Example, Features, Head, Prediction, Task
 from salient_ds.data.tasks.best_spans import Answering, best_answers, write_answers
 from salient_ds.data.tasks.columns import identifier, parsed_json, shortened, text_of, value_of
 from salient_ds.data.tasks.metrics import ANSWERS, Metric
-from salient_ds.data.tasks.squad_metrics import squad_scores
+from salient_ds.data.tasks.squad_metrics import best_thresholds, squad_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,10 +170,16 @@ class SpanTask(Task):
         return best_answers(examples, features, nulls, outputs["start_logits"], outputs["end_logits"], how)
 
     def score(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
-        """Percentages by the official rules. With unanswerable questions also those of the two kinds of questions."""
+        """Percentages by the official rules. With unanswerable questions also those of the two kinds of questions, and
+        the best ones over all values of ``null_threshold``."""
         pairs = paired(predictions, examples)
         wanted = [[answer.text for answer in example.target] for _, example in pairs]
-        return squad_scores([p.value for p, _ in pairs], wanted, self.metrics, self.unanswerable)
+        scores = squad_scores([p.value for p, _ in pairs], wanted, self.metrics, self.unanswerable)
+        odds = [p.details.get("null_odds") for p, _ in pairs]
+        known = [value for value in odds if value is not None]
+        if self.unanswerable and pairs and len(known) == len(odds):
+            scores |= best_thresholds([p.span for p, _ in pairs], known, wanted, self.metrics)
+        return scores
 
     def shown(self, value: Any) -> Any:
         return [answer.text for answer in value] if isinstance(value, tuple) else value

@@ -6,6 +6,7 @@ Percentages: 100 is perfect. An example counts with the best of its answers.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -62,6 +63,39 @@ def squad_scores(
             if chosen:
                 scores |= {f"{prefix}_{name}": _percent([values[n] for n in chosen]) for name, values in rows.items()}
     return scores
+
+
+def best_thresholds(
+    spans: Sequence[str | None], odds: Sequence[float], wanted: Sequence[Sequence[str]], metrics: Sequence[str]
+) -> dict[str, float]:
+    """The best value of each metric over all thresholds for "no answer" (v2.0), and the threshold that gives it.
+
+    A question is answered if its odds are not above the threshold. Published numbers for v2.0 are often these
+    ("best_f1"). They choose the threshold on the questions that they are computed on.
+
+    Differs from the official script: questions with equal odds are decided together, so that the value can be had; and
+    if no answer at all is best, the threshold is just below the smallest odds, where the script says 0.
+
+    Args:
+        spans: the best span of each question, whatever its odds; None: there is none.
+
+    Returns:
+        "best_f1" (percent) and "best_f1_threshold", for example.
+    """
+    order = sorted(range(len(odds)), key=lambda n: odds[n])
+    found: dict[str, float] = {}
+    for metric in metrics:
+        empty = [_best(metric, "", answers, True) for answers in wanted]
+        total = best = sum(empty)
+        threshold = math.nextafter(odds[order[0]], -math.inf)
+        for place, n in enumerate(order):
+            span = spans[n]
+            total += (empty[n] if span is None else _best(metric, span, wanted[n], True)) - empty[n]
+            last_of_equals = place + 1 == len(order) or odds[order[place + 1]] > odds[n]
+            if last_of_equals and total > best + 1e-9:
+                best, threshold = total, odds[n]
+        found |= {f"best_{metric}": 100 * best / len(order), f"best_{metric}_threshold": threshold}
+    return found
 
 
 def _best(metric: str, text: str, answers: Sequence[str], unanswerable: bool) -> float:

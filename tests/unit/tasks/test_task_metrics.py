@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from salient_ds.data.tasks import metrics
 from salient_ds.data.tasks.metrics import classification_scores, missing_libraries, regression_scores
 from salient_ds.data.tasks.rouge import rouge_scores, sentences
-from salient_ds.data.tasks.squad_metrics import normalised, squad_scores
+from salient_ds.data.tasks.squad_metrics import best_thresholds, normalised, squad_scores
 
 STORED: dict[str, Any] = json.loads((Path(__file__).parent / "stored_predictions.json").read_text(encoding="utf-8"))
 SINGLE = 1e-6
@@ -64,6 +65,32 @@ def test_answers_score_as_the_official_rules_of_version_2_to_the_last_digit() ->
     names = {"exact_match": "exact", "f1": "f1", "has_answer_exact_match": "HasAns_exact", "has_answer_f1": "HasAns_f1",
              "no_answer_exact_match": "NoAns_exact", "no_answer_f1": "NoAns_f1"}  # fmt: skip
     assert found == {ours: wanted[theirs] for ours, theirs in names.items()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_threshold_is_that_of_trying_all(seed: int) -> None:
+    draw = random.Random(seed)
+    words = ("Elbe", "the Rhine", "Oder", "an Elbe river")
+    wanted = [[draw.choice(words)] if draw.random() < 0.6 else [] for _ in range(40)]
+    spans = [draw.choice(words) if draw.random() < 0.9 else None for _ in range(40)]
+    odds = [float(draw.randrange(-8, 8)) for _ in range(40)]  # many are equal
+    found = best_thresholds(spans, odds, wanted, ["f1", "exact_match"])
+
+    def at(threshold: float, metric: str) -> float:
+        texts = [
+            span if span is not None and value <= threshold else "" for span, value in zip(spans, odds, strict=True)
+        ]
+        return squad_scores(texts, wanted, [metric], True)[metric]
+
+    for metric in ("f1", "exact_match"):
+        every = [at(threshold, metric) for threshold in (-99.0, *odds)]
+        assert found[f"best_{metric}"] == pytest.approx(max(every))
+        assert at(found[f"best_{metric}_threshold"], metric) == pytest.approx(max(every))
+
+
+def test_without_any_right_answer_the_best_threshold_answers_nothing() -> None:
+    found = best_thresholds(["Elbe", "Oder"], [-3.0, 2.0], [[], []], ["f1"])
+    assert found["best_f1"] == 100.0 and found["best_f1_threshold"] < -3.0
 
 
 def test_a_text_without_words_matches_in_version_2_alone() -> None:
