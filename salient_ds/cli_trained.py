@@ -58,6 +58,25 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, finished or not.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Page to write (default: RUN/report.html).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a file that is no report.")] = False,
+) -> None:
+    """Write one HTML page about a run: curves, events, ranks over time, data, timing, memory, environment, settings."""
+    from pathlib import Path
+
+    from salient_ds.monitor.run_page import write_report
+
+    path, problems = write_report(Path(run), Path(output) if output else None, overwrite)
+    for problem in problems:
+        print(f"note: {problem}")
+    print(path)
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Run directory, or one of its checkpoints.")],
     form: Annotated[

@@ -14,7 +14,8 @@ from salient_ds.own_files import read_object, read_settings, write_object, write
 from salient_ds.strict import Reported
 
 OWN_FILES = ("run.yaml", "ds_config.json", "allocations.jsonl", "allocations.png", "metrics.jsonl", "run.json",
-             "checkpoints", "adapter", "evaluation", "search", "ranks.png", "summary.json", ".shared",
+             "checkpoints", "adapter", "evaluation", "search", "ranks.png", "summary.json", "report.html",
+             ".shared",
              "allocations.jsonl.damaged", "metrics.jsonl.damaged", ".lock")  # fmt: skip
 
 

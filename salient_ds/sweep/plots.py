@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from salient_ds.monitor.curves import data_uri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["data_uri", "differences", "over_rates"]
+
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b", "#332288")
 """Colours that colour-blind readers can tell apart. Further arms repeat them with other markers."""
 _MARKERS = "osD^vP"
-
-
-def data_uri(figure: Figure) -> str:
-    """The figure as PNG, to stand in an ``src`` attribute."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=140)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def over_rates(arms: Sequence[Mapping[str, Any]], metric: str) -> Figure | None:
