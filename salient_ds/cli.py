@@ -73,13 +73,25 @@ def check(
     resume: Annotated[str, typer.Option(help="As it will be given to train.")] = "never",
     overwrite: Annotated[bool, typer.Option(help="As it will be given to train.")] = False,
     master_port: Annotated[int | None, typer.Option(help="As it will be given to train: is it free?")] = None,
+    nodes: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Also model traffic and time of steps and events on so many nodes.")
+    ] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, max=1024, help="With --nodes.")] = 8,
+    node_bandwidth: Annotated[
+        float, typer.Option(min=0.001, help="With --nodes: GB/s of each GPU to other nodes (400 Gbit/s at 80 %: 40).")
+    ] = 40.0,
+    gpu_rate: Annotated[
+        float, typer.Option(min=0.001, help="With --nodes: TFLOP/s of a GPU in training (measured on an H100: 450).")
+    ] = 450.0,
 ) -> None:
     """Check a run without a GPU: run file, ZeRO JSON, data, model files. Print events, parameters and memory."""
     from salient_ds.check.printing import run_check
+    from salient_ds.check.scale import Cluster
     from salient_ds.check.start import StartOptions
 
     start = StartOptions(gpus, resume, overwrite, master_port, data)
-    raise typer.Exit(run_check(run, overrides, gpus, as_json, start))
+    cluster = Cluster(gpus_per_node, rate=gpu_rate * 1e12, between=node_bandwidth * 1e9)
+    raise typer.Exit(run_check(run, overrides, gpus, as_json, start, cluster, nodes))
 
 
 @app.command()

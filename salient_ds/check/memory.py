@@ -25,9 +25,8 @@ f = intermediate size, r = rank. A forward pass has micro-batch size x maximum l
                 q, k, v, attention output, gate, up and their product.
                 With dropout also (c + 1) x in features per adapter. With eager attention also 4 + 2 c bytes per head
                 and position. The sum over all layers, plus the vocabulary term.
-                With activation checkpointing: c h per layer, plus the larger of one layer and the vocabulary term.
-                With a share x below 1 (train.activation_memory): c h and x of the rest per layer, plus the larger of
-                1 - x of one layer and the vocabulary term.
+                If a share x of them is kept (train.activation_memory; 0 with activation checkpointing): c h and x of
+                the rest per layer, plus the larger of 1 - x of one layer and the vocabulary term.
     vocabulary  Logits, their fp32 copy, log-softmax and gradient: (c + 12) x vocabulary size per token (12 x in fp32).
                 With speed.liger: the gradient of the hidden states and a chunk of logits, at most 3 c h per token.
                 Below stage 3, buckets come when 4 bytes x vocabulary size per token of this are free again.
@@ -228,13 +227,9 @@ def estimate(work: Workload, ds: DsSummary, world_size: int) -> MemoryEstimate:
 def estimate_stages(work: Workload, ds: DsSummary, world_size: int) -> dict[str, MemoryEstimate]:
     """Estimates for the ZeRO files in ds_configs/, by name. All use the bucket sizes of ``ds``."""
     variants = {
-        "zero0": (0, False, False),
-        "zero1": (1, False, False),
-        "zero2": (2, False, False),
-        "zero2_offload": (2, True, False),
-        "zero3": (3, False, False),
-        "zero3_offload": (3, True, True),
-    }
+        "zero0": (0, False, False), "zero1": (1, False, False), "zero2": (2, False, False),
+        "zero2_offload": (2, True, False), "zero3": (3, False, False), "zero3_offload": (3, True, True),
+    }  # fmt: skip
     table = {}
     for name, (stage, optimizer, parameters) in variants.items():
         variant = replace(ds, stage=stage, offload_optimizer=optimizer, offload_param=parameters)
@@ -262,9 +257,7 @@ def _base_split(work: Workload) -> tuple[int, int]:
     arch = work.architecture
     if arch is None:
         return 0, max((out * inner for out, inner in work.adapted), default=0)
-    attention = 2 * arch.hidden_size * (arch.heads * arch.head_dim + arch.kv_width)
-    layer = attention + 3 * arch.hidden_size * arch.intermediate_size
-    return max(0, work.base_parameters - arch.layers * layer), layer
+    return max(0, work.base_parameters - arch.layers * arch.layer_parameters), arch.layer_parameters
 
 
 def _activations(work: Workload) -> int | None:

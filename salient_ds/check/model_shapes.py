@@ -40,6 +40,12 @@ class Architecture:
         """Width of the keys (and of the values) of one token."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of the seven matrices of one layer."""
+        attention = 2 * self.hidden_size * (self.heads * self.head_dim + self.kv_width)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
 
 def architecture(config: Mapping[str, Any]) -> Architecture | None:
     """Read the numbers from a config.json. None for another model family, or if a number is missing."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from salient_ds.adapters.presets import PREFIX
 from salient_ds.check.memory import GIB
 from salient_ds.check.report import Report
+from salient_ds.check.scale import Cluster, scale_facts, scale_table
 from salient_ds.check.start import StartOptions, check_start
 from salient_ds.check.token_table import print_tokens
 from salient_ds.config.run import RunConfig, load_config
@@ -40,12 +41,24 @@ def run_check(
     gpus: int = 1,
     as_json: bool = False,
     start: StartOptions | None = None,
+    cluster: Cluster | None = None,
+    nodes: int = 0,
 ) -> int:
-    """Check the run file and print the report. Returns 0 if the run can start, else 1 after printing every problem."""
+    """Check the run file and print the report. Returns 0 if the run can start, else 1 after printing every problem.
+
+    Args:
+        nodes: above 0, also a model of that many nodes of the ``cluster``.
+    """
     run: RunConfig | None = None
     try:
         run = load_config(path, overrides)
         report = check_start(run, start or StartOptions(gpus), path)
+        if nodes:
+            facts = scale_facts(run, report, cluster or Cluster(), nodes)
+            if facts is None:
+                report.notes.append("--nodes: no model, because the layers of the base are not known before training")
+            else:
+                report.facts["scale"] = facts
     except ConfigError as error:
         report = Report(problems=error.problems)
     if as_json:
@@ -67,6 +80,8 @@ def _print_report(path: str, run: RunConfig | None, report: Report) -> None:
         print_tokens(out, report.facts["tokens"])
     if "memory" in report.facts:
         out.print(_memory_table(report.facts))
+    if "scale" in report.facts:
+        out.print(scale_table(report.facts["scale"]))
     for note in report.notes:
         out.print(f"note: {note}", style="yellow")
     errors = Console(file=sys.stderr, **plain)

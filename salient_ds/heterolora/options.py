@@ -125,6 +125,10 @@ class HeteroLoRAConfig(MethodConfig):
         """Upper bound: whole gradients in fp32, and whole fp32 weights unless the proxy is grad_norm."""
         return (4 if self.proxy == "grad_norm" else 8) * self.adapter_parameters(layout)
 
+    def event_traffic(self, layout: RankLayout, elements: int) -> int:
+        """The probes' gradients in fp32, a score per module in fp64, and the loss that scales them."""
+        return 4 * elements + 8 * len(layout.ranks) + 16
+
     @property
     def replaces_weights(self) -> str | None:
         """The option that replaces weights while the model runs: SYNFLOW uses their absolute values."""

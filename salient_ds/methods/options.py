@@ -159,6 +159,18 @@ class MethodConfig(Strict):
         """Bytes that an event needs on each process."""
         return 0
 
+    def event_traffic(self, layout: RankLayout, elements: int) -> int:
+        """Bytes that a process puts into the sums of an event: at most one score per row, fp64.
+
+        Args:
+            elements: trainable elements, for methods that send factors.
+        """
+        return 8 * layout.total
+
+    def step_traffic(self, layout: RankLayout, accumulation: int) -> int:
+        """Bytes that the method adds to the sums of a step without an event, at most."""
+        return 0
+
     def problems(self, adapter: AdapterConfig) -> list[str]:
         """Contradictions between the method and section ``adapter``: one sentence each, with value and remedy."""
         return []

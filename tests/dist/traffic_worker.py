@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from salient_ds.zero import sharded_base
 from tests.dist import scenario
+from tests.dist.heterolora_worker import DATA
 from tests.dist.scenario import Case
 
 Traffic = list[tuple[str, int]]
@@ -35,7 +36,8 @@ def _counted(log: Traffic, kind: str, place: int, function: Callable[..., Any]) 
 
 
 def steps(global_rank: int, world_size: int, model: Path, cases: dict[str, Case]) -> dict[str, Any]:
-    """By case: trainable elements, padded elements of the optimizer's groups, and the traffic of every step."""
+    """By case: trainable elements at the end, padded elements of the optimizer's groups, the traffic of every step, and
+    what the method's options say of it."""
     log: Traffic = []
     for name in ("all_reduce", "broadcast", "reduce"):
         setattr(dist, name, _counted(log, name, 0, getattr(dist, name)))
@@ -45,16 +47,26 @@ def steps(global_rank: int, world_size: int, model: Path, cases: dict[str, Case]
     sharded_base._all_gather = _counted(log, "layer", 1, sharded_base._all_gather)
     found = {}
     for name, case in cases.items():
-        engine = scenario.build(case, model, world_size)
-        rows = []
-        while engine.step < 9:
+        engine = scenario.build(case, model, world_size, probe_data=DATA)
+        rows, before = [], _elements(engine)
+        config = case.config(model)
+        said = {
+            "event": config.method.event_traffic(engine.adapted.layout, before),
+            "step": config.method.step_traffic(engine.adapted.layout, scenario.GLOBAL_BATCH // world_size),
+        }
+        while engine.step < (case.steps if case.speed.get("compaction") == "last" else 9):
             log.clear()
             report = engine.train_step(*scenario.batches(engine.step, global_rank, world_size))
             rows.append((report.event is not None, sorted(log)))
-        elements = sum(p.numel() for p in engine.adapted.trained.parameters() if p.requires_grad)
-        found[name] = {"elements": elements, "rows": rows, "groups": _padded(engine)}
+        found[name] = {
+            "elements": _elements(engine), "before": before, "rows": rows, "groups": _padded(engine), "said": said,
+        }  # fmt: skip
         engine.engine.destroy()
     return found
+
+
+def _elements(engine: Any) -> int:
+    return sum(p.numel() for p in engine.adapted.trained.parameters() if p.requires_grad)
 
 
 def _padded(engine: Any) -> list[int]:

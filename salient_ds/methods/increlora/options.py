@@ -89,6 +89,16 @@ class IncreLoRAConfig(TargetConfig):
             room=self.first_room(num_matrices, rank) if in_flight else None,
         )
 
+    def event_traffic(self, layout: RankLayout, elements: int) -> int:
+        """Nothing but digests: scores are summed in the steps before."""
+        return 0
+
+    def step_traffic(self, layout: RankLayout, accumulation: int) -> int:
+        """A score per matrix in fp64; if exact, the gradients of all adapted weights in fp32 too."""
+        exact = self.score_reduction == "exact" or (self.score_reduction == "auto" and accumulation == 1)
+        weights = sum(wide * tall for wide, tall in zip(layout.in_features, layout.out_features, strict=True))
+        return 8 * len(layout.ranks) + (4 * weights if exact else 0)
+
     def adapter_parameters(self, layout: RankLayout, ranks: Sequence[float] | None = None) -> int:
         """As for SVD adapters: the reserve does not change the count."""
         sides = zip(layout.in_features, layout.out_features, ranks or layout.ranks, strict=True)

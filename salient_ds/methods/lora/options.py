@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from salient_ds.adapters.forms import AdapterForm, PlainForm, SVDForm
 from salient_ds.methods.options import MethodConfig
+from salient_ds.ranks import RankLayout
 
 
 class LoRAConfig(MethodConfig):
@@ -23,6 +24,10 @@ class LoRAConfig(MethodConfig):
     def takes_shortcuts(self) -> bool:
         """Only beside plain adapters."""
         return self.form == "plain"
+
+    def event_traffic(self, layout: RankLayout, elements: int) -> int:
+        """No events."""
+        return 0
 
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:
         """B A, or B diag(E) A with ``form: svd``."""

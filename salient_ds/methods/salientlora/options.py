@@ -226,6 +226,11 @@ class SalientLoRAConfig(TargetConfig):
         solve."""
         return _EVENT_BYTES_PER_VALUE * layout.total * self.window_final + _EVENT_BLOCK
 
+    def event_traffic(self, layout: RankLayout, elements: int) -> int:
+        """The window in fp32, and with the influence graph at most 16 bytes per row for its blocks."""
+        influence = self.score == "salience" and self.lambda_ < 1
+        return (4 * self.window_final + 16 * influence) * layout.total
+
     def compaction_problem(self, when: Literal["last", "every"]) -> str | None:
         """``every`` requires that rows dropped after an event cannot matter to the next one."""
         if when == "last":

@@ -114,6 +114,14 @@ class SpectralConfig(TargetConfig):
         """A few float64 numbers per row."""
         return 32 * layout.total
 
+    def event_traffic(self, layout: RankLayout, elements: int) -> int:
+        """Master and both moments of all factors to the process that rotates them, and back; two spectra in fp64."""
+        return 24 * elements + 16 * layout.total
+
+    def step_traffic(self, layout: RankLayout, accumulation: int) -> int:
+        """In the steps of a window of ``score: gate_fisher``, a sum per row in fp64."""
+        return 8 * layout.total if self.score == "gate_fisher" else 0
+
     def event_bytes(self, layout: RankLayout) -> int:
         """A group of matrices with their moments (128 MiB, or the largest one), twice, and one of them in float64."""
         sides = zip(layout.in_features, layout.out_features, layout.ranks, strict=True)
