@@ -30,6 +30,9 @@ def library_problems(run: RunConfig, ds_config: Mapping[str, Any] | None) -> lis
                 f'{run.deepspeed} has "{section}": {{"enabled": true}}, and {package} is not installed here: '
                 f"pip install {package.replace('_', '-')}, or switch the section off"
             )
+    for name in run.train.log:
+        if name != "csv" and not _there(name):
+            found.append(f"train.log has {name}, which is not installed here: pip install {name}, or take it out")
     wanted = run.model.attn_implementation
     module, package = _FLASH.get(wanted, ("", ""))
     if module and not _there(module) and not _there("kernels"):

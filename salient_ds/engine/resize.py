@@ -31,6 +31,7 @@ from salient_ds.methods.duties import ResizableMethod
 from salient_ds.ranks import RankLayout
 from salient_ds.zero.collectives import world
 from salient_ds.zero.internals.engine_state import describe, retire
+from salient_ds.zero.internals.monitors import keeping_monitors, monitors_of
 
 Rebuild = Callable[[], Any]
 """Builds a new DeepSpeed engine over the adapted model."""
@@ -52,7 +53,7 @@ def resize(state: AllocationState, rebuild: Rebuild, kept_N: Tensor) -> None:
     latest = state.decisions.latest
     decision = replace(latest, mask_N=state.in_initial_rows(latest.mask_N)[kept_N])
     found = collect(state.shards, kept_N[before_N], state.device)
-    inner = describe(state.engine)
+    inner, monitors = describe(state.engine), monitors_of(state.engine)
     retire(state.engine)
     set_rows(state.adapted, state.initial_layout, kept_N)
     state.adapted.set_mask(decision.mask_N, method.policy.gate_forward, decision.hold)
@@ -60,7 +61,9 @@ def resize(state: AllocationState, rebuild: Rebuild, kept_N: Tensor) -> None:
     state.forget()
     gc.collect()  # the old engine is part of reference cycles, and its buffers are large
     add_new_rows(found, state.adapted, state.initial_layout, before_N, kept_N)
-    state.adopt(rebuild(), decision, kept_N)
+    with keeping_monitors(monitors):
+        fresh = rebuild()
+    state.adopt(fresh, decision, kept_N)
 
     def read(kind: str, name: str, lo: int, numel: int) -> Tensor:
         return found[kind, name][lo : lo + numel]

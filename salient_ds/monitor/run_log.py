@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
 from salient_ds.monitor.directory import RunDirectory
 from salient_ds.monitor.events import AllocationRecord, append_record, check_record, read_records, truncate_after
 from salient_ds.monitor.heatmap import save_rank_png
+from salient_ds.monitor.loggers import Loggers
+from salient_ds.monitor.memory import memory_in_use
 from salient_ds.monitor.metrics import append_metrics, truncate_metrics
 from salient_ds.monitor.plots import save_history_png
 from salient_ds.monitor.progress import Progress
 from salient_ds.own_files import mend_lines
 from salient_ds.zero.internals.engine_state import has_monitors, write_monitors
+from salient_ds.zero.internals.monitors import continue_csv
 
 
 class RunLog:
@@ -24,6 +27,18 @@ class RunLog:
 
     def __init__(self, directory: RunDirectory, engine: Any, every: int, main: bool) -> None:
         self.directory, self.engine, self.every, self.main = directory, engine, every, main
+        self.loggers = Loggers((), directory.path, {}, 0)
+
+    def open_loggers(self, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+        """Begin logging to the places of ``train.log``, or go on there. ``settings`` is the resolved run file."""
+        if self.main:
+            self.loggers = Loggers(names, self.directory.path, settings, self.engine.step)
+            if self.engine.step:
+                continue_csv(self.engine.engine)
+
+    def close(self) -> None:
+        """Finish the places of ``train.log``."""
+        self.loggers.close()
 
     def rewind(self, step: int) -> list[str]:
         """Drop the lines after ``step``, because these steps are taken again, and damaged lines.
@@ -38,13 +53,14 @@ class RunLog:
         truncate_metrics(self.directory.metrics, step)
         return notes
 
-    def step(self, report: Any, tokens: int, counters: Any, seconds: float, last: bool) -> None:
+    def step(self, report: Any, tokens: int, counters: Any, seconds: float, lr: float, last: bool) -> None:
         """Log one applied step. ``report`` is a :class:`~salient_ds.engine.reports.StepReport`.
 
         Args:
             tokens: tokens of this step.
             counters: :class:`~salient_ds.run.counters.Counters` of the run so far.
             seconds: duration of this step.
+            lr: learning rate of the factors in this step.
             last: whether this is the last step of the run; it is always logged.
         """
         engine, total = self.engine, self.engine.decisions.latest.total
@@ -56,11 +72,13 @@ class RunLog:
         if not self.main:
             return
         if engine.step % self.every == 0 or report.event is not None or last:
-            append_metrics(self.directory.metrics, {
-                "step": engine.step, "loss": report.loss, "grad_norm": report.grad_norm, "penalty": report.penalty,
-                "total_rank": total, "tokens": counters.tokens, "skipped_steps": counters.skipped, "seconds": seconds,
-                "tokens_per_second": tokens / seconds, "lr": engine.engine.get_lr()[0],
-            })  # fmt: skip
+            values = {
+                "loss": report.loss, "grad_norm": report.grad_norm, "penalty": report.penalty, "total_rank": total,
+                "tokens": counters.tokens, "skipped_steps": counters.skipped, "seconds": seconds,
+                "tokens_per_second": tokens / seconds, "lr": lr, "memory": memory_in_use(),
+            }  # fmt: skip
+            append_metrics(self.directory.metrics, {"step": engine.step, **values})
+            self.loggers.numbers(engine.step, values)
         if report.event is not None:
             self._event(report.event)
 
@@ -72,6 +90,12 @@ class RunLog:
             seconds_gather=event.gather, seconds_solve=event.solve, seconds_apply=event.apply, changed=event.changed,
         )  # fmt: skip
         append_record(self.directory.allocations, record)
+        took = {"gather": event.gather, "solve": event.solve, "apply": event.apply}
+        spent = {f"event/seconds_{part}": seconds for part, seconds in took.items()}
+        self.loggers.numbers(
+            self.engine.step, {"event/budget": decision.budget, "event/changed": event.changed, **spent}
+        )
+        self.loggers.ranks(self.engine.step, dict(zip(self.engine.initial_layout.modules, event.ranks, strict=True)))
 
     def evaluation(self, values: Mapping[str, float]) -> None:
         """Log the held-out loss and metrics at this step, by name."""
@@ -79,6 +103,7 @@ class RunLog:
         if self.main:
             named = {f"eval_{name}": value if isfinite(value) else None for name, value in values.items()}
             append_metrics(self.directory.metrics, {"step": self.engine.step, **named})
+            self.loggers.numbers(self.engine.step, named)
 
     def summary(self, progress: Progress, **more: Any) -> None:
         """Write the totals of the training loop, and ``more``."""

@@ -30,7 +30,7 @@ from salient_ds.run.resuming import (
     open_run,
     run_identity,
 )
-from salient_ds.run.same_everywhere import NodesDiffer, agreed, data_facts
+from salient_ds.run.same_everywhere import NodesDiffer, agreed, data_facts, environment_facts
 from salient_ds.run.whereabouts import Whereabouts
 from salient_ds.zero.collectives import all_equal, all_succeeded, world
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
@@ -159,6 +159,7 @@ class PreparedRun:
         self._record()
         self.log = RunLog(self.directory, self.engine, self.config.train.log_every, self.is_main)
         list(map(self.say, self.log.rewind(self.engine.step)))
+        self.log.open_loggers(self.config.train.log, self.config.model_dump(mode="json", by_alias=True))
         self.keeper = Keeper(self.engine, self.directory.checkpoints, self.config.train, self.identity)
         if not all_equal(self.keeper.frozen.digest(), self.device):
             raise NodesDiffer(
@@ -171,10 +172,19 @@ class PreparedRun:
         if self.is_main:
             facts = {"processes": self.world_size, "total_steps": self.total_steps, "identity": self.identity,
                      "changes": self.changes, "modules": self.engine.initial_layout.modules,
+                     "initial_ranks": list(self.engine.initial_layout.ranks), "environment": environment_facts(),
+                     "data": self._data_facts(),
                      "template": self.inputs.record.to_dict() if self.inputs.record else None,
                      "head": self.head}  # fmt: skip
             run = self.config.model_dump(mode="json", by_alias=True)
             self.directory.write_resolved(run, self.ds_config, facts)
+
+    def _data_facts(self) -> dict[str, Any]:
+        """What a report says about the data, besides the settings."""
+        inputs, data = self.inputs, self.config.data
+        held_out = len(inputs.held_out) if inputs.held_out is not None else 0
+        notes = {f"note {number}": note for number, note in enumerate(inputs.notes, 1)}
+        return {"train": data.train, "items to train on": len(inputs.train), "items held out": held_out, **notes}
 
     def say(self, text: str) -> None:
         """Print a line for the user, on the main process only."""

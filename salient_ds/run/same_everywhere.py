@@ -55,6 +55,13 @@ class _Place:
     """On the main process."""
 
 
+def environment_facts() -> dict[str, Any]:
+    """Versions and hardware of this process, for run.json."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    known = {"host": socket.gethostname(), "python": platform.python_version(), "gpu": gpu}
+    return known | {name: installed_version(name.replace("_", "-")) for name in _VERSIONS}
+
+
 def setup_facts(config: RunConfig) -> Facts:
     """What this process has before it reads the data: packages, its run file, its ZeRO JSON and the base weights.
 

@@ -76,6 +76,7 @@ class Training(PreparedRun):
             self.finish()
         finally:
             self.keeper.close()
+            self.log.close()
 
     def loop(self) -> None:
         """Train until the last step, with evaluations and checkpoints on the way."""
@@ -93,6 +94,7 @@ class Training(PreparedRun):
                     global_rank=self.global_rank, world_size=self.world_size, size=train.micro_batch_size,
                     device=self.device, model=engine.adapted.model,
                 )  # fmt: skip
+                rate = float(engine.engine.get_lr()[0])  # the schedule moves on with the step
                 report = self._step(batches, targets)
                 self.keeper.after_step(report)
                 if report.skipped:
@@ -102,7 +104,7 @@ class Training(PreparedRun):
                 self.counters.tokens += tokens
                 bar.update(engine.step, report.loss, tokens, engine.decisions.latest.total)
                 last = engine.step == self.total_steps
-                log.step(report, tokens, self.counters, time.perf_counter() - began, last)
+                log.step(report, tokens, self.counters, time.perf_counter() - began, rate, last)
                 if train.eval_every and engine.step % train.eval_every == 0 and not last:
                     bar.message(self.evaluate())
                 if self.keeper.wants(report) and not last:

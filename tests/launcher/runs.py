@@ -31,7 +31,7 @@ def write_run(folder: Path, model: Path, data: Path, /, **changes: Any) -> Path:
                   "save_every": 5, "log_every": 1},
     }  # fmt: skip
     for section, values in changes.items():
-        run[section] = run[section] | values if isinstance(values, dict) else values
+        run[section] = run.get(section, {}) | values if isinstance(values, dict) else values
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))

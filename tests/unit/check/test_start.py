@@ -119,6 +119,17 @@ def test_monitors_that_are_not_installed(
     assert preflight(run, quick=True).problems == []
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_loggers_that_are_not_installed(run_file: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    run = load(run_file, f"train.log=[csv,{name}]")
+    monkeypatch.setattr(libraries, "_there", lambda package: package != name)
+    for quick in (False, True):
+        (problem,) = preflight(run, quick=quick).problems
+        assert problem == f"train.log has {name}, which is not installed here: pip install {name}, or take it out"
+    monkeypatch.setattr(libraries, "_there", lambda package: True)
+    assert preflight(run, quick=True).problems == []
+
+
 def test_flash_attention_that_is_not_installed(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load(run_file, "model.attn_implementation=flash_attention_2", "train.precision=bf16")
     monkeypatch.setattr(libraries, "_there", lambda package: False)
