@@ -73,6 +73,7 @@ def check(
     resume: Annotated[str, typer.Option(help="As it will be given to train.")] = "never",
     overwrite: Annotated[bool, typer.Option(help="As it will be given to train.")] = False,
     master_port: Annotated[int | None, typer.Option(help="As it will be given to train: is it free?")] = None,
+    fit: Annotated[str | None, typer.Option(help="Also say what fits into this memory of a GPU, such as 24GB.")] = None,
     nodes: Annotated[
         int, typer.Option(min=0, max=100_000, help="Also model traffic and time of steps and events on so many nodes.")
     ] = 0,
@@ -85,13 +86,15 @@ def check(
     ] = 450.0,
 ) -> None:
     """Check a run without a GPU: run file, ZeRO JSON, data, model files. Print events, parameters and memory."""
+    from salient_ds.check.fit import bytes_of
     from salient_ds.check.printing import run_check
     from salient_ds.check.scale import Cluster
     from salient_ds.check.start import StartOptions
 
     start = StartOptions(gpus, resume, overwrite, master_port, data)
     cluster = Cluster(gpus_per_node, rate=gpu_rate * 1e12, between=node_bandwidth * 1e9)
-    raise typer.Exit(run_check(run, overrides, gpus, as_json, start, cluster, nodes))
+    memory = bytes_of(fit) if fit is not None else 0
+    raise typer.Exit(run_check(run, overrides, gpus, as_json, start, cluster, nodes, memory))
 
 
 @app.command()

@@ -19,10 +19,10 @@ from typing import Any
 
 from salient_ds.check.memory import GIB, estimate, workload
 from salient_ds.check.model_shapes import Architecture
-from salient_ds.check.report import MemoryInputs
+from salient_ds.check.report import MemoryInputs, Report
 from salient_ds.config.run import RunConfig
 from salient_ds.config.speed import compiles
-from salient_ds.zero.ds_json import DsSummary
+from salient_ds.zero.ds_json import DsSummary, summary
 
 ENOUGH, MOST = 2048, 16384
 """Tokens of a forward pass: from here on more of them gain little; more than this is never chosen."""
@@ -102,6 +102,42 @@ def fitting(run: RunConfig, inputs: MemoryInputs, ds: DsSummary, world_size: int
                 break  # smaller ones fit too
         fallback = fallback or best
     return fallback
+
+
+def fit_facts(run: RunConfig, report: Report, memory: int) -> dict[str, Any]:
+    """What ``check --fit`` found.
+
+    Returns:
+        memory (bytes), as_it_is (bytes that the run needs as it is; None if not known), fits (whether that fits), and
+        either problem (why there is no choice) or zero (name of a file of ds_configs/), settings, peak and host.
+    """
+    inputs, ds = report.memory_inputs, report.facts.get("ds_config")
+    found: dict[str, Any] = {"memory": memory, "as_it_is": None, "fits": None}
+    if inputs is None or ds is None:
+        return found | {"problem": "what fits is not known: model, adapters or ZeRO JSON could not be read"}
+    if (unknown := unknown_layers(inputs.architecture)) is not None:
+        return found | {"problem": unknown}
+    now = report.facts["this_run"]["peak"]
+    found |= {"as_it_is": now + CONTEXT, "fits": now <= limit(memory)}
+    choice = fitting(run, inputs, summary(ds), report.facts["processes"], memory)
+    if choice is None:
+        return found | {"problem": "nothing fits, not even one example with ZeRO-3 and everything on the host"}
+    return found | {"zero": choice.zero, "settings": choice.settings(), "peak": choice.peak, "host": choice.host}
+
+
+def fit_text(found: dict[str, Any]) -> str:
+    """One line for the report of ``check``."""
+    size = f"{found['memory'] / GIB:.0f} GiB"
+    now = ""
+    if found["as_it_is"] is not None:
+        verdict = "fits" if found["fits"] else "does not fit"
+        now = f"; as it is, this run needs about {found['as_it_is'] / GIB:.1f}, which {verdict}"
+    if "problem" in found:
+        return f"{size}: {found['problem']}{now}"
+    settings = " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+                        for key, value in found["settings"].items())  # fmt: skip
+    host = f" and {found['host'] / GIB:.1f} on the host" if found["host"] else ""
+    return f"{size}: deepspeed={found['zero']}.json {settings}, about {found['peak'] / GIB:.1f}{host}{now}"
 
 
 def _needs(

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from salient_ds.adapters.presets import PREFIX
+from salient_ds.check.fit import fit_facts, fit_text
 from salient_ds.check.memory import GIB
+from salient_ds.check.pace import pace, pace_text
 from salient_ds.check.report import Report
 from salient_ds.check.scale import Cluster, scale_facts, scale_table
 from salient_ds.check.start import StartOptions, check_start
@@ -43,16 +45,21 @@ def run_check(
     start: StartOptions | None = None,
     cluster: Cluster | None = None,
     nodes: int = 0,
+    memory: int = 0,
 ) -> int:
     """Check the run file and print the report. Returns 0 if the run can start, else 1 after printing every problem.
 
     Args:
         nodes: above 0, also a model of that many nodes of the ``cluster``.
+        memory: above 0, also what fits into so many bytes.
     """
     run: RunConfig | None = None
     try:
         run = load_config(path, overrides)
         report = check_start(run, start or StartOptions(gpus), path)
+        report.facts["pace"] = pace(run, report)
+        if memory:
+            report.facts["fit"] = fit_facts(run, report, memory)
         if nodes:
             facts = scale_facts(run, report, cluster or Cluster(), nodes)
             if facts is None:
@@ -131,7 +138,7 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
         table.add_row("learning rate", f"{run.train.lr:g}, singular values {facts['sigma_ratio']:.3g} times as much")
     if run.speed != SpeedConfig():
         changed = run.speed.model_dump(exclude_defaults=True)
-        table.add_row("speed", ", ".join(f"{key}: {str(value).lower()}" for key, value in changed.items()))
+        table.add_row("execution", ", ".join(f"{key}: {str(value).lower()}" for key, value in changed.items()))
     if "trainable_end" in facts:
         table.add_row("sum of ranks", f"{facts['initial_total']} -> {facts['target_total']}")
         start, end = _count(facts["trainable_start"]), _count(facts["trainable_end"])
@@ -140,6 +147,10 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
     if "checkpoint_bytes" in facts:
         free = f", {_size(facts['free_bytes'])} free" if "free_bytes" in facts else ""
         table.add_row("checkpoint", f"{_size(facts['checkpoint_bytes'])} each{free}")
+    if "pace" in facts:
+        table.add_row("speed", pace_text(facts["pace"]))
+    if "fit" in facts:
+        table.add_row("fits", fit_text(facts["fit"]))
     out.print(table)
 
 
