@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export TORCH_EXTENSIONS_DIR
 
-.PHONY: help demo test lint coverage audit lock clean
+.PHONY: help demo test lint coverage audit lock docs clean
 
 help:
 	@echo "make demo [TINY=1]   install into $(VENV) and fine-tune a real model with SalientLoRA on 2 processes"
 	@echo "make test            install into $(VENV) and run the test suite"
 	@echo "make lint            ruff and mypy"
 	@echo "make coverage        the test suite with coverage, subprocesses included"
+	@echo "make docs            the documentation site, in build/docs/site (an environment of its own)"
 	@echo "make audit           known vulnerabilities of the versions in requirements.lock (needs the network)"
 	@echo "make lock            write requirements.lock anew: exact versions with hashes, Linux, Python 3.11 (needs the network)"
 
@@ -37,6 +38,11 @@ coverage: $(BIN)/.installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+docs:
+	test -x $(VENV)-docs/bin/mkdocs || { $(PYTHON) -m venv $(VENV)-docs && $(VENV)-docs/bin/pip install --quiet "mkdocs-material>=9.6,<10"; }
+	$(PYTHON) docs/pages.py
+	$(VENV)-docs/bin/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
 
 audit: $(BIN)/.installed-dev
 	$(BIN)/pip-audit --disable-pip --no-deps --requirement requirements.lock
