@@ -28,6 +28,7 @@ from .models import ds_config, load_base, model_directory, run_config
 from .plain_engine import PlainEngine
 from .plan import PLAIN, ArmSpec
 from .timing import Stopwatch, peak_gib, reset_peak, wait
+from .traffic import Log
 
 STEADY_STEPS = 10_000
 """Nominal number of steps of the run to which the timed steps belong."""
@@ -109,12 +110,13 @@ class OwnArm:
     def live_rows(self) -> int:
         return sum(int(adapter.rank_mask_R.sum()) for adapter in self.adapted.adapters.values())
 
-    def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
+    def run_schedule(self, tokens_BS: Tensor, log: Log | None = None) -> dict[str, Any]:
         """Train through a shortened allocation schedule. Return the time of every event and the final total rank.
 
         An event's ``seconds`` are the time from the end of the optimizer step to the end of the training step, less the
         time of a compaction. The device is idle at both ends. ``gather``, ``solve`` and ``apply`` are measured by the
-        engine itself. An event that comes before its step (HeteroLoRA) takes the sum of the three.
+        engine itself. An event that comes before its step (HeteroLoRA) takes the sum of the three. With ``log`` from
+        :func:`.traffic.counted`, ``sent`` is what the event's step sent.
         """
         spec, device = self.spec, self.watch.device
         run = run_config(spec, "unused", method_options(spec, schedule=True))
@@ -138,6 +140,8 @@ class OwnArm:
         after: list[float] = []
         for _ in range(spec.settings.schedule_steps):
             wait(device)
+            if log is not None:
+                log.clear()
             began = time.perf_counter()
             report = self.step(tokens_BS)
             wait(device)
@@ -146,7 +150,8 @@ class OwnArm:
                 found = report.event
                 after_step = ended - self.watch.stepped_at - (report.compaction or 0.0)
                 took = found.gather + found.solve + found.apply if probes else after_step
-                events.append(event_row(found, took) | {"compaction": report.compaction})
+                sent = {} if log is None else {"sent": list(log)}
+                events.append(event_row(found, took) | {"compaction": report.compaction} | sent)
                 after.clear()
             else:
                 after.append(ended - began)

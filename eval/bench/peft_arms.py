@@ -84,7 +84,7 @@ class PeftArm:
     def facts(self) -> dict[str, Any]:
         return {"compacted": False}
 
-    def run_schedule(self, tokens_BS: Tensor) -> dict[str, Any]:
+    def run_schedule(self, tokens_BS: Tensor, log: Any = None) -> dict[str, Any]:
         """Return nothing: PEFT has no separate events, its allocation is part of every step."""
         return {}
 

@@ -51,6 +51,8 @@ class Settings:
     seed: int
     kernels: bool = False
     """Also say where the device's time goes, from a few steps under PyTorch's profiler."""
+    scale: bool = False
+    """Also count what is sent, and time what a checkpoint holds up."""
 
 
 @dataclass(frozen=True)

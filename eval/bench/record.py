@@ -112,8 +112,13 @@ def without_places(text: str) -> str:
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a record of step.py."""
+    write_page(folder, record, readme(record))
+
+
+def write_page(folder: Path, record: Mapping[str, Any], page: str) -> None:
     """Write result.json and README.md of a record, each atomically, so that an interrupted run keeps its last state."""
-    for name, text in (("result.json", json.dumps(record, indent=1) + "\n"), ("README.md", readme(record))):
+    for name, text in (("result.json", json.dumps(record, indent=1) + "\n"), ("README.md", page)):
         partial = folder / f"{name}.partial"
         partial.write_text(without_places(text))
         partial.replace(folder / name)

@@ -38,6 +38,7 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, vocab: int) -> dict
 
 SHAPES = {
     "llama-7b": Shape("llama-7b", _llama(4096, 11008, 32, 32, 32000), (64, 480), 64, 4, 512),
+    "llama-13b": Shape("llama-13b", _llama(5120, 13824, 40, 40, 32000), (64, 480), 64, 4, 512),
     "tiny": Shape("tiny", _llama(64, 160, 2, 4, 512), (4, 16), 4, 4, 64),
 }
 

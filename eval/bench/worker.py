@@ -58,12 +58,22 @@ def explain(error: Exception) -> str:
 
 
 def run_arm(spec: ArmSpec) -> dict[str, Any]:
+    """Run one arm; with ``settings.scale`` every collective is counted from its construction on."""
+    device = join(spec)
+    if not spec.settings.scale:
+        return time_arm(spec, device, None)
+    from .traffic import counted
+
+    with counted() as log:
+        return time_arm(spec, device, log)
+
+
+def time_arm(spec: ArmSpec, device: Any, log: Any) -> dict[str, Any]:
     """Build the arm, time its steps, run its schedule if there is one, and time steps again after a compaction."""
     import torch
 
     from .timing import measure
 
-    device = join(spec)
     arm = build(spec, device)
     settings = spec.settings
     draw = torch.Generator().manual_seed(settings.seed + int(os.environ.get("RANK", "0")))
@@ -76,7 +86,17 @@ def run_arm(spec: ArmSpec) -> dict[str, Any]:
         from .kernels import kernel_table
 
         main["kernels"] = kernel_table(lambda: arm.step(tokens_BS), device)
-    schedule = run_schedule(arm, tokens_BS) if settings.schedule_steps else {}
+    if log is not None:
+        from .scale_arm import scale_facts
+
+        main["scale"] = scale_facts(arm, spec, tokens_BS, log)
+    schedule = run_schedule(arm, tokens_BS, log) if settings.schedule_steps else {}
+    if log is not None and schedule.get("events"):
+        from .scale_arm import event_facts
+
+        main["scale"]["events"] = event_facts(arm, spec, schedule["events"], main["scale"]["step"]["summed"])
+        for event in schedule["events"]:
+            del event["sent"]
     found = {
         **main, "event_seconds": [], **schedule,
         "first_loss": first_loss,
@@ -114,10 +134,10 @@ def times(spec: ArmSpec, measured: Measurement) -> dict[str, Any]:
     }
 
 
-def run_schedule(arm: Any, tokens_BS: Any) -> dict[str, Any]:
+def run_schedule(arm: Any, tokens_BS: Any, log: Any) -> dict[str, Any]:
     """Run the arm's schedule. A failure becomes ``schedule_error``, so that the steps timed before are kept."""
     try:
-        found: dict[str, Any] = arm.run_schedule(tokens_BS)
+        found: dict[str, Any] = arm.run_schedule(tokens_BS, log)
     except Exception as error:
         traceback.print_exc()
         return {"schedule_error": explain(error)}
