@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from salient_ds.check.preflight import preflight
 from salient_ds.check.report import Report
@@ -12,6 +13,10 @@ from salient_ds.host import is_taken
 
 PORT = 29500
 """Where the processes of the deepspeed launcher meet, if nothing else is said."""
+
+
+_STARTED_WITH = ("salient_ds", "deepspeed", "torch", "transformers")
+"""Packages that training processes import first."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ def check_start(run: RunConfig, options: StartOptions, run_source: str = "run.ya
             check_tokens(run, report, None if options.all_rows else SAMPLE)
         except ValueError as error:
             report.problems.append(str(error))
+    report.problems += hidden_packages(Path.cwd())
     note = report.facts.pop("used_directory", None)
     if note is not None and options.resume == "never" and not options.overwrite:
         report.notes.remove(note)
@@ -49,3 +55,18 @@ def check_start(run: RunConfig, options: StartOptions, run_source: str = "run.ya
                 "--master_port"
             )
     return report
+
+
+def hidden_packages(folder: Path) -> list[str]:
+    """A sentence for each folder that Python would import instead of the installed package.
+
+    ``python -m`` looks in the working directory first, and takes any folder of that name, such as a clone of a
+    repository. Then only the processes that the launcher starts fail.
+    """
+    hiding = [folder / name for name in _STARTED_WITH if (folder / name).is_dir()]
+    return [
+        f"the folder {path} hides the installed package {path.name} from processes that start here: rename it, or start "
+        "in another directory"
+        for path in hiding
+        if not (path / "__init__.py").exists()
+    ]

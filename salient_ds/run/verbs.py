@@ -157,7 +157,8 @@ def export(
     """
     import torch
 
-    from salient_ds.run.export import export_run
+    from salient_ds.run.deviation import report_deviation
+    from salient_ds.run.export import best_checkpoint, export_run, newest_checkpoint
     from salient_ds.run.shrink import rows_of
 
     folder = Path(target) if target else None
@@ -170,7 +171,14 @@ def export(
 
     def work() -> int:
         chosen = cast("Form | None", form)  # the command line has checked it
-        print(export_run(Path(run), chosen, folder, overwrite=overwrite, base=base, dtype=kind, pad_to=pad))
+        place = Path(run)
+        source = best_checkpoint(place) or newest_checkpoint(place) if chosen == "merged" else None
+        written = export_run(
+            place, chosen, folder, overwrite=overwrite, checkpoint=source, base=base, dtype=kind, pad_to=pad
+        )
+        if source is not None:
+            report_deviation(place, source, written, base)
+        print(written)
         return 0
 
     return reported(work)

@@ -119,6 +119,21 @@ def test_monitors_that_are_not_installed(
     assert preflight(run, quick=True).problems == []
 
 
+@pytest.mark.parametrize("name", ["salient_ds", "torch"])
+def test_a_folder_that_hides_a_package(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As a clone named salient_ds does, for the directory above it."""
+    run = load(run_file)
+    monkeypatch.chdir(tmp_path)
+    assert not any("hides" in problem for problem in check_start(run, StartOptions()).problems)
+    (tmp_path / name / name).mkdir(parents=True)
+    (problem,) = [problem for problem in check_start(run, StartOptions()).problems if "hides" in problem]
+    assert f"{tmp_path / name} hides the installed package {name}" in problem
+    (tmp_path / name / "__init__.py").touch()  # the package itself: somebody works in its repository
+    assert not any("hides" in problem for problem in check_start(run, StartOptions()).problems)
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_loggers_that_are_not_installed(run_file: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     run = load(run_file, f"train.log=[csv,{name}]")

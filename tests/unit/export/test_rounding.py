@@ -145,9 +145,11 @@ def test_the_command_line_hands_it_on(
     from typer.testing import CliRunner
 
     from salient_ds.cli import app
-    from salient_ds.run import export
+    from salient_ds.run import deviation, export
 
     given: dict = {}
+    monkeypatch.setattr(export, "newest_checkpoint", lambda run: Path("checkpoint"))
+    monkeypatch.setattr(deviation, "report_deviation", lambda *_: None)
     monkeypatch.setattr(export, "export_run", lambda *_, **more: given.update(more) or Path("written"))
     assert CliRunner().invoke(app, ["export", "run", *options]).exit_code == 0
     assert given["dtype"] == dtype
