@@ -64,9 +64,7 @@ def hidden_packages(folder: Path) -> list[str]:
     repository. Then only the processes that the launcher starts fail.
     """
     hiding = [folder / name for name in _STARTED_WITH if (folder / name).is_dir()]
+    rest = "hides the installed package {name} from processes that start here: rename it, or start in another directory"
     return [
-        f"the folder {path} hides the installed package {path.name} from processes that start here: rename it, or start "
-        "in another directory"
-        for path in hiding
-        if not (path / "__init__.py").exists()
+        f"the folder {path} {rest.format(name=path.name)}" for path in hiding if not (path / "__init__.py").exists()
     ]
