@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -80,13 +81,34 @@ def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
+def _facts(target: Target, inputs: Inputs) -> dict[str, Any]:
+    """What all processes have to have: packages, task, weights and rows."""
+    from salient_ds.models.fingerprint import weights_fingerprint
+    from salient_ds.run.same_everywhere import package_facts
+
+    base, place, rows = Path(target.base).expanduser(), Path(target.place).expanduser(), inputs.scored
+    adapters = [place / name for name in ("adapter_model.safetensors", "adapter/adapter_model.safetensors")]
+    return package_facts() | {
+        "task": target.task.model_dump(mode="json"),
+        "base weights": weights_fingerprint(base) if base.is_dir() else None,
+        "adapter": [hashlib.sha256(path.read_bytes()).hexdigest() for path in adapters if path.is_file()],
+        "rows": None if rows is None else rows.fingerprint(),
+    }
+
+
 def score(target: Target, options: EvaluateOptions, device: torch.device) -> tuple[Outcome, Inputs, list[str]]:
-    """Load the model and the data of ``target`` and evaluate. Collective: all processes call it."""
+    """Load the model and the data of ``target`` and evaluate. Collective: all processes call it.
+
+    Raises:
+        NodesDiffer: a process has other packages, weights or rows.
+    """
     from salient_ds.run.evaluating import Speaker, evaluate
+    from salient_ds.run.same_everywhere import agreed
     from salient_ds.run.scored import load_rows, load_target
 
     loaded = load_target(target, device)
     inputs, notes = load_rows(target, loaded.tokenizer, options.limit)
+    agreed(lambda: _facts(target, inputs), device)
     inputs = inputs.for_model(loaded.base)
     speaker = Speaker(loaded.model, lambda **settings: loaded.model.generate(**settings))
     found = evaluate(inputs, speaker, options.batch, device, loaded.tokenizer)

@@ -34,6 +34,7 @@ stands for a fact that this process does not know. It is not compared."""
 
 _VERSIONS = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy", "salient_ds")
 _SOURCES = ("salient_ds", "deepspeed")
+_LARGE = ("torch", "transformers")
 _CODE = "code"
 _ABSENT = "absent"
 _SHOWN = 100
@@ -69,13 +70,23 @@ def setup_facts(config: RunConfig) -> Facts:
         OSError: a file of the base or the ZeRO JSON cannot be read.
     """
     base = base_identity(config.model, config.train.seed)
-    return {
-        "version": {"Python": platform.python_version()} | {name: installed_version(name) for name in _VERSIONS},
-        _CODE: {name: _digest(sources(name))[:16] for name in _SOURCES},
+    return package_facts() | {
         "run file": config.model_dump(mode="json", by_alias=True),
         "ZeRO JSON": load_ds_config(config.deepspeed),
         "base weights": base.get("base weights"),
         "config.json of the base": base.get("config.json"),
+    }
+
+
+def package_facts() -> Facts:
+    """Versions, a digest of the code of this package and of DeepSpeed, and the sizes of files of larger packages.
+
+    A patch of PyTorch or transformers that leaves every size as it was goes unnoticed: reading them takes seconds.
+    """
+    return {
+        "version": {"Python": platform.python_version()} | {name: installed_version(name) for name in _VERSIONS},
+        _CODE: {name: _digest(sources(name))[:16] for name in _SOURCES},
+        "sizes of the code": {name: _digest(sizes(name))[:16] for name in _LARGE},
     }
 
 
@@ -168,13 +179,21 @@ def sources(package: str) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files}
 
 
+def sizes(package: str) -> dict[str, int]:
+    """Bytes of every ``.py`` file of an installed package, by its path in the package."""
+    found = importlib.util.find_spec(package)
+    places = (found.submodule_search_locations if found else None) or []
+    files = ((path.relative_to(place).as_posix(), path) for place in places for path in Path(place).rglob("*.py"))
+    return {name: path.stat().st_size for name, path in files}
+
+
 def _changed_file(differing: dict[int, _Place], device: torch.device) -> str | None:
     """The first source file in which the first differing process differs, if it differs in code."""
     rank, place = next(iter(differing.items()))
-    package = next((name for name in _SOURCES if place.key == f"{_CODE}: {name}"), None)
-    if package is None:
+    package = (place.key or "").rpartition(": ")[2]
+    if place.key not in (f"{_CODE}: {package}", f"sizes of the code: {package}"):
         return None
-    mine = sources(package)
+    mine: dict[str, Any] = dict(sources(package) if package in _SOURCES else sizes(package))
     (theirs,) = from_main([mine], device)
     found: list[str] = from_everyone(next((item.key for item in _unequal("", theirs, mine)), ""))
     return package + "/" + found[rank].removeprefix(": ")

@@ -10,6 +10,7 @@ import torch
 
 from salient_ds.config.run import parse_config
 from salient_ds.run.evaluate import score, write
+from salient_ds.run.same_everywhere import NodesDiffer
 from salient_ds.run.targets import EvaluateOptions, target_of
 from salient_ds.run.training import Training
 from tests.support.tiny_heads import TARGETS
@@ -63,7 +64,7 @@ def evaluate(
     global_rank: int, world_size: int, jobs: dict[str, tuple[str, dict[str, Any]]], folder: Path
 ) -> dict[str, Any]:
     """Score every target as ``salient-ds evaluate`` does."""
-    found = {}
+    found = {"differing": other_rows(global_rank, world_size, *next(iter(jobs.values())))}
     for name, (place, options) in jobs.items():
         chosen = EvaluateOptions(batch=3, **options)
         target = target_of(place, chosen)
@@ -72,3 +73,14 @@ def evaluate(
             write(folder / name, {"scores": outcome.values}, outcome, inputs, True, ())
         found[name] = {"values": outcome.values, "notes": notes}
     return found
+
+
+def other_rows(global_rank: int, world_size: int, place: str, options: dict[str, Any]) -> str:
+    """What ``evaluate`` says if the last process reads fewer rows than the others."""
+    fewer = options | ({"limit": 1} if global_rank == world_size - 1 else {})
+    chosen = EvaluateOptions(batch=3, **fewer)
+    try:
+        score(target_of(place, chosen), chosen, CPU)
+    except NodesDiffer as error:
+        return str(error)
+    return ""

@@ -108,6 +108,13 @@ def test_evaluate_finds_what_training_found(place: Path, two: list[Any], scored:
     assert len(lines) == EVALUATED and {"id", "label", "prediction", "score"} <= json.loads(lines[0]).keys()
 
 
+def test_evaluate_refuses_processes_that_read_other_rows(scored: dict[str, Any]) -> None:
+    for processes, reports in scored.items():
+        for report in reports:
+            assert report["differing"] == reports[0]["differing"]
+            assert ("rows is" in report["differing"]) == (processes != "1")
+
+
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_adapter_and_merged_model_score_the_same(scored: dict[str, Any], form: str) -> None:
     for reports in scored.values():

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from salient_ds.config.run import load_config
-from salient_ds.run.same_everywhere import NodesDiffer, _Place, describe, first_difference, setup_facts, sources
+from salient_ds.run.same_everywhere import NodesDiffer, _Place, describe, first_difference, setup_facts, sizes, sources
 from tests.launcher.runs import write_run
 from tests.support.spawn import spawn
 
 FACTS: dict[str, Any] = {
     "version": {"torch": "2.9", "deepspeed": "0.19"},
     "code": {"salient_ds": "aa", "deepspeed": "bb"},
+    "sizes of the code": {"torch": "cc"},
     "run file": {"train": {"lr": 0.1, "betas": [0.9, 0.99], "patience": None}},
     "base weights": "cc",
     "number of training rows": 2000,
@@ -89,6 +90,7 @@ def test_sources_cover_every_file_of_a_package(tmp_path: Path, monkeypatch: pyte
     monkeypatch.syspath_prepend(str(tmp_path))
     before = sources("patched_package")
     assert list(before) == ["__init__.py", "inner/deep.py"]
+    assert sizes("patched_package") == {"__init__.py": 0, "inner/deep.py": 5}
     (folder / "deep.py").write_text("a = 2")
     after = sources("patched_package")
     assert [name for name in before if before[name] != after[name]] == ["inner/deep.py"]
@@ -112,19 +114,22 @@ def differing(global_rank: int, world_size: int) -> list[str]:
     other = global_rank == 1
     tables = {"a.py": "1", "engine/b.py": "2" if other else "3"}
     same_everywhere.sources = lambda package: tables
+    same_everywhere.sizes = lambda package: {"a.py": 1, "nn/linear.py": 7 if other else 8}
     return [
         said(FACTS),
         said(changed("base weights", None) if other else FACTS),
         said(changed("run file/train/lr", 0.5) if other else FACTS),
         said(changed("code/salient_ds", "ab") if other else FACTS),
+        said(changed("sizes of the code/torch", "cd") if other else FACTS),
     ]
 
 
 def test_all_processes_are_told_the_same() -> None:
     first, second = spawn(2, differing)
     assert first == second
-    equal, unknown, setting, code = first
+    equal, unknown, setting, code, patched = first
     assert equal == unknown == ""
     assert "run file: train.lr is 0.5 on process 1 and 0.1 on process 0" in setting
     assert "code: salient_ds is ab" in code
     assert "first file that differs: salient_ds/engine/b.py" in code
+    assert "sizes of the code: torch is cd" in patched and "first file that differs: torch/nn/linear.py" in patched
