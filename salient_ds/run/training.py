@@ -188,4 +188,6 @@ class Training(PreparedRun):
                 self.engine.method.write_results(self.directory.path, run)
             self.directory.mark_finished(self.engine.step)
             self.say(f"adapter: {self.directory.adapter}")
+            look = "chat" if self.config.data.task is None else "evaluate"
+            self.say(f"next: salient-ds {{report,{look},export}} {self.directory.path}")
         all_succeeded(True, self.device)  # no process leaves while the main process still writes
