@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,3 +85,49 @@ def test_a_store_that_has_ended_leaves_the_main_process_silent(make: Callable[..
     began = beats.peers[0].heard
     beats._thread.join(10)
     assert not beats._thread.is_alive() and beats.peers[0].heard == began
+
+
+class CountingStore:
+    """A store of one machine that counts the calls and the keys of each process."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.calls: Counter[str] = Counter()
+        self.keys = 0
+
+    def set(self, key: str, value: str) -> None:
+        self.calls["set"] += 1
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self.calls["get"] += 1
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        self.calls["check"] += 1
+        return all(key in self.values for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.calls["multi_get"] += 1
+        self.keys += len(keys)
+        return [self.values[key] for key in keys]
+
+
+def test_4096_processes_take_a_few_calls_each_and_one_read_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, store = 4096, CountingStore()
+    everyone = []
+    for rank in range(processes):
+        monkeypatch.setattr(heartbeats, "world", lambda rank=rank: World(rank, processes))
+        everyone.append(Heartbeats(store, lambda: "step 1000, reducing gradients and stepping", interval=2.0))
+    for _ in range(2):  # who has not been heard of is looked for first
+        for beats in reversed(everyone):
+            beats._exchange()
+    assert all(peer.beat == "2" for peer in everyone[0].peers.values())
+    others, store.calls, store.keys = processes - 1, Counter(), 0
+    for beats in everyone[1:]:
+        beats._exchange()
+    assert store.calls == {"set": others, "check": others, "multi_get": others} and store.keys == others
+    store.calls, store.keys = Counter(), 0
+    everyone[0]._exchange()
+    assert store.calls == {"set": 1, "multi_get": 1} and store.keys == processes
+    assert sum(map(len, store.values.values())) < 2**20, "what the main process reads every two seconds"
