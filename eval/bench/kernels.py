@@ -71,7 +71,7 @@ def kernel_table(step: Callable[[], object], device: torch.device) -> dict[str, 
 
 def on_device(event: FunctionEvent) -> bool:
     """Whether the event is a kernel or a copy on the device: neither a call on the host nor a range around kernels."""
-    return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    return str(event.device_type) == "DeviceType.CUDA" and not event.is_user_annotation
 
 
 def product_kind(name: str, shapes: Any) -> tuple[str, str]:
