@@ -24,3 +24,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_alpaca(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 Alpaca rows."""
     return write_alpaca(tmp_path_factory.mktemp("data") / "alpaca.json", 64)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of tokenised data of this test session, for processes that tests start, too."""
+    place = tmp_path_factory.mktemp("cache")
+    os.environ["SALIENT_DS_CACHE"] = str(place)
+    return place

@@ -14,19 +14,18 @@ import torch
 from salient_ds.config.run import RunConfig
 from salient_ds.data.chat_template import fixed_date_note
 from salient_ds.data.collate import Collator, pad_token_id
-from salient_ds.data.dataset import InstructionDataset, build_dataset, split_eval
-from salient_ds.data.formats import read_data
+from salient_ds.data.dataset import split_eval
 from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.collate import TaskCollator
 from salient_ds.data.tasks.dataset import TaskDataset, load_task
-from salient_ds.data.template_base import Template
 from salient_ds.data.templates import get_template
 from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.probe import ProbeData
 from salient_ds.models.target_head import INDEX, target_index, uses_target_head
 from salient_ds.models.varlen_attention import BORDERS, borders, uses_varlen_attention
+from salient_ds.run.tokenised import read_part
 from salient_ds.steps import total_steps
 
 Extra = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -111,10 +110,10 @@ def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
     if data.task is not None:
         return _task_inputs(data.task, run, tokenizer)
     template = get_template(data.template, data.rewritten_history)
-    dataset, notes = _read("train", data.train, run, tokenizer, template, data.packing)
+    dataset, notes = read_part("train", data.train, data, tokenizer, template, data.packing)
     held_out = None
     if data.eval is not None:
-        held_out, more = _read("eval", data.eval, run, tokenizer, template, False)
+        held_out, more = read_part("eval", data.eval, data, tokenizer, template, False)
         notes += more
     elif data.eval_size:
         dataset, held_out = split_eval(dataset, data.eval_size, run.train.seed)
@@ -143,16 +142,6 @@ def _task_inputs(task: Task, run: RunConfig, tokenizer: Any) -> Inputs:
 def task_collator(task: Task, tokenizer: Any) -> TaskCollator:
     """Makes batches of a task's rows."""
     return TaskCollator(pad_token_id(tokenizer), task.padding_side)
-
-
-def _read(
-    name: str, path: str, run: RunConfig, tokenizer: Any, template: Template, packing: bool
-) -> tuple[InstructionDataset, list[str]]:
-    """One part of the data, and what there is to say about it."""
-    data = run.data
-    rows, summary = read_data(path, data.format, data.empty_answers, data.bad_rows)
-    dataset, report = build_dataset(rows, template, tokenizer, data.max_length, packing, bad_rows=data.bad_rows)
-    return dataset, [*summary.notes(name), f"{name}: {report.summary()}"]
 
 
 def micro_batches(

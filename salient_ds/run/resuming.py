@@ -96,6 +96,10 @@ def open_run(
     return directory, start
 
 
+_NO_ROWS = ("eval", "cache", "cache_dir")
+"""Keys of section ``data`` that do not decide on which rows are trained."""
+
+
 def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config: dict[str, Any]) -> dict[str, Any]:
     """What must be equal in a checkpoint and in a run that resumes from it, as far as it is known without the base.
 
@@ -113,7 +117,11 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
         "total_steps": total_steps,
         "data": inputs.train.fingerprint(),
         DATA_SETTINGS: {
-            **{f"data.{key}": value for key, value in config.data.model_dump(mode="json").items() if key != "eval"},
+            **{
+                f"data.{key}": value
+                for key, value in config.data.model_dump(mode="json").items()
+                if key not in _NO_ROWS
+            },
             "model.tokenizer": config.model.tokenizer,
         },
         "global_batch_size": config.train.global_batch_size,

@@ -1,0 +1,57 @@
+"""One part of instruction data, tokenised: from the cache of this machine, or made by this process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from salient_ds.config.data import DataConfig
+from salient_ds.data.cache import Beat, Facts, beating, cache_folder, kept
+from salient_ds.data.cache_key import entry_key
+from salient_ds.data.dataset import InstructionDataset, build_dataset
+from salient_ds.data.formats import FileSummary, read_data
+from salient_ds.data.sources import locate
+from salient_ds.data.template_base import Template
+from salient_ds.data.tokenize import TokenizationReport
+
+_DECIDE = ("format", "max_length", "empty_answers", "bad_rows", "rewritten_history")
+"""Keys of section ``data`` that decide on the rows, besides the template and packing."""
+_BYTES_PER_BYTE = 4
+"""Space that an entry may take, per byte of the data file: 8 bytes per token, or 16 if packed."""
+
+
+def read_part(
+    name: str, path: str, data: DataConfig, tokenizer: Any, template: Template, packing: bool
+) -> tuple[InstructionDataset, list[str]]:
+    """Rows of ``path``, and lines for the log. With or without the cache, the rows are the same.
+
+    Args:
+        name: the part, as in "train".
+
+    Raises:
+        DataError: the file is missing or holds bad rows.
+        ValueError: no answer is left of it.
+        CacheStuck: the process that tokenises for this machine shows no sign of life.
+    """
+
+    def build(beat: Beat) -> tuple[InstructionDataset, Facts]:
+        rows, summary = read_data(path, data.format, data.empty_answers, data.bad_rows)
+        dataset, report = build_dataset(
+            beating(rows, beat), template, tokenizer, data.max_length, packing, progress=True, bad_rows=data.bad_rows
+        )
+        return dataset, {"file": asdict(summary), "report": asdict(report)}
+
+    place = locate(path) if data.cache else None
+    if isinstance(place, Path):
+        options = {key: getattr(data, key) for key in _DECIDE} | {"packing": packing, "suffix": place.suffixes}
+        key = entry_key(place, template, tokenizer, options)
+        found = kept(cache_folder(data.cache_dir), key, path, _BYTES_PER_BYTE * place.stat().st_size, build)
+        dataset, facts, more = found.rows, found.facts, [f"{name}: {found.note}"]
+    else:
+        dataset, facts = build(lambda: None)
+        more = []
+    summary = replace(FileSummary(**facts["file"]), path=path)
+    report = TokenizationReport(**(facts["report"] | {"refused": Counter(facts["report"]["refused"])}))
+    return dataset, [*summary.notes(name), f"{name}: {report.summary()}", *more]
