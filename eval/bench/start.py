@@ -43,7 +43,7 @@ def one_start(tokenizer: str, data: str, cache: str | None) -> dict[str, Any]:
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     before = _memory()
     began = time.perf_counter()
-    config = DataConfig(train=data, cache=cache is not None, cache_dir=cache)
+    config = DataConfig.model_validate({"train": data, "cache": cache is not None, "cache_dir": cache})
     rows, notes = read_part("train", data, config, loaded, get_template(config.template), False)
     digest, targets = rows.fingerprint(), int(rows.num_targets.sum())
     seconds = time.perf_counter() - began
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--starts", default="without,first,second", help="which of them, in this order")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -90,8 +91,8 @@ def main() -> None:
         data, cache = Path(folder) / "rows.jsonl", Path(folder) / "cache"
         write_rows(data, options.rows)
         print(f"{options.rows:,} rows, {data.stat().st_size / 2**20:,.0f} MiB", flush=True)
-        for name, places in (("without", [data]), ("first", [data, cache]), ("second", [data, cache])):
-            tail = [*map(str, places), "--tokenizer", options.tokenizer]
+        for name in options.starts.split(","):
+            tail = [str(data), *([] if name == "without" else [str(cache)]), "--tokenizer", options.tokenizer]
             for result in _start(options.processes, *tail):
                 print(name, json.dumps(result), flush=True)
 

@@ -168,7 +168,7 @@ def test_without_the_right_to_lock_the_run_goes_on(tmp_path: Path, monkeypatch: 
 
     maker = Maker()
     kept(tmp_path, "key", "a.jsonl", 0, maker)
-    monkeypatch.setattr(cache.os, "open", refused)
+    monkeypatch.setattr("salient_ds.data.cache.os.open", refused)
     assert "read from" in kept(tmp_path, "key", "a.jsonl", 0, maker).note
     found = kept(tmp_path, "other", "a.jsonl", 0, maker)
     assert "Permission denied" in found.note and found.rows.fingerprint() == fresh().fingerprint()
