@@ -49,8 +49,8 @@ class SpeedConfig(Strict):
     compile_layers: bool | Literal["auto"] = "auto"
     """Compile every decoder layer with torch.compile. Elementwise kernels are fused, so that there are fewer of them;
     start-up takes a minute longer. Does not work with `zero3: partitioned`. auto: compile on a GPU if the adapters are
-    packed, the method is salientlora, adalora or lora, and `liger` is not all. If the compiler fails under auto, layers
-    run uncompiled, with a warning."""
+    packed, the method is not increlora (nor heterolora with synflow), and `liger` is not all. If the compiler fails
+    under auto, layers run uncompiled, with a warning."""
     fused_statistics: bool = False
     """Update the statistics of adalora and lora2 with one Triton kernel on CUDA devices: 24 instead of 80 bytes of
     memory traffic per adapter parameter and step. Equal to rounding. Other methods and devices ignore it."""
@@ -103,7 +103,8 @@ def speed_plan(speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: 
 def compiles(speed: SpeedConfig, method: MethodConfig, packed: bool, on_gpu: bool) -> bool:
     """Whether decoder layers are compiled with torch.compile."""
     if speed.compile_layers == "auto":
-        return on_gpu and packed and method.compilable and speed.liger != "all"
+        fixed = method.compilable and method.replaces_weights is None
+        return on_gpu and packed and fixed and speed.liger != "all"
     return speed.compile_layers
 
 

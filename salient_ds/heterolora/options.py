@@ -77,6 +77,7 @@ class HeteroLoRAConfig(MethodConfig):
 
     implementation: ClassVar[str] = "salient_ds.heterolora.method:HeteroLoRA"
     packable: ClassVar[bool] = True
+    compilable: ClassVar[bool] = True
 
     @property
     def takes_shortcuts(self) -> bool:

@@ -17,6 +17,7 @@ class LoRA2Config(SensitivityConfig):
     """Width k of the two outer factors, which all ranks share. An update has at most rank k (released code: 8)."""
 
     implementation: ClassVar[str] = "salient_ds.methods.lora2.method:LoRA2"
+    compilable: ClassVar[bool] = True
 
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:
         """bb aa diag(E) B A."""

@@ -42,6 +42,8 @@ def test_contradictions_are_named_with_the_way_out(
         ({}, "salientlora", True, True),
         ({}, "salientlora", False, False),
         ({}, "increlora", True, False),
+        ({}, "lora2", True, True),
+        ({}, "heterolora", True, True),
         ({"liger": "all"}, "lora", True, False),
         ({"compile_layers": True}, "increlora", False, True),
         ({"compile_layers": False}, "salientlora", True, False),
@@ -52,6 +54,11 @@ def test_layers_are_compiled_unasked_only_where_that_is_known_to_work(
 ) -> None:
     assert compiles(SpeedConfig.model_validate(options), OPTIONS[method], True, on_gpu) == expected
     assert not compiles(SpeedConfig(), OPTIONS[method], False, on_gpu)
+
+
+def test_layers_whose_weights_are_replaced_are_not_compiled() -> None:
+    synflow = OPTIONS["heterolora"].model_copy(update={"proxy": "synflow"})
+    assert synflow.replaces_weights and not compiles(SpeedConfig(), synflow, True, True)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
