@@ -47,6 +47,8 @@ def start(timeout_minutes: float) -> torch.device:
         accelerator.set_device(local_rank)
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     limit = datetime.timedelta(minutes=timeout_minutes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _join_this_attempt(backend, limit)
     attempts = 1 if "MASTER_PORT" in os.environ else _PORTS
     for attempt in range(attempts):
         if attempts > 1:
@@ -59,6 +61,22 @@ def start(timeout_minutes: float) -> torch.device:
                 raise
     limit_world_clone(limit)
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+
+
+def _join_this_attempt(backend: str, limit: datetime.timedelta) -> None:
+    """Join the group of a torchrun worker, with keys of this attempt of its own.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that have ended. PyTorch 2.13 reads them
+    under the same keys, so that a restarted process may connect to one that is gone.
+    """
+    dist: Any = torch.distributed
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"salient/attempt-{attempt}", store), timeout=limit,
+        rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+    )  # fmt: skip
 
 
 def make_engine(
