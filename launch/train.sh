@@ -34,6 +34,8 @@ choose_devices() { # sets where, processes
     where=(--master_port "${PORT:-29500}")
     if [ -n "${HOSTFILE:-}" ]; then
         where+=(--hostfile "$HOSTFILE")
+        # pdsh would wait for ever for a node whose cable was cut
+        export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:--o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
         processes=$(awk -F 'slots=' '!/^[[:space:]]*#/ && NF > 1 { sum += $2 } END { print sum + 0 }' "$HOSTFILE")
     elif command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi --list-gpus | wc -l) && [ "$gpus" -gt 0 ]; then
         where+=(--num_gpus "$gpus")

@@ -16,6 +16,9 @@ from salient_ds.run.changes import change_problems
 from salient_ds.run.exits import USAGE_ERROR, print_problems, reported
 from salient_ds.strict import ConfigError
 
+KEEP_ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+"""Options of ssh for the launcher, which otherwise waits for ever for a node whose cable was cut."""
+
 if TYPE_CHECKING:
     from salient_ds.export.meta import Form
     from salient_ds.run.search import SearchOptions
@@ -74,6 +77,8 @@ def _port(launcher: list[str]) -> int | None:
 
 
 def _become_launcher(script: list[str], launcher: list[str], processes: int) -> int:
+    if "--hostfile" in launcher:
+        os.environ.setdefault("PDSH_SSH_ARGS_APPEND", KEEP_ALIVE)
     count = ["--num_accelerators", str(processes)] if processes else []
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *launcher, "--module", *script]
     os.execv(sys.executable, command)
