@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from salient_ds.engine.saving import Saver
+from salient_ds.zero.collectives import all_succeeded, world
 
 from .method_settings import method_options
 from .models import run_config
@@ -61,7 +63,10 @@ def event_facts(arm: OwnArm, spec: ArmSpec, events: list[dict[str, Any]], usual:
 
 
 def checkpoint_stall(arm: OwnArm, tokens_BS: Tensor) -> float:
-    """Seconds that a checkpoint adds to the step after it: the median of :data:`SAVES`, after a first one."""
+    """Seconds that a checkpoint adds to the step after it: the median of :data:`SAVES`, after a first one.
+
+    The checkpoints are deleted.
+    """
     device, state = arm.watch.device, arm.allocating.state
     folder = Path(tempfile.gettempdir(), f"salient-scale-{os.environ.get('MASTER_PORT', os.getpid())}")
     saver, stalls = Saver(folder, keep=1), []
@@ -81,4 +86,6 @@ def checkpoint_stall(arm: OwnArm, tokens_BS: Tensor) -> float:
         stalls.append(time.perf_counter() - began - usual)
         assert after > 0
         saver.wait()
+    if all_succeeded(True, device) and world().global_rank == 0:  # nobody writes any more
+        shutil.rmtree(folder, ignore_errors=True)
     return median(stalls[1:])

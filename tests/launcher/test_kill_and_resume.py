@@ -125,7 +125,7 @@ def test_a_lower_learning_rate_from_a_checkpoint_on(
     assert "changed after step 20: train.lr from 0.01 to 0.002" in output
     assert "--change train.eps changes nothing, because" in output
     rates = [(row["step"], row["lr"]) for row in runs.rows(resumed) if "lr" in row]
-    expected = [(step, (0.01 if step <= 20 else 0.002) * (1 - step / 24)) for step in range(1, 25)]  # after the step
+    expected = [(step, (0.01 if step <= 20 else 0.002) * (1 - (step - 1) / 24)) for step in range(1, 25)]
     assert rates == [(step, pytest.approx(rate)) for step, rate in expected]
     facts = json.loads((resumed / "run.json").read_text())
     assert facts["changes"] == [{"step": 20, "key": "train.lr", "from": 0.01, "to": 0.002}]

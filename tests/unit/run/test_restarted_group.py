@@ -33,6 +33,8 @@ def test_only_workers_of_torchrun_do_so(monkeypatch: pytest.MonkeyPatch) -> None
     def joined(backend: str, limit: Any) -> None:
         raise InterruptedError
 
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)  # start() would set them for good
     monkeypatch.setattr(environment, "_join_this_attempt", joined)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(InterruptedError):
