@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -130,17 +129,16 @@ def test_changes_reach_the_training_processes(run_file: Path, monkeypatch: pytes
     assert commands[0][-9:] == [*script, "--change", "train.lr", "--change", "train.eps"]
 
 
-def test_ssh_notices_a_cut_cable(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssh_notices_a_cut_cable(monkeypatch: pytest.MonkeyPatch) -> None:
     from salient_ds.run import verbs
 
     monkeypatch.setattr(verbs.os, "execv", lambda program, command: None)
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "")
-    more: dict[str, Any] = {"resume": "auto", "changes": [], "overwrite": False, "processes": 2}
     monkeypatch.delenv("PDSH_SSH_ARGS_APPEND")
-    verbs.launch(str(run_file), [], launcher=[], **more)
+    verbs._become_launcher(["salient_ds.train", "run.yaml"], [], 2)
     assert "PDSH_SSH_ARGS_APPEND" not in os.environ
-    verbs.launch(str(run_file), [], launcher=["--hostfile", "hosts"], **more)
+    verbs._become_launcher(["salient_ds.train", "run.yaml"], ["--hostfile", "hosts"], 2)
     assert "ServerAliveInterval" in os.environ["PDSH_SSH_ARGS_APPEND"]
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222")
-    verbs.launch(str(run_file), [], launcher=["--hostfile", "hosts"], **more)
+    verbs._become_launcher(["salient_ds.train", "run.yaml"], ["--hostfile", "hosts"], 2)
     assert os.environ["PDSH_SSH_ARGS_APPEND"] == "-p 2222", "the user's own"
