@@ -155,15 +155,23 @@ exit 0
 """
 
 
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "threads"), [("8", "64", 8), ("a100:8", "64", 8), ("8", "", 1), ("8", "4", 1)]
+)
 @pytest.mark.parametrize("status", [0, 1, 75, 137])
-def test_slurm_requeues_a_stopped_run_and_no_other(tools: Path, status: int) -> None:
+def test_slurm_requeues_a_stopped_run_and_no_other(
+    tools: Path, status: int, gpus: str, cpus: str, threads: int
+) -> None:
+    """One process per GPU of two nodes; they share the CPUs."""
     for name, script in (("srun", f'echo "srun $*"; exit {status}'), ("scontrol", SLURM)):
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(0o755)
-    env = {"PATH": f"{tools}{os.pathsep}{os.defpath}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "42"}
+    env = {"PATH": f"{tools}{os.pathsep}{os.defpath}", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "42"}
+    env |= {"SLURM_GPUS_PER_NODE": gpus} | ({"SLURM_CPUS_PER_TASK": cpus} if cpus else {})
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "run.yaml", "--change", "train.lr"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     assert ("requeued 42" in done.stdout) == (status == 75)
     assert "salient-ds check run.yaml --gpus 16 --resume auto" in done.stdout
+    assert f"srun --ntasks=16 --ntasks-per-node=8 --cpus-per-task={threads} " in done.stdout
     assert "python -m salient_ds.train run.yaml --resume auto --change train.lr" in done.stdout
