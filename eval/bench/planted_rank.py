@@ -18,7 +18,6 @@ import datetime
 import multiprocessing
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -82,7 +81,7 @@ def main(
         raise SystemExit(USAGE_ERROR) from None
     workers = workers or len(os.sched_getaffinity(0))
     page: dict[str, Any] = {
-        "command": recorded_command(sys.argv[1:]), "commit": commit or record.commit(),
+        "command": record.recorded_command("planted_rank.py", sys.argv[1:]), "commit": commit or record.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {"device": "cpu", "cpu": cpu_name(), "cpu_cores": os.cpu_count()},
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
@@ -221,18 +220,6 @@ def show_tables(page: dict[str, Any], rows: Sequence[Row]) -> None:
             print(f"- {line}")
     for item in page["left_out"]:
         print(f"not in the tables: {item['arm']}: {item['reason']}")
-
-
-def recorded_command(arguments: Sequence[str]) -> str:
-    """The command line to record, without the options that are specific to this machine (--out, --commit)."""
-    kept, skip = [], False
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if skip or name in ("--out", "--commit"):
-            skip = not skip and not value
-            continue
-        kept.append(argument)
-    return shlex.join(["python", "eval/bench/planted_rank.py", *kept])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,18 @@ def commit() -> str:
         return "unknown"
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def recorded_command(script: str, arguments: Sequence[str]) -> str:
+    """The command line of a script here, without what is specific to this machine (--out, --log, --commit)."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if skip or name in ("--out", "--log", "--commit"):
+            skip = not skip and not value
+            continue
+        kept.append(argument)
+    return shlex.join(["python", f"eval/bench/{script}", *kept])
 
 
 def without_places(text: str) -> str:

@@ -68,7 +68,7 @@ def main(
     cpu = facts["hardware"]["device"] == "cpu"
     there = 10**6 if cpu else facts["hardware"]["gpus_seen"]
     found: dict[str, Any] = {
-        "command": " ".join(["python eval/bench/scale.py", *sys.argv[1:]]), "commit": commit or record.commit(),
+        "command": record.recorded_command("scale.py", sys.argv[1:]), "commit": commit or record.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **facts, "arms": [],
         "missing": [f"{count} GPUs: this machine has {there}" for count in counts if count > there],
     }  # fmt: skip

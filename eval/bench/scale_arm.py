@@ -82,9 +82,8 @@ def checkpoint_stall(arm: OwnArm, tokens_BS: Tensor) -> float:
         wait(device)
         began = time.perf_counter()
         saver.start(state, {"bench": "scale"}, {}, None)
-        after = step()
+        step()
         stalls.append(time.perf_counter() - began - usual)
-        assert after > 0
         saver.wait()
     if all_succeeded(True, device) and world().global_rank == 0:  # nobody writes any more
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,6 @@ if not __package__:
     __package__ = standalone.PACKAGE
 
 import datetime
-import shlex
 import sys
 import tempfile
 import time
@@ -151,7 +150,7 @@ def first_page(
         for spec in (*specs, *compacted)
     }  # fmt: skip
     return {
-        "command": recorded_command(sys.argv[1:]),
+        "command": record.recorded_command("step.py", sys.argv[1:]),
         "commit": commit or record.commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": model.name,
@@ -162,18 +161,6 @@ def first_page(
         "arms": [],
         "failed": [],
     }
-
-
-def recorded_command(arguments: list[str]) -> str:
-    """The command line to record, without the options that are specific to this machine (--out, --log, --commit)."""
-    kept, skip = [], False
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if skip or name in ("--out", "--log", "--commit"):
-            skip = not skip and not value
-            continue
-        kept.append(argument)
-    return shlex.join(["python", "eval/bench/step.py", *kept])
 
 
 def run_arms(

@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import prepare
 from rich.console import Console
 
 from salient_ds.config.run import RunConfig, load_config, parse_config
+from salient_ds.host import free_port
 from salient_ds.strict import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -132,12 +132,6 @@ def processes() -> int:
     import torch
 
     return min(PROCESSES, torch.cuda.device_count()) if has_gpu() else PROCESSES
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def execute(command: list[str]) -> None:

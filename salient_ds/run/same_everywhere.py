@@ -173,18 +173,19 @@ def _unequal(key: str, there: Any, mine: Any) -> Iterator[Unequal]:
 
 def sources(package: str) -> dict[str, str]:
     """A digest of every ``.py`` file of an installed package, by its path in the package."""
-    found = importlib.util.find_spec(package)
-    places = (found.submodule_search_locations if found else None) or []
-    files = sorted((path.relative_to(place).as_posix(), path) for place in places for path in Path(place).rglob("*.py"))
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in _files(package)}
 
 
 def sizes(package: str) -> dict[str, int]:
     """Bytes of every ``.py`` file of an installed package, by its path in the package."""
+    return {name: path.stat().st_size for name, path in _files(package)}
+
+
+def _files(package: str) -> list[tuple[str, Path]]:
+    """Every ``.py`` file of an installed package with its path in the package, sorted."""
     found = importlib.util.find_spec(package)
     places = (found.submodule_search_locations if found else None) or []
-    files = ((path.relative_to(place).as_posix(), path) for place in places for path in Path(place).rglob("*.py"))
-    return {name: path.stat().st_size for name, path in files}
+    return sorted((path.relative_to(place).as_posix(), path) for place in places for path in Path(place).rglob("*.py"))
 
 
 def _changed_file(differing: dict[int, _Place], device: torch.device) -> str | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from salient_eval.bench import record
-from salient_eval.bench.step import recorded_command
 
 from tests.unit.bench.bench_helpers import page, timed
 
@@ -76,8 +75,8 @@ def test_no_folder_of_this_machine_gets_into_a_record(tmp_path: Path) -> None:
     record.write(tmp_path, page([], failed=[{"title": "x", "error": error}]))
     for file in tmp_path.iterdir():
         assert str(record.REPOSITORY) not in file.read_text()
-    kept = recorded_command(
-        ["--shape", "tiny", "--out", "/somewhere", "--log=/a/b", "--commit", "abc", "--gpus", "1,2"]
+    kept = record.recorded_command(
+        "step.py", ["--shape", "tiny", "--out", "/somewhere", "--log=/a/b", "--commit", "abc", "--gpus", "1,2"]
     )
     assert kept == "python eval/bench/step.py --shape tiny --gpus 1,2"
 
