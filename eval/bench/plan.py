@@ -9,6 +9,9 @@ from typing import Any
 from salient_ds.methods.table import methods
 
 PEFT_ARMS = ("peft_lora", "peft_adalora")
+UNSLOTH = "unsloth"
+PEERS = (*PEFT_ARMS, UNSLOTH)
+"""Baselines: arms of other libraries."""
 PLAIN = "plain"
 COMPILED, FUSED_LOSS = "compile", "liger"
 """Options of an arm, appended to its name with "+": compiled decoder layers, or the fused loss of liger-kernel."""
@@ -60,7 +63,7 @@ class ArmSpec:
     """One row of the table, with everything that its processes need."""
 
     arm: str
-    """peft_lora, peft_adalora, or the name of a method of salient_ds."""
+    """peft_lora, peft_adalora, unsloth, or the name of a method of salient_ds."""
     loop: str
     """plain (a bare PyTorch loop on one process) or deepspeed."""
     zero: int
@@ -121,16 +124,16 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
     Raises:
         ValueError: an unknown arm or option (the message lists the known ones).
     """
-    known = [*PEFT_ARMS, *own_methods()]
+    known = [*PEERS, *own_methods()]
     found = []
     for item in text.split(","):
         name, _, own = item.strip().partition("@")
         arm, options = split_name(name)
-        further = set() if arm in PEFT_ARMS else {*SPEED, *TRAIN}
+        further = set() if arm in PEERS else {*SPEED, *TRAIN}
         if arm not in known or set(options) - {COMPILED, FUSED_LOSS} - further:
             raise ValueError(
                 f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED} and +{FUSED_LOSS}, "
-                f"all but PEFT's with {', '.join('+' + option for option in (*SPEED, *TRAIN))}"
+                f"own methods also with {', '.join('+' + option for option in (*SPEED, *TRAIN))}"
             )
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
     return found
@@ -154,6 +157,10 @@ def impossible(spec: ArmSpec) -> str | None:
     """Return why an arm cannot run, or None if it can."""
     if spec.loop == PLAIN and spec.gpus > 1:
         return "the plain loop is one process"
+    if spec.arm == UNSLOTH and spec.loop != PLAIN:
+        return "Unsloth is timed in the plain loop"
+    if spec.arm == UNSLOTH and (spec.compiled or spec.fused_loss):
+        return "Unsloth brings kernels of its own"
     own = methods().get(spec.arm)
     partitioned = spec.zero == 3 and not (own is not None and own.packable and "unpacked" not in spec.speed)
     if spec.compiled and partitioned:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plan import PEFT_ARMS
+from .plan import PEERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COLUMNS = ("arm", "loop", "rank", "GPUs", "ckpt", "s/step", "spread", "tokens/s", "peak GiB", "reserved GiB",
@@ -83,7 +83,7 @@ def new_folder(out: Path, model: str, arms: Sequence[str], hardware: str, today:
     Raises:
         ValueError: there are already 999 such folders.
     """
-    own = [name for name in dict.fromkeys(arms) if name not in PEFT_ARMS] or list(dict.fromkeys(arms))
+    own = [name for name in dict.fromkeys(arms) if name not in PEERS] or list(dict.fromkeys(arms))
     name = "_".join((today.isoformat(), model, "-".join(own), hardware))
     for number in range(1, 1000):
         folder = out / (name if number == 1 else f"{name}-{number}")

@@ -29,7 +29,7 @@ from salient_ds.methods.lora2.options import LoRA2Config
 from . import record
 from .drive import ArmFailed, run_worker
 from .floor import step_flops
-from .plan import PEFT_ARMS, ArmSpec, Settings, parse_arms, parse_zero, plan, split_name
+from .plan import PEERS, ArmSpec, Settings, parse_arms, parse_zero, plan, split_name
 from .shapes import Shape, find_shape
 
 USAGE_ERROR, FAILED_ARMS = 2, 1
@@ -40,7 +40,7 @@ def main(
     arms: Annotated[
         str,
         typer.Option(
-            help="peft_lora, peft_adalora and methods of this package. NAME@64+480 sets the ranks of one arm, "
+            help="peft_lora, peft_adalora, unsloth and methods of this package. NAME@64+480 sets the ranks of one arm, "
             "NAME+compile compiles its layers one by one, NAME+liger uses the fused loss of liger-kernel. Own methods "
             "also: +statistics, +targets, +flat, +unpacked (speed.fused_statistics, target_head, flat_gradients, "
             "packing=none), +memory50 (train.activation_memory=0.5; 0, 25, 50 or 75)."
@@ -141,7 +141,7 @@ def first_page(
 ) -> dict[str, Any]:
     """The record's content before any arm has run."""
     rate = facts["matrix_rate"]["flops_per_second"]
-    compacted = [replace(spec, rank=settings.target_rank) for spec in specs if spec.arm not in PEFT_ARMS]
+    compacted = [replace(spec, rank=settings.target_rank) for spec in specs if spec.arm not in PEERS]
     flops = {
         spec.form: step_flops(
             model.config, LLAMA_MODULES, spec.rank, settings.batch, settings.seq,

@@ -22,12 +22,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .plan import PEFT_ARMS, PLAIN, ArmSpec
+from .plan import PEFT_ARMS, PLAIN, UNSLOTH, ArmSpec
 
 if TYPE_CHECKING:
     from .timing import Measurement
 
-PACKAGES = ("deepspeed", "transformers", "peft", "accelerate", "liger-kernel", "numpy", "pydantic")
+PACKAGES = ("deepspeed", "transformers", "peft", "accelerate", "liger-kernel", "numpy", "pydantic", "unsloth")
 
 
 def main() -> None:
@@ -59,6 +59,10 @@ def explain(error: Exception) -> str:
 
 def run_arm(spec: ArmSpec) -> dict[str, Any]:
     """Run one arm; with ``settings.scale`` every collective is counted from its construction on."""
+    if spec.arm == UNSLOTH:
+        from .unsloth_arm import import_first
+
+        import_first()
     device = join(spec)
     if not spec.settings.scale:
         return time_arm(spec, device, None)
@@ -162,6 +166,10 @@ def build(spec: ArmSpec, device: Any) -> Any:
         from .peft_arms import PeftArm
 
         return PeftArm.build(spec, device)
+    if spec.arm == UNSLOTH:
+        from .unsloth_arm import UnslothArm
+
+        return UnslothArm.build(spec, device)
     from .own_arms import OwnArm
 
     return OwnArm.build(spec, device)

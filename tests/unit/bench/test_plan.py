@@ -128,3 +128,11 @@ def test_the_fused_loss_is_an_option_beside_compiled_layers() -> None:
     assert [s.fused_loss for s in sharded] == [True], "the base alone is partitioned: the output layer stays whole"
     with pytest.raises(ValueError, match="is unknown.*[+]compile and [+]liger"):
         parse_arms("salientlora+ligre", [8])
+
+
+def test_unsloth_runs_in_the_plain_loop_only() -> None:
+    arms = [("unsloth", [64]), ("unsloth+compile", [64])]
+    run, left_out = plan(arms, [("plain", 0), ("deepspeed", 2)], [1], ["none"], settings())
+    assert [spec.title for spec in run] == ["unsloth r=64 plain x1 checkpointing=none"]
+    reasons = {reason for _, reason in left_out}
+    assert reasons == {"Unsloth is timed in the plain loop", "Unsloth brings kernels of its own"}
