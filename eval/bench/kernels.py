@@ -21,6 +21,7 @@ KINDS = {
 }
 """Marks in the names of kernels, first match first. Products are under ""."""
 STEPS = 3
+LARGEST = 30
 THIN = 1024
 """A product with a dimension below this one belongs to adapters."""
 
@@ -30,7 +31,7 @@ def kernel_table(step: Callable[[], object], device: torch.device) -> dict[str, 
 
     Returns:
         ``kinds``: milliseconds per step by kind of kernel; ``busy`` and ``idle``: milliseconds per step in which some
-        or no kernel ran, between the first and the last one; ``kernels``: number per step; ``largest``: the ten
+        or no kernel ran, between the first and the last one; ``kernels``: number per step; ``largest``: the thirty
         operations with the most time, with the shapes of products. Profiling slows the host, so idle time is an upper
         bound. Empty on CPUs.
     """
@@ -59,7 +60,7 @@ def kernel_table(step: Callable[[], object], device: torch.device) -> dict[str, 
             names[name[:120]] += own / 1000 / STEPS
     busy = covered(spans)
     whole = spans[-1][1] - spans[0][0] if spans else 0.0
-    largest = sorted(names.items(), key=lambda item: -item[1])[:10]
+    largest = sorted(names.items(), key=lambda item: -item[1])[:LARGEST]
     return {
         "kinds": {kind: round(ms, 3) for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])},
         "busy": busy / 1000 / STEPS,
