@@ -71,10 +71,14 @@ class TrainConfig(Strict):
     log_every: int = Field(10, gt=0)
     """Optimizer steps between two lines of metrics. Steps with an allocation event and the last step get one too."""
     log: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = []
-    """Where to log besides metrics.jsonl, over steps: losses, gradient norm, learning rate, tokens/s, memory, ranks,
-    events and the run file. csv and tensorboard write into the run directory. wandb and mlflow go by their own
+    """Where to log besides metrics.jsonl, over steps: losses, gradient norm, learning rate, tokens/s, MFU, memory,
+    ranks, events and the run file. csv and tensorboard write into the run directory. wandb and mlflow go by their own
     environment variables, such as WANDB_PROJECT, WANDB_MODE and MLFLOW_TRACKING_URI. A resumed run goes on in the same
     CSV, or as the same run. The sections of the ZeRO JSON are DeepSpeed's own; they count samples instead of steps."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device in the run's precision, in TFLOP/s of dense matrix products, for MFU in the log: the share of
+    it that a step's matrix products and attention reach. Common GPUs are known in bf16 and fp16. For other devices, and
+    in fp32, there is no MFU unless the peak is stated here."""
     eval_every: int = Field(0, ge=0)
     """Optimizer steps between two evaluations on held-out data. 0: evaluate only at the end."""
     save_every: Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_duration)] = "30min"

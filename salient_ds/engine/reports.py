@@ -18,6 +18,16 @@ class MicroBatch:
     num_targets: int
     indices: tuple[int, ...]
     """Row numbers in the training data. The error names them if the loss is not finite."""
+    segments: tuple[int, ...] | None = None
+    """Tokens of every packed example; None: one example per row of the batch."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens (padding included) of every sequence of which attention sees nothing else."""
+        if self.segments is not None:
+            return self.segments
+        rows, size = self.inputs["input_ids"].shape
+        return (size,) * rows
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def _panels(found: RunFacts) -> list[tuple[str, Callable[[Axes], None], bool]]:
                 ("learning rate", "lr", 1.0),
                 ("gradient norm, before clipping", "grad_norm", 1.0),
                 ("tokens per second", "tokens_per_second", 1.0),
+                ("MFU (%)", "mfu", 100.0),
                 ("memory of the main process (GiB)", "memory", 1 / 2**30),
                 ("total rank", "total_rank", 1.0),
                 ("orthogonality penalty", "penalty", 1.0),

@@ -53,6 +53,8 @@ class Progress:
         self.evaluated = ""
         """The last value of the metric that the run is about, such as "accuracy 0.8125"; it is shown from then on."""
         self.tokens = 0
+        self.mfu: float | None = None
+        """Smoothed model FLOPs utilisation; None: not known."""
         self._clock = clock
         self._started = self._latest = clock()
         self._speed: float | None = None
@@ -68,18 +70,22 @@ class Progress:
     ) -> None:
         self.close()
 
-    def update(self, step: int, loss: float, tokens: int, total_rank: int | None = None) -> None:
+    def update(
+        self, step: int, loss: float, tokens: int, total_rank: int | None = None, mfu: float | None = None
+    ) -> None:
         """Show that ``step`` (1-based count of applied steps) is done.
 
         Args:
             loss: mean loss of the step over all processes.
             tokens: tokens that the step trained on, over all processes.
             total_rank: sum of live ranks; None if it has not changed.
+            mfu: model FLOPs utilisation of the step, from 0 to 1; None if it is not known.
         """
         now = self._clock()
         speed = tokens / max(now - self._latest, 1e-9)
         self._latest = now
         self.loss, self._speed = _smooth(self.loss, loss), _smooth(self._speed, speed)
+        self.mfu = self.mfu if mfu is None else _smooth(self.mfu, mfu)
         self.last_loss, self.tokens, self.step = loss, self.tokens + tokens, step
         self.total_rank = self.total_rank if total_rank is None else total_rank
         if self._bar is not None:
@@ -134,6 +140,8 @@ class Progress:
         parts = [f"loss {self.loss:.4f}" if self.loss is not None else "no step yet"]
         if self._speed is not None:
             parts.append(f"{_count(self._speed)} tok/s")
+        if self.mfu is not None:
+            parts.append(f"MFU {self.mfu:.1%}")
         if self.total_rank is not None:
             parts.append(f"total rank {self.total_rank}")
         parts += [self.evaluated] if self.evaluated else []

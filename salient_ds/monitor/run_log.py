@@ -53,7 +53,10 @@ class RunLog:
         truncate_metrics(self.directory.metrics, step)
         return notes
 
-    def step(self, report: Any, tokens: int, counters: Any, seconds: float, lr: float, last: bool) -> None:
+    def step(
+        self, report: Any, tokens: int, counters: Any, seconds: float, lr: float, last: bool,
+        mfu: float | None = None,
+    ) -> None:  # fmt: skip
         """Log one applied step. ``report`` is a :class:`~salient_ds.engine.reports.StepReport`.
 
         Args:
@@ -62,6 +65,7 @@ class RunLog:
             seconds: duration of this step.
             lr: learning rate of the factors in this step.
             last: whether this is the last step of the run; it is always logged.
+            mfu: model FLOPs utilisation of the main process' device in this step, from 0 to 1; None: not known.
         """
         engine, total = self.engine, self.engine.decisions.latest.total
         if has_monitors(engine.engine):
@@ -77,6 +81,7 @@ class RunLog:
                 "tokens": counters.tokens, "skipped_steps": counters.skipped, "seconds": seconds,
                 "tokens_per_second": tokens / seconds, "lr": lr, "memory": memory_in_use(),
             }  # fmt: skip
+            values |= {} if mfu is None else {"mfu": mfu}
             append_metrics(self.directory.metrics, {"step": engine.step, **values})
             self.loggers.numbers(engine.step, values)
         if report.event is not None:

@@ -102,6 +102,9 @@ def _summary(found: RunFacts) -> list[tuple[str, str]]:
     speeds = found.series("tokens_per_second")[1]
     if speeds:
         rows.append(("tokens per second, median of logged steps", f"{median(speeds):,.0f}"))
+    used = found.series("mfu")[1]
+    if used:
+        rows.append(("MFU, median of logged steps", f"{median(used):.1%}"))
     memory = found.series("memory")[1]
     if memory:
         rows.append(("memory of the main process, highest logged", f"{max(memory) / 2**30:.2f} GiB"))

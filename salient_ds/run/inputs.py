@@ -218,8 +218,15 @@ def _to_micro(
     extras: Mapping[str, Extra] | None = None,
 ) -> MicroBatch:
     batch = collator([dataset[int(i)] for i in rows])
+    segments = _segments(batch["position_ids"]) if "position_ids" in batch else None
     batch = batch | {name: make(batch) for name, make in (extras or {}).items()}
     if device.type == "cuda":  # a copy from memory that is not pinned waits for everything queued on the device
         batch = {k: v.pin_memory() for k, v in batch.items()}
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    return MicroBatch(inputs, int(dataset.num_targets[rows].sum()), tuple(int(i) for i in rows))
+    return MicroBatch(inputs, int(dataset.num_targets[rows].sum()), tuple(int(i) for i in rows), segments)
+
+
+def _segments(position_BS: torch.Tensor) -> tuple[int, ...]:
+    """Lengths of packed examples: each begins at position 0. Padding, which has position 0 too, counts as length 1."""
+    begins = (position_BS == 0).reshape(-1).nonzero().reshape(-1)
+    return tuple(torch.diff(begins, append=begins.new_tensor([position_BS.numel()])).tolist())

@@ -20,6 +20,7 @@ from salient_ds.run.inputs import Inputs, load_inputs, micro_batches
 from salient_ds.run.prepared import PreparedRun
 from salient_ds.run.resuming import own_checkpoint, ways_on
 from salient_ds.run.stopping import STOP, Stopped, StopRequest
+from salient_ds.run.utilisation import Utilisation
 from salient_ds.run.whereabouts import Whereabouts
 from salient_ds.zero.collectives import all_succeeded
 from salient_ds.zero.ds_json import summary
@@ -83,7 +84,9 @@ class Training(PreparedRun):
         train, engine, log = self.config.train, self.engine, self.log
         stop, is_main = self.stop, self.is_main  # without self, which would live as long as the engine, with its lock
         engine.flags[STOP] = lambda: stop.asked(is_main)
-        total = engine.decisions.latest.total
+        total, used = engine.decisions.latest.total, Utilisation(engine, train, self.device)
+        if used.note is not None:
+            self.say(used.note)
         with Progress(self.total_steps, engine.step, main=self.is_main, every=train.log_every, total_rank=total) as bar:
             self.bar = bar
             while engine.step < self.total_steps and not self.held_out.exhausted:
@@ -102,9 +105,11 @@ class Training(PreparedRun):
                     continue
                 tokens = self.world_size * sum(b.inputs["input_ids"].numel() for b in batches)
                 self.counters.tokens += tokens
-                bar.update(engine.step, report.loss, tokens, engine.decisions.latest.total)
+                took = time.perf_counter() - began
+                mfu = used.of(batches, took) if self.is_main else None
+                bar.update(engine.step, report.loss, tokens, engine.decisions.latest.total, mfu)
                 last = engine.step == self.total_steps
-                log.step(report, tokens, self.counters, time.perf_counter() - began, rate, last)
+                log.step(report, tokens, self.counters, took, rate, last, mfu)
                 if train.eval_every and engine.step % train.eval_every == 0 and not last:
                     bar.message(self.evaluate())
                 if self.keeper.wants(report) and not last:

@@ -15,6 +15,7 @@ from tests.dist import monitor_worker
 from tests.launcher.runs import write_run
 from tests.support.spawn import spawn
 
+PEAK = 1e12
 STEPS, CRASH = 24, 17
 """The crash comes two steps after the checkpoint of step 15, which the resumed run takes again."""
 
@@ -28,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_alpaca:
     )
     path = write_run(
         folder, tiny_llama, tiny_alpaca, deepspeed=str(folder / "zero.json"), speed={"compaction": "every"},
-        train={"log": ["csv", "tensorboard"], "eval_every": 10, "lr_warmup": 4},
+        train={"log": ["csv", "tensorboard"], "eval_every": 10, "lr_warmup": 4, "peak_tflops": PEAK / 1e12},
     )  # fmt: skip
     first = spawn(1, monitor_worker.run, path, "never", CRASH)[0]
     second = spawn(1, monitor_worker.run, path, "auto", None)[0]
@@ -51,7 +52,7 @@ def test_our_csv(run: tuple[Path, list[Any]]) -> None:
     table = [dict(zip(header, line, strict=True)) for line in lines]
     logged = {row["step"]: row for row in read_metrics(run[0] / "metrics.jsonl") if "loss" in row}
     for row in table:
-        for key in ("loss", "grad_norm", "lr", "total_rank", "tokens_per_second", "memory"):
+        for key in ("loss", "grad_norm", "lr", "total_rank", "tokens_per_second", "memory", "mfu"):
             assert float(row[key]) == logged[int(row["step"])][key], (row["step"], key)
     assert [row["step"] for row in table if row["eval_loss"]] == ["10", "20", "24"]
     events = [json.loads(line)["step"] for line in (run[0] / "allocations.jsonl").read_text().splitlines()]
@@ -88,6 +89,17 @@ def test_rates_are_those_of_their_step(run: tuple[Path, list[Any]]) -> None:
     logged = {row["step"]: row["lr"] for row in read_metrics(run[0] / "metrics.jsonl") if "loss" in row}
     assert logged == pytest.approx(rates) and len(rates) == STEPS
     assert logged[1] == 0 and logged[5] == max(logged.values()) and logged[STEPS] > 0  # four steps of warm-up
+
+
+def test_mfu_is_operations_over_the_peak(run: tuple[Path, list[Any]]) -> None:
+    logged = [row for row in read_metrics(run[0] / "metrics.jsonl") if "loss" in row]
+    weights = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 192 * 32  # two layers and the head
+    for row in logged:
+        tokens = row["tokens_per_second"] * row["seconds"]
+        per_token = row["mfu"] * row["seconds"] * PEAK / tokens
+        adapters = 6 * row["total_rank"] * 96  # a row has at most 32 + 64 numbers
+        attention = 2 * 12 * 32 * 80  # at most 160 tokens, half of which are seen
+        assert 4 * weights < per_token < 4 * weights + adapters + attention, row["step"]
 
 
 def test_what_a_report_finds(run: tuple[Path, list[Any]]) -> None:

@@ -49,6 +49,15 @@ def progress_loss(step: int) -> float:
     return value
 
 
+def test_mfu_where_it_is_known() -> None:
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(2, every=1, stream=out, clock=clock)
+    for step, mfu in ((1, 0.4), (2, 0.5)):
+        clock.now += 1.0
+        progress.update(step, loss=1.0, tokens=10, mfu=mfu)
+    assert ["MFU 40.0%" in line or "MFU 41.0%" in line for line in out.getvalue().splitlines()] == [True, True]
+
+
 def test_the_last_step_is_always_shown() -> None:
     out, clock = io.StringIO(), Clock()
     run(Progress(13, every=10, stream=out, clock=clock), clock, range(1, 14))

@@ -37,7 +37,7 @@ def run_directory(path: Path, events: int = 2, evil: str = "a/model") -> Path:
     run.write_resolved(settings, {"zero_optimization": {"stage": 2}, evil: evil}, facts)
     for step in range(10, 50, 10):
         values = {"step": step, "loss": 3 - step / 20, "grad_norm": 0.1, "lr": 1e-3, "memory": 2**30, "total_rank": 32}
-        append_metrics(run.metrics, {**values, "tokens_per_second": 100.0 * step, "penalty": None})
+        append_metrics(run.metrics, {**values, "tokens_per_second": 100.0 * step, "penalty": None, "mfu": 0.25})
         append_metrics(run.metrics, {"step": step, "eval_loss": 2.0, f"eval_{evil}": 0.5})
     for number in range(events):
         append_record(run.allocations, AllocationRecord(
@@ -79,6 +79,7 @@ def test_what_is_in_the_page(tmp_path: Path) -> None:
         "2 in 1.500 s",
         "250",
         "1.00 GiB",
+        "25.0%",
         "train.lr",
         "zero_optimization.stage",
         "a/model",
@@ -186,7 +187,7 @@ def test_curves_and_strip_hold_the_numbers(tmp_path: Path) -> None:
     assert figure is not None
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == [
-        "loss", "held-out metrics", "learning rate", "gradient norm, before clipping", "tokens per second",
+        "loss", "held-out metrics", "learning rate", "gradient norm, before clipping", "tokens per second", "MFU (%)",
         "memory of the main process (GiB)", "total rank",
     ]  # fmt: skip
     assert panels["tokens per second"].lines[-1].get_ydata().tolist() == [1000, 2000, 3000, 4000]  # type: ignore[union-attr]
