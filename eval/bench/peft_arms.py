@@ -46,7 +46,7 @@ class PeftArm:
         apply_kernels(base, run.speed, device)
         model = with_adapters(base, spec, run, device)
         if spec.compiled:
-            compile_decoder_layers(base)
+            compile_decoder_layers(base, spec.graphs)
         nothing = RankLayout((), (), (), ())
         low = spec.loop == PLAIN and run.train.precision != "fp32"
         engine = make_engine(spec, AdaptedModel(model, {}, nothing, None), run, ds, device, autocast=low)
@@ -55,6 +55,8 @@ class PeftArm:
     def step(self, tokens_BS: Tensor) -> Tensor:
         """Run one optimizer step and return its loss (device tensor)."""
         self.count += 1
+        if self.spec.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with self.watch.part("forward"):
             loss: Tensor = self.engine(input_ids=tokens_BS, labels=tokens_BS).loss
         with self.watch.part("backward"):
@@ -89,14 +91,17 @@ class PeftArm:
         return {}
 
 
-def compile_decoder_layers(base: Any) -> int:
+def compile_decoder_layers(base: Any, graphs: bool = False) -> int:
     """Compile the forward pass of each decoder layer of a LLaMA-like model, as a user of PEFT does in one loop.
+
+    Args:
+        graphs: launch them as CUDA graphs (the compiler's mode "reduce-overhead").
 
     Returns:
         How many layers there are.
     """
     for layer in base.model.layers:
-        layer.forward = torch.compile(layer.forward)
+        layer.forward = torch.compile(layer.forward, mode="reduce-overhead" if graphs else None)
     return len(base.model.layers)
 
 

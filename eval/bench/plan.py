@@ -13,12 +13,14 @@ UNSLOTH = "unsloth"
 PEERS = (*PEFT_ARMS, UNSLOTH)
 """Baselines: arms of other libraries."""
 PLAIN = "plain"
-COMPILED, FUSED_LOSS = "compile", "liger"
-"""Options of an arm, appended to its name with "+": compiled decoder layers, or the fused loss of liger-kernel."""
+COMPILED, FUSED_LOSS, GRAPHS = "compile", "liger", "graphs"
+"""Options of an arm, appended to its name with "+": compiled decoder layers, the fused loss of liger-kernel, or compiled
+layers launched as CUDA graphs."""
 SPEED: dict[str, dict[str, Any]] = {
     "statistics": {"fused_statistics": True},
     "targets": {"target_head": True},
     "flat": {"flat_gradients": True},
+    GRAPHS: {"cuda_graphs": True},
     "unpacked": {"packing": "none"},
 }
 """Further options of this package's arms: what they change in section ``speed``."""
@@ -95,6 +97,11 @@ class ArmSpec:
                 "form": self.form}  # fmt: skip
 
     @property
+    def graphs(self) -> bool:
+        """Whether compiled layers are launched as CUDA graphs."""
+        return GRAPHS in self.speed
+
+    @property
     def form(self) -> str:
         """Name shared by all arms with the same floor, for example ``r=64``."""
         return f"{'lora2 ' if self.arm == 'lora2' else ''}r={self.rank}"
@@ -129,10 +136,10 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
     for item in text.split(","):
         name, _, own = item.strip().partition("@")
         arm, options = split_name(name)
-        further = set() if arm in PEERS else {*SPEED, *TRAIN}
+        further = {GRAPHS} if arm in PEERS else {*SPEED, *TRAIN}
         if arm not in known or set(options) - {COMPILED, FUSED_LOSS} - further:
             raise ValueError(
-                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED} and +{FUSED_LOSS}, "
+                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED}, +{GRAPHS} and +{FUSED_LOSS}, "
                 f"own methods also with {', '.join('+' + option for option in (*SPEED, *TRAIN))}"
             )
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
@@ -159,6 +166,8 @@ def impossible(spec: ArmSpec) -> str | None:
         return "the plain loop is one process"
     if spec.arm == UNSLOTH and spec.loop != PLAIN:
         return "Unsloth is timed in the plain loop"
+    if spec.graphs and not spec.compiled:
+        return "graphs are made of compiled layers"
     if spec.arm == UNSLOTH and (spec.compiled or spec.fused_loss):
         return "Unsloth brings kernels of its own"
     own = methods().get(spec.arm)

@@ -44,7 +44,7 @@ class FactorBank(nn.Module):
         super().__init__()
         self.layers = [list(members) for members in layers]
         self._adapters = [adapter for members in layers for adapter in members]
-        self._fused = all(adapter.takes_gain for adapter in self._adapters)
+        self.takes_gains = all(adapter.takes_gain for adapter in self._adapters)
         self.substitute: Callable[[Tensor], Tensor] | None = None
         """What a forward pass uses in place of the parameters, by plain operations of torch alone (SYNFLOW); None:
         themselves."""
@@ -63,7 +63,9 @@ class FactorBank(nn.Module):
         for adapter in self._adapters:
             _drop_derived(adapter)  # those of the last forward pass belong to another bank's graph
         self._two_scale = two_scale_stack(self._adapters, self._slots)
-        self._stacks: list[Stack | TwoScaleStack] = self._make_stacks() if self._fused and self._sigma_slots else []
+        self._stacks: list[Stack | TwoScaleStack] = (
+            self._make_stacks() if self.takes_gains and self._sigma_slots else []
+        )
         if self._two_scale is not None:
             self._stacks = [self._two_scale]
         self._penalty_graph = PenaltyGraph()
@@ -72,6 +74,7 @@ class FactorBank(nn.Module):
         self._version = -1
         self._gain_L = torch.zeros(0)
         self._added_L: Tensor | None = None
+        self._kept_L: Tensor | None = None
 
     def _parameters_with_slots(self) -> list[tuple[nn.Parameter, list[Slot]]]:
         pairs = [(self.factors, self._slots)]
@@ -91,6 +94,15 @@ class FactorBank(nn.Module):
         # one call per view instead of two; the parameter may itself be a slice of DeepSpeed's flat buffer
         start = parameter.storage_offset()
         return [parameter.as_strided(slot.shape, slot.strides, start + slot.offset) for slot in slots]
+
+    def keep_addresses(self) -> None:
+        """Write gains to the same memory in every forward pass, for CUDA graphs. Its backward pass has to come next."""
+        self._kept_L = self.factors.new_empty(sum(adapter.rank for adapter in self._adapters))
+
+    def _gains(self, gain_L: Tensor) -> tuple[Tensor, ...]:
+        """Gains in the factors' precision, one tensor for every adapter."""
+        low_L = gain_L.to(self.factors.dtype) if self._kept_L is None else self._kept_L.copy_(gain_L)
+        return low_L.split([adapter.rank for adapter in self._adapters])
 
     def _make_stacks(self) -> list[Stack | TwoScaleStack]:
         """Group adjacent factors of one layer that have the same size along the axis that is not the rank axis."""
@@ -112,7 +124,7 @@ class FactorBank(nn.Module):
         if self.substitute is not None:
             self._unpack_plainly(self.substitute)
             return
-        if self._fused:
+        if self.takes_gains:
             self._refresh()
             sigmas = self.sigmas if self._sigma_slots else None
             views = _Unpack.apply(self.factors, sigmas, self)
@@ -197,8 +209,7 @@ class _Unpack(torch.autograd.Function):
         gain_L = bank._gain_L if sigmas is None else sigmas.float() * bank._gain_L
         if bank._added_L is not None:
             gain_L = gain_L + bank._added_L
-        gains = gain_L.to(factors.dtype).split([adapter.rank for adapter in bank._adapters])
-        return (*views, *gains)
+        return (*views, *bank._gains(gain_L))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, None]:
@@ -264,7 +275,9 @@ class PackedModel(nn.Module):
         """Create new banks for adapters that have been resized. All values are zero until the caller writes them."""
         for index, bank in enumerate(self.banks):
             assert isinstance(bank, FactorBank)
-            self.banks[index] = FactorBank(bank.layers, copy=False)
+            self.banks[index] = new = FactorBank(bank.layers, copy=False)
+            if bank._kept_L is not None:
+                new.keep_addresses()
         self._compare()
 
     def _compare(self) -> None:

@@ -9,22 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from salient_ds.adapters.bank import FactorBank, layer_of
+from salient_ds.adapters.bank import FactorBank
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.engine.engine import AllocatingEngine
 from salient_ds.methods.duties import FusingMethod
 from salient_ds.models.kernels import has_fused_loss
 from salient_ds.models.target_head import uses_target_head
+from salient_ds.run.compiled import GraphedForward, layer_paths
 from salient_ds.zero.internals.engine_state import basic_optimizer
 
 
 def speed_facts(engine: AllocatingEngine) -> dict[str, Any]:
     """Key "speed" of summary.json.
 
-    * ``compiled_layers``: layers whose forward pass is compiled; ``compiled_graphs`` and ``compiler_failures``: what
-      the compiler made of them in this process. Layers that fell back to eager mode count as failures.
+    * ``compiled_layers``: layers whose forward pass is compiled; ``graphed_layers``: those that were launched as CUDA
+      graphs. ``compiled_graphs`` and ``compiler_failures``: what the compiler made of them in this process. Layers that
+      fell back to eager mode count as failures.
     * ``packed_factors``: whether factors lie in banks; ``fused_adapters`` of ``adapters``: those whose last forward
       pass took mask, scaling and singular values from the bank, in one factor.
     * ``penalty_graphs``: banks whose penalty is one CUDA graph.
@@ -51,19 +52,20 @@ def speed_facts(engine: AllocatingEngine) -> dict[str, Any]:
 
 
 def _compiler(adapted: AdaptedModel) -> dict[str, int]:
-    layers = {layer_of(name) for name in adapted.adapters} - {""}
-    compiled = [path for path in layers if _is_compiled(adapted.model.get_submodule(path))]
+    forwards = [adapted.model.get_submodule(path).forward for path in layer_paths(adapted)]
+    compiled = [forward for forward in forwards if _is_compiled(forward)]
     counters: Any = torch._dynamo.utils.counters if compiled else {}
     frames = counters.get("frames", {})
     return {
         "compiled_layers": len(compiled),
+        "graphed_layers": sum(isinstance(forward, GraphedForward) and forward.graphs for forward in compiled),
         "compiled_graphs": counters.get("stats", {}).get("unique_graphs", 0),
         "compiler_failures": frames.get("total", 0) - frames.get("ok", 0),
     }
 
 
-def _is_compiled(layer: nn.Module) -> bool:
-    return hasattr(layer.forward, "_torchdynamo_orig_callable")
+def _is_compiled(forward: Any) -> bool:
+    return isinstance(forward, GraphedForward) or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _banks(adapted: AdaptedModel) -> list[FactorBank]:

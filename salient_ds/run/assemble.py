@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from salient_ds.adapters.bank import layer_of
 from salient_ds.adapters.full import parts
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.config.run import RunConfig
@@ -31,6 +30,7 @@ from salient_ds.models.packed_masks import keep_examples_apart
 from salient_ds.models.target_head import use_target_head
 from salient_ds.models.varlen_attention import use_varlen_attention
 from salient_ds.run.adapt import adapt
+from salient_ds.run.compiled import compile_layers, graph_problem
 from salient_ds.zero.ds_json import summary
 from salient_ds.zero.internals.layouts import full_shape
 from salient_ds.zero.sharded_base import ShardedBase, adapter_config
@@ -92,7 +92,8 @@ def assemble(
         adapter.fused = config.train.activation_checkpointing != "selective"
     share = config.train.activation_memory
     if compiles(config.speed, config.method, plan.packed, device.type == "cuda"):
-        compile_layers(adapted, may_fail=config.speed.compile_layers == "auto", activation_memory=share)
+        may_fail, graphs = config.speed.compile_layers == "auto", uses_graphs(adapted, config, summary(ds_config).stage)
+        compile_layers(adapted, may_fail, share, graphs)
     elif share < 1:
         log.warning(
             "train.activation_memory=%g: layers are not compiled here, so all of them are recomputed in the backward "
@@ -172,25 +173,11 @@ def compaction(config: RunConfig, method: Method, packed: bool) -> Literal["none
     return wanted if possible else "none"
 
 
-def compile_layers(adapted: AdaptedModel, may_fail: bool, activation_memory: float = 1.0) -> None:
-    """Compile the forward pass of every adapted layer with torch.compile. Hooks stay outside of the compiled code.
-
-    All layers share one compilation. After a compaction, ranks differ from layer to layer and become symbols. Each rank
-    is a symbol of its own, even if two are equal (no duck shapes). So one more compilation serves all layers except
-    those with a rank of 0 or 1.
-
-    Args:
-        may_fail: if the compiler fails, run layers uncompiled instead of raising.
-        activation_memory: share of their activations that layers keep for the backward pass. PyTorch's partitioner
-            chooses what to recompute by FLOPs per byte. The setting holds for everything that this process compiles.
-    """
-    import torch._functorch.config
-    from torch.fx.experimental import _config as shapes
-
-    shapes.use_duck_shape = False
-    torch._functorch.config.activation_memory_budget = activation_memory
-    if may_fail:
-        torch._dynamo.config.suppress_errors = True
-    for path in sorted({layer_of(name) for name in adapted.adapters} - {""}):
-        layer = adapted.model.get_submodule(path)
-        layer.forward = torch.compile(layer.forward)
+def uses_graphs(adapted: AdaptedModel, config: RunConfig, stage: int) -> bool:
+    """Whether compiled layers are launched as CUDA graphs: ``speed.cuda_graphs``, where nothing rules it out."""
+    if not config.speed.cuda_graphs:
+        return False
+    reason = graph_problem(adapted, stage == 3)
+    if reason is not None:
+        log.warning("speed.cuda_graphs has no effect here: %s", reason)
+    return reason is None

@@ -136,3 +136,10 @@ def test_unsloth_runs_in_the_plain_loop_only() -> None:
     assert [spec.title for spec in run] == ["unsloth r=64 plain x1 checkpointing=none"]
     reasons = {reason for _, reason in left_out}
     assert reasons == {"Unsloth is timed in the plain loop", "Unsloth brings kernels of its own"}
+
+
+def test_cuda_graphs_need_compiled_layers() -> None:
+    arms = [("peft_lora+compile+graphs", [8]), ("salientlora+graphs", [8])]
+    run, left_out = plan(arms, [("plain", 0)], [1], ["none"], settings())
+    assert [spec.title for spec in run] == ["peft_lora r=8 plain x1 checkpointing=none compiled graphs"]
+    assert [reason for _, reason in left_out] == ["graphs are made of compiled layers"]

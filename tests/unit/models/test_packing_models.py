@@ -18,7 +18,7 @@ from salient_ds.data.collate import Collator
 from salient_ds.methods.lora.options import LoRAConfig
 from salient_ds.models.packed_masks import keep_examples_apart
 from salient_ds.models.packing import GROUPS
-from salient_ds.run.assemble import compile_layers
+from salient_ds.run.compiled import compile_layers
 from tests.unit.models import flash_on_cpu
 from tests.unit.models.packing_cases import LENGTHS, LONG, alone, difference, examples, packed, tiny, together
 
