@@ -14,8 +14,8 @@ PEERS = (*PEFT_ARMS, UNSLOTH)
 """Baselines: arms of other libraries."""
 PLAIN = "plain"
 COMPILED, FUSED_LOSS, GRAPHS = "compile", "liger", "graphs"
-"""Options of an arm, appended to its name with "+": compiled decoder layers, the fused loss of liger-kernel, or compiled
-layers launched as CUDA graphs."""
+"""Options of an arm, appended to its name with "+": compiled decoder layers, the fused loss of liger-kernel, and
+compiled layers launched as CUDA graphs."""
 SPEED: dict[str, dict[str, Any]] = {
     "statistics": {"fused_statistics": True},
     "targets": {"target_head": True},
@@ -139,7 +139,8 @@ def parse_arms(text: str, ranks: Sequence[int]) -> list[tuple[str, list[int]]]:
         further = {GRAPHS} if arm in PEERS else {*SPEED, *TRAIN}
         if arm not in known or set(options) - {COMPILED, FUSED_LOSS} - further:
             raise ValueError(
-                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED}, +{GRAPHS} and +{FUSED_LOSS}, "
+                f"--arms: {name!r} is unknown; known: {', '.join(known)}, all also with +{COMPILED} and +{FUSED_LOSS}, "
+                f"with +{COMPILED}+{GRAPHS}, "
                 f"own methods also with {', '.join('+' + option for option in (*SPEED, *TRAIN))}"
             )
         found.append((name, [int(rank) for rank in own.split("+")] if own else list(ranks)))
