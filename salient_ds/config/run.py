@@ -121,6 +121,11 @@ class RunConfig(Strict):
                 f"speed.liger={self.speed.liger} has a loss for causal language models only, and model.task="
                 f"{self.model.task}: use none"
             )
+        if self.train.neftune_alpha and self.model.task == "seq2seq-lm":
+            problems.append(
+                f"train.neftune_alpha={self.train.neftune_alpha:g} is for models with one input, not for "
+                "model.task=seq2seq-lm: remove it"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

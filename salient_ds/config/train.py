@@ -57,6 +57,10 @@ class TrainConfig(Strict):
     """Epsilon in the denominator of AdamW's update."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the global norm of the gradients to this value. 0: no clipping."""
+    neftune_alpha: float = Field(0.0, ge=0)
+    """Strength of NEFTune: uniform noise on the input embeddings of training batches, at most
+    neftune_alpha / sqrt(tokens x width). The paper uses 5 to 15. Evaluations, generation and the exported adapter know
+    no noise. 0: none."""
     activation_checkpointing: Literal["none", "selective", "all"] = "none"
     """none: keep all activations for the backward pass. all: recompute decoder layers in the backward pass
     (non-reentrant). selective: keep the results of matrix products and attention, and recompute only what is cheap;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -34,20 +35,37 @@ class BeforeStep(Protocol):
         ...
 
 
+class InputNoise(Protocol):
+    """Noise that is added to the inputs of training batches (:mod:`salient_ds.models.embedding_noise`)."""
+
+    def during(self, step: int, rows: Sequence[int], inputs: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Add noise in the forward pass of one micro-batch of the step that is being taken."""
+        ...
+
+
 class AllocatingEngine:
     """Wraps a DeepSpeed engine and a :class:`Method`: one call trains a step and handles the event that is due."""
 
-    def __init__(self, state: AllocationState, *, resizer: Resizer | None = None, before: BeforeStep | None = None):
+    def __init__(
+        self,
+        state: AllocationState,
+        *,
+        resizer: Resizer | None = None,
+        before: BeforeStep | None = None,
+        noise: InputNoise | None = None,
+    ) -> None:
         """
         Args:
             state: rows, decisions and the DeepSpeed engine.
             resizer: drops pruned rows and makes room for new ones. None: the number of rows never changes, and pruned
                 rows stay masked.
             before: events that come before a step, for methods that have them.
+            noise: added to the inputs of training batches; None: nothing.
         """
         self.state = state
         self.resizer = resizer
         self.before = before
+        self.noise = noise
         method = state.method
         if isinstance(method, ScoringMethod):
             method.choose_reduction(state.engine.gradient_accumulation_steps())
@@ -159,7 +177,8 @@ class AllocatingEngine:
             last = index == len(batches) - 1
             if last:
                 self._arm_penalty()
-            loss = self.engine(**batch.inputs).loss
+            with self._noise(batch):
+                loss = self.engine(**batch.inputs).loss
             # a micro-batch without targets has a mean loss of 0/0: count it as zero, but keep its graph for backward
             weighted = loss * (batch.num_targets * scale) if batch.num_targets else loss.nan_to_num() * 0.0
             check.add(loss, batch.num_targets)
@@ -174,6 +193,11 @@ class AllocatingEngine:
             self._end_scores()
             raise NonFiniteLoss(self.step + 1, self._gather_indices(batches if verdict.broken_here else []))
         return verdict
+
+    def _noise(self, batch: MicroBatch) -> AbstractContextManager[None]:
+        if self.noise is None:
+            return nullcontext()
+        return self.noise.during(self.step + 1, batch.indices, batch.inputs)
 
     def _gather_indices(self, batches: list[MicroBatch]) -> list[int]:
         mine = [i for batch in batches for i in batch.indices]

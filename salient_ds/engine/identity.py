@@ -26,9 +26,13 @@ CHANGEABLE: dict[str, tuple[str, ...]] = {
     "train.betas": ("betas",),
     "train.eps": ("eps",),
     "train.max_grad_norm": (),
+    "train.neftune_alpha": (),
 }
 """Keys that ``--change`` accepts, and the entries of the optimizer's parameter groups that follow from each. Those of
-the checkpoint must not replace the new ones. (Clipping is no entry of a group.)"""
+the checkpoint must not replace the new ones. (Clipping and noise are no entries of a group.)"""
+
+_ADDED: dict[str, Any] = {"train.neftune_alpha": 0.0}
+"""Options that older versions did not have, and what their runs did."""
 
 DATA_SETTINGS = "data_settings"
 """Part of an identity that only explains why the training data differ. By itself it may differ: a file may move."""
@@ -87,6 +91,10 @@ def compare(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Comparison:
             unknown.append(Difference(_LABELS.get(key, key), None, value))
             continue
         for item in _walk(_LABELS.get(key, key), saved.get(key, _ABSENT), value):
+            if item.there is _ABSENT and item.key in _ADDED:
+                item = Difference(item.key, _ADDED[item.key], item.here)
+                if item.there == item.here:
+                    continue
             # older versions recorded a method's options before "auto" was resolved
             unresolved = old and item.key.startswith("method.") and item.there == "auto"
             if item.there is _ABSENT or unresolved:

@@ -24,6 +24,7 @@ from salient_ds.heterolora.probing import ProbingMethod
 from salient_ds.methods.duties import FusingMethod, GrowingMethod, Method, ResizableMethod, ScoringMethod
 from salient_ds.methods.options import MethodConfig
 from salient_ds.models.attention import leave_out_masks
+from salient_ds.models.embedding_noise import EmbeddingNoise
 from salient_ds.models.kernels import apply_kernels
 from salient_ds.models.loading import DTYPES, recompute_layers
 from salient_ds.models.packed_masks import keep_examples_apart
@@ -141,7 +142,10 @@ def assemble(
     if isinstance(method, ProbingMethod):
         assert probe_data is not None, "a method that probes needs batches"
         before = ProbeEvents(state, probe_data)
-    return AllocatingEngine(state, resizer=resizer, before=before)
+    alpha, noise = config.train.neftune_alpha, None
+    if alpha:
+        noise = EmbeddingNoise(model, alpha, config.train.seed, device)
+    return AllocatingEngine(state, resizer=resizer, before=before, noise=noise)
 
 
 def check_capabilities(options: MethodConfig, method: Method) -> None:

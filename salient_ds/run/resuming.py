@@ -107,7 +107,8 @@ def run_identity(config: RunConfig, inputs: Inputs, total_steps: int, ds_config:
         ds_config: resolved DeepSpeed settings.
     """
     train = config.train.model_dump(mode="json")
-    same = ("lr", "lr_schedule", "lr_warmup", "weight_decay", "betas", "eps", "max_grad_norm", "precision")
+    same = ("lr", "lr_schedule", "lr_warmup", "weight_decay", "betas", "eps", "max_grad_norm", "precision",
+            "neftune_alpha")  # fmt: skip
     method = config.method.resolved(ds_config["gradient_accumulation_steps"])
     optimizer = (ds_config.get("optimizer") or {}).get("params", {})
     return {

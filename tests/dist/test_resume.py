@@ -33,6 +33,7 @@ CASES = [
     Case(2, "bf16"),
     Case(3, "fp16", zero=TINY_PARTITIONS),
     Case(2, adapter={"dropout": 0.3}, train={"lr_schedule": "linear", "lr_warmup": 0.2}),
+    Case(2, "bf16", train={"neftune_alpha": 5.0}),
     Case(2, method=SALIENT | {"preset": "reference", "window_final": 4}),
 ]
 

@@ -124,6 +124,13 @@ def test_a_missing_file_names_the_working_directory(tmp_path: Path) -> None:
     assert "does not exist (working directory: " in problem
 
 
+def test_noise_is_for_models_with_one_input(run_file: Path) -> None:
+    with_task = ["model.task=seq2seq-lm", "data.task=summarisation/xsum"]
+    found = problems(run_file, "train.neftune_alpha=5", *with_task)
+    assert any("train.neftune_alpha=5 is for models with one input" in problem for problem in found)
+    assert problems(run_file, "train.neftune_alpha=-1")[0].startswith("train.neftune_alpha=-1: ")
+
+
 def test_the_zero_json_may_lie_beside_the_run_file(run_file: Path) -> None:
     beside = run_file.with_name("zero2.json")
     beside.write_text("{}")

@@ -75,6 +75,13 @@ def test_what_an_old_checkpoint_does_not_record_is_named() -> None:
     assert changed == [Difference("train.weight_decay", 0.2, 0.0), Difference("train.lr_schedule", None, "linear")]
 
 
+def test_an_option_that_older_versions_did_not_have_counts_as_not_used() -> None:
+    assert keys(SAVED | {"train": TRAIN | {"neftune_alpha": 0.0}}) == ([], [])
+    found = compare(SAVED, SAVED | {"train": TRAIN | {"neftune_alpha": 5.0}})
+    assert found.differences == [Difference("train.neftune_alpha", 0.0, 5.0)] and found.unknown == []
+    assert found.refusal(PATH, ()) is not None and found.refusal(PATH, ["train.neftune_alpha"]) is None
+
+
 def test_the_refusal_is_one_sentence_with_both_values_and_a_remedy() -> None:
     rates = compare(SAVED, SAVED | {"train": TRAIN | {"lr": 0.2, "eps": 1e-6}})
     assert rates.refusal(PATH, ()) == (
