@@ -19,6 +19,7 @@ PAGES = {
     "features.md": "docs/features.md",
     "troubleshooting.md": "docs/troubleshooting.md",
     "options.md": "docs/options.md",
+    "data.md": "docs/data.md",
     "tasks.md": "salient_ds/data/tasks/README.md",
     "methods.md": "salient_ds/methods/README.md",
     "zero.md": "docs/zero.md",

@@ -23,7 +23,6 @@ from torch import nn
 from salient_ds.adapters.bank import layer_of
 from salient_ds.adapters.survey import survey
 from salient_ds.config.run import RunConfig, parse_config
-from salient_ds.data.sampler import StepSampler
 from salient_ds.engine.build import scheduler_factory
 from salient_ds.export.lora_folder import LoraFolder
 from salient_ds.export.shrink import plan_cut
@@ -135,7 +134,7 @@ class PeftLoRA:
         inputs = self.problem.inputs(config, self.tokenizer)
         self.set_back(config, inputs)
         train = config.train
-        sampler = StepSampler(len(inputs.train), train.global_batch_size, train.seed)
+        sampler = inputs.sampler(train)
         optimizer = torch.optim.AdamW(self.trained, lr=lr, betas=train.betas, eps=train.eps, weight_decay=0.0)
         steps = inputs.total_steps(config)
         schedule = scheduler_factory(train, steps)(optimizer)

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 from salient_ds.check.built_model import BuiltModel
+from salient_ds.check.data_rows import DataRows
 from salient_ds.check.libraries import library_problems
 from salient_ds.check.memory import estimate, estimate_stages, workload
 from salient_ds.check.model_files import ModelFiles, inspect_model
 from salient_ds.check.model_fit import fitting_model, sharding_problems
 from salient_ds.check.model_shapes import architecture
 from salient_ds.check.place import check_directory, check_disk
-from salient_ds.check.rendered_rows import rendered
 from salient_ds.check.report import MemoryInputs, Report
 from salient_ds.check.tables import check_tables
 from salient_ds.check.target_layers import target_layout
-from salient_ds.check.task_rows import rough_steps, task_rows
-from salient_ds.check.tokenizer_files import has_chat_template, inspect_tokenizer
+from salient_ds.check.task_rows import rough_steps
+from salient_ds.check.tokenizer_files import inspect_tokenizer
 from salient_ds.config.run import RunConfig
 from salient_ds.config.speed import speed_notes, speed_problems
 from salient_ds.models.limits import Limits
@@ -42,7 +41,7 @@ def preflight(run: RunConfig, world_size: int = 1, quick: bool = False, run_sour
         run_source: name of the run file in messages.
 
     Returns:
-        A report. Its facts: processes, rows, eval_rows or held_out_rows, total_steps, total_steps_exact,
+        A report. Its facts: processes, those of :class:`DataRows`, total_steps, total_steps_exact,
         base_parameters, hidden_size, modules, shortcuts, initial_total and target_total (sums of ranks), events,
         trainable_start, trainable_end, zero, ds_config (resolved), memory (bytes per process by ZeRO stage), this_run
         (the memory with the run's own ZeRO JSON), checkpoint_bytes, free_bytes, and those of the method's
@@ -98,66 +97,7 @@ class _Checks:
         get_template(self.run.data.template, self.run.data.rewritten_history)
 
     def data(self) -> None:
-        self.report.problems += self.run.data.task.library_problems() if self.run.data.task is not None else []
-        self.guarded(lambda: self._rows("train", self.run.data.train))
-        if self.run.data.eval is not None:
-            self.guarded(lambda: self._rows("eval", str(self.run.data.eval)))
-        elif not self.run.data.eval_size and self.run.train.eval_every:
-            self.report.problems.append(
-                f"train.eval_every={self.run.train.eval_every}, but there is no held-out data: set data.eval or "
-                "data.eval_size, or eval_every to 0"
-            )
-        size, rows = self.run.data.eval_size, self.facts.get("rows")
-        if self.run.data.eval is None and size and rows is not None:
-            held_out = int(size) if size >= 1 else round(size * rows)
-            if not 0 < held_out < rows:
-                self.report.problems.append(
-                    f"data.eval_size={size:g} holds out {held_out} of {rows} rows: at least one has to be on either "
-                    f"side, give 1 to {rows - 1} rows or a fraction"
-                )
-                return
-            self.facts["held_out_rows"] = held_out
-            self.facts["rows"] = rows - held_out
-
-    def _rows(self, name: str, path: str) -> None:
-        from salient_ds.data.sources import count_rows, is_local, loading_note
-
-        if not is_local(path):
-            self.report.notes.append(f"data.{name}={path!r} {loading_note(path)}")
-            return
-        if self.run.data.task is not None:
-            rows = task_rows(self.run, name, path, self.quick, self.report)
-        else:
-            rows = count_rows(path) if self.quick else self._rendered(name, path)
-        self.facts["rows" if name == "train" else "eval_rows"] = rows
-
-    def _rendered(self, name: str, path: str) -> int:
-        """Examples that a file becomes once every row is rendered, as training renders it."""
-        from salient_ds.data.formats import check_file
-        from salient_ds.data.rendering import render_file
-        from salient_ds.data.templates import get_template
-
-        data = self.run.data
-        reading = data.format, data.empty_answers, data.bad_rows
-        if data.template == "tokenizer":
-            where = self._tokenizer_folder()
-            if where is not None:
-                examples, notes = rendered(self.run, path, where)
-                self.report.notes += [note.replace("{name}", name) for note in notes]
-                return examples
-            summary = check_file(path, *reading)
-            self.report.notes += [*summary.notes(name), f"{name}: rows were not rendered, the tokenizer is not here"]
-            return summary.rows
-        found = render_file(path, *reading, get_template(data.template), None)
-        self.report.notes += found.notes(name)
-        return found.examples
-
-    def _tokenizer_folder(self) -> str | None:
-        """Where the run's tokenizer is on this machine; None if it is not, or has no chat template."""
-        files = inspect_model(self.run.model)
-        named = self.run.model.tokenizer
-        folder = Path(named).expanduser() if named else files.directory
-        return str(folder) if folder is not None and has_chat_template(folder) else None
+        DataRows(self.run, self.quick, self.report, self.guarded).check()
 
     def model(self) -> None:
         self.files = files = inspect_model(self.run.model)

@@ -109,7 +109,14 @@ def _print_summary(out: Console, path: str, run: RunConfig, facts: dict[str, Any
     size = f" ({_count(parameters)} parameters)" if parameters else ""
     table.add_row("model", f"{run.model.path}{size}, {train.precision}")
     kind = f"template {run.data.template}" if run.data.task is None else f"task {run.data.task.name}"
-    table.add_row("data", f"{run.data.train}{_rows(facts)}, {kind}")
+    if isinstance(run.data.train, str):
+        table.add_row("data", f"{run.data.train}{_rows(facts)}, {kind}")
+    else:
+        table.add_row("data", f"{len(run.data.train)} sets{_rows(facts)}, {kind}")
+        for one in facts.get("sets", ()):
+            held_out = f", {one['held_out']} held out" if one["held_out"] else ""
+            times = f" x {one['weight']:g} = {one['per_epoch']} per epoch"
+            table.add_row("", f"{one['path']}: {one['rows']} rows{times}{held_out}")
     zero = facts.get("zero")
     if zero:
         parts = [f"stage {zero['stage']}"]
@@ -201,7 +208,8 @@ def _rows(facts: dict[str, Any]) -> str:
     if "rows" not in facts:
         return ""
     held_out = facts.get("eval_rows", facts.get("held_out_rows"))
-    return f" ({facts['rows']} rows" + (f", {held_out} held out)" if held_out else ")")
+    epoch = " per epoch" if "sets" in facts else ""
+    return f" ({facts['rows']} rows{epoch}" + (f", {held_out} held out)" if held_out else ")")
 
 
 def _count(number: int) -> str:

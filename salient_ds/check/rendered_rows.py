@@ -14,10 +14,11 @@ SAMPLE = 1000
 """Rows that are tokenised, to see whether ``data.max_length`` leaves any answer."""
 
 
-def rendered(run: RunConfig, path: str, tokenizer: str) -> tuple[int, list[str]]:
+def rendered(run: RunConfig, path: str, fmt: str, tokenizer: str) -> tuple[int, list[str]]:
     """Number of examples that a data file becomes, and notes about it with "{name}" for the file's part.
 
     Args:
+        fmt: format of the rows, or "auto".
         tokenizer: a folder, or a hub name whose files are in the cache.
 
     Raises:
@@ -25,7 +26,7 @@ def rendered(run: RunConfig, path: str, tokenizer: str) -> tuple[int, list[str]]
     """
     data = run.data
     question = {
-        "path": path, "format": data.format, "empty_answers": data.empty_answers, "bad_rows": data.bad_rows,
+        "path": path, "format": fmt, "empty_answers": data.empty_answers, "bad_rows": data.bad_rows,
         "template": data.template, "rewritten_history": data.rewritten_history, "tokenizer": tokenizer,
         "trust_remote_code": run.model.trust_remote_code, "max_length": data.max_length,
     }  # fmt: skip

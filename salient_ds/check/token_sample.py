@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def check_tokens(run: RunConfig, report: Report, rows: int | None) -> None:
     not here, and without the tokenizer.
 
     Args:
-        rows: rows to take from the start; None for all.
+        rows: rows to take from the start, of several sets altogether; None for all.
 
     Raises:
         ValueError: no row keeps an answer token within ``data.max_length``, or the tokenizer cannot be loaded.
@@ -45,11 +45,12 @@ def check_tokens(run: RunConfig, report: Report, rows: int | None) -> None:
     from salient_ds.data.sources import is_local
 
     folder = _tokenizer_folder(run)
-    if run.data.task is not None or folder is None or not is_local(run.data.train):
+    if run.data.task is not None or folder is None or not all(is_local(one.path) for one in run.data.sets):
         return
     data = run.data
     question = {
-        "path": data.train, "format": data.format, "empty_answers": data.empty_answers, "bad_rows": data.bad_rows,
+        "sets": [(one.path, one.format or data.format) for one in data.sets],
+        "empty_answers": data.empty_answers, "bad_rows": data.bad_rows,
         "template": data.template, "rewritten_history": data.rewritten_history, "tokenizer": str(folder),
         "trust_remote_code": run.model.trust_remote_code, "max_length": data.max_length, "rows": rows,
     }  # fmt: skip
@@ -82,10 +83,13 @@ def main(question: dict[str, Any]) -> None:
         return
     template = get_template(question["template"], question["rewritten_history"])
     limit, shortest = int(question["max_length"]), 0
+    each = None if question["rows"] is None else -(-question["rows"] // len(question["sets"]))
     lengths, targets, example, dropped = [], [], None, 0
     try:
-        read = read_data(question["path"], question["format"], question["empty_answers"], question["bad_rows"])[0]
-        rows = islice(read, question["rows"])
+        rows = chain.from_iterable(
+            islice(read_data(path, fmt, question["empty_answers"], question["bad_rows"])[0], each)
+            for path, fmt in question["sets"]
+        )
         whole = TokenizationReport(2**31 - 1)
         for item in tokenize_all(rows, template, tokenizer, 2**31 - 1, whole, question["bad_rows"]):
             lengths.append(len(item["input_ids"]))

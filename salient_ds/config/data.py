@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from salient_ds.config.data_sets import TrainSet, as_sets
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.table import task_of
 from salient_ds.strict import Strict, did_you_mean
@@ -15,13 +16,15 @@ from salient_ds.strict import Strict, did_you_mean
 class DataConfig(Strict):
     """Section ``data`` of a run file."""
 
-    train: str
-    """Training data: a .json, .jsonl or .parquet file, or a `datasets` name ("name", "name:config", "name[split]")."""
+    train: str | list[TrainSet]
+    """Training data: a .json, .jsonl, .csv or .parquet file, or a `datasets` name ("name", "name:config",
+    "name[split]"). Or a list of them, with weights: `[{path: a.jsonl, weight: 2}, b.parquet]`."""
     eval: str | None = None
     """Held-out data, in the same form as `train`."""
     eval_size: float = Field(0, ge=0)
     """Without `eval`: hold out this many training rows, or this fraction of them if below 1. With `packing`, packed
-    sequences are counted instead of rows. 0: hold out nothing."""
+    sequences are counted instead of rows. Of several data sets, a fraction is held out of each; a number is divided
+    in proportion to their rows. 0: hold out nothing."""
     task: SerializeAsAny[Task] | None = None
     """A task with a metric: its name, such as "glue/mnli", "squad/v2" or "summarisation/xsum", or a description with
     `kind` (classification, regression, question-answering, summarisation) or `like` (the name of a task, whose fields
@@ -71,6 +74,20 @@ class DataConfig(Strict):
             own["eval"] = task.eval
         return {**values, **own}
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sets(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return as_sets([value])
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"data.train={value!r}: give a file, the name of a data set, or a list of them")
+        return value if isinstance(value, str) else as_sets(value)
+
+    @property
+    def sets(self) -> tuple[TrainSet, ...]:
+        """The training data as a list of sets, of one if `train` is a path or a name."""
+        return (TrainSet(path=self.train),) if isinstance(self.train, str) else tuple(self.train)
+
     @field_validator("task", mode="before")
     @classmethod
     def _known_task(cls, value: Any) -> Any:
@@ -94,6 +111,10 @@ def task_problems(data: DataConfig, head: str) -> list[str]:
     problems = []
     if head != task.head:
         problems.append(f"data.task={task.name} needs model.task={task.head}, not {head}: set model.task={task.head}")
+    if not isinstance(data.train, str):
+        problems.append(
+            f"data.train lists {len(data.train)} data sets, and data.task={task.name} takes one: join the files"
+        )
     for name in _INSTRUCTIONS_ONLY:
         value = getattr(data, name)
         if value != DataConfig.model_fields[name].default:

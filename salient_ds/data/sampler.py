@@ -3,15 +3,24 @@
 Each epoch is a seeded permutation of the data set. The epochs form one stream, and step t takes the t-th block of
 `global_batch_size` examples from it; a block may cross the end of an epoch. Nothing is stored, so a run can resume at
 any step.
+
+Several data sets with weights: an epoch takes some rows more than once, and leaves others out. Of a set with a weight
+of 2.3, it takes every row twice and 0.3 of them once more. Those are the next ones of a stream of permutations of the
+set, so that over the epochs all rows get their turn.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from salient_ds import steps
+from salient_ds.data.shares import Share
 
+_OF_A_SET = 1
+"""Sets the stream of a data set apart from the order of an epoch, which has only two numbers as seed."""
 Indices = npt.NDArray[np.int64]
 
 
@@ -24,13 +33,38 @@ def frozen_permutation(count: int, *seed: int) -> Indices:
     return np.random.RandomState(bits).permutation(count).astype(np.int64)
 
 
+def epoch_rows(shares: Sequence[Share], seed: int, epoch: int) -> Indices:
+    """Rows that an epoch takes of several sets, set by set: int64 (sum of all ``per_epoch``,).
+
+    Rows are numbered through all sets.
+    """
+    taken, first = [], 0
+    for number, share in enumerate(shares):
+        whole, rest = divmod(share.per_epoch, share.rows)
+        own = [np.arange(share.rows, dtype=np.int64)] * whole
+        position = epoch * rest
+        while rest:
+            round_, start = divmod(position, share.rows)
+            part = frozen_permutation(share.rows, seed, round_, number, _OF_A_SET)[start : start + rest]
+            own.append(part)
+            position, rest = position + len(part), rest - len(part)
+        taken += [first + part for part in own]
+        first += share.rows
+    return np.concatenate(taken)
+
+
 class StepSampler:
     """Examples of each step; steps count from 0 here.
+
+    Args:
+        num_examples: examples of an epoch.
+        shares: what an epoch takes of each of several data sets; ``num_examples`` altogether. Empty: every example of
+            one data set once.
 
     Raises ValueError when there are no examples, for a batch size below 1, and for a negative seed.
     """
 
-    def __init__(self, num_examples: int, global_batch_size: int, seed: int) -> None:
+    def __init__(self, num_examples: int, global_batch_size: int, seed: int, shares: Sequence[Share] = ()) -> None:
         for name, value, least in (
             ("num_examples", num_examples, 1),
             ("global_batch_size", global_batch_size, 1),
@@ -41,11 +75,13 @@ class StepSampler:
         self.num_examples = num_examples
         self.global_batch_size = global_batch_size
         self.seed = seed
+        assert not shares or sum(share.per_epoch for share in shares) == num_examples, "shares make up an epoch"
+        self.shares = tuple(shares)
         self._last: tuple[int, Indices] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every example has been seen once. The last of them may contain examples of the next epoch."""
+        """Steps of an epoch. The last of them may contain examples of the next epoch."""
         return steps.steps_per_epoch(self.num_examples, self.global_batch_size)
 
     def total_steps(self, epochs: float) -> int:
@@ -96,5 +132,6 @@ class StepSampler:
 
     def _permutation(self, epoch: int) -> Indices:
         if self._last is None or self._last[0] != epoch:
-            self._last = (epoch, frozen_permutation(self.num_examples, self.seed, epoch))
+            order = frozen_permutation(self.num_examples, self.seed, epoch)
+            self._last = (epoch, epoch_rows(self.shares, self.seed, epoch)[order] if self.shares else order)
         return self._last[1]

@@ -118,6 +118,8 @@ def _rows(
         needed = key in part.get("required", ())
         default = "required" if needed else f"default {_shown(value.get('default'))}"
         rows.append((prefix + key, kind_of_value(value), default, " ".join(_meaning(value, parts).split())))
+        for one in value.get("anyOf", ()):
+            rows += _rows(_part(one.get("items", {}), parts), parts, f"{prefix}{key}[].")
     return rows
 
 

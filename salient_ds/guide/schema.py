@@ -58,6 +58,9 @@ def run_schema(built_in_only: bool = False) -> dict[str, Any]:
     train["anyOf"] = [{"required": ["epochs"]}, {"required": ["max_steps"]}]
     data["required"] = []
     data["anyOf"] = [{"required": ["train"]}, {"required": ["task"]}]  # a named task brings data sets of its own
+    for kind in data["properties"]["train"]["anyOf"]:
+        if "items" in kind:  # a path alone stands for a section with nothing but a path
+            kind["items"] = {"anyOf": [{"type": "string"}, kind["items"]]}
     data["properties"]["task"] |= {"anyOf": _tasks({kind: of[options] for kind, options in KINDS.items()})}
     data["properties"]["task"].pop("$ref", None)
     pattern = parts["AdapterConfig"]["properties"]["rank_pattern"]

@@ -156,9 +156,11 @@ def card_facts(run: Path, config: dict[str, Any], checkpoint: Path) -> dict[str,
 
 
 def _shown(source: Any) -> str | None:
-    """Data by name; of a local file, the name alone."""
+    """Data by name; of a local file, the name alone. Of several sets, each with its weight."""
     if source is None:
         return None
+    if isinstance(source, list):
+        return ", ".join(f"{_shown(one['path'])} (weight {one['weight']:g})" for one in source)
     return Path(str(source)).name if Path(str(source)).exists() else str(source)
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from salient_ds.config.run import RunConfig
+from salient_ds.config.train import TrainConfig
 from salient_ds.data.chat_template import fixed_date_note
 from salient_ds.data.collate import Collator, pad_token_id
-from salient_ds.data.dataset import split_eval
 from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler
+from salient_ds.data.shares import Share
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.collate import TaskCollator
 from salient_ds.data.tasks.dataset import TaskDataset, load_task
@@ -25,7 +26,7 @@ from salient_ds.engine.reports import MicroBatch
 from salient_ds.heterolora.probe import ProbeData
 from salient_ds.models.target_head import INDEX, target_index, uses_target_head
 from salient_ds.models.varlen_attention import BORDERS, borders, uses_varlen_attention
-from salient_ds.run.tokenised import read_part
+from salient_ds.run.training_rows import read_training_rows
 from salient_ds.steps import total_steps
 
 Extra = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -77,6 +78,8 @@ class Inputs:
     """Lines for the log that say what was truncated or dropped."""
     task: Task | None = None
     """The task with a metric; None for instructions."""
+    shares: tuple[Share, ...] = ()
+    """What an epoch takes of each of several data sets; empty for one set, of which it takes every row once."""
 
     def for_model(self, model: Any) -> Inputs:
         """The same for a model that does not take everything that the tokenizer gives, such as token_type_ids."""
@@ -95,13 +98,22 @@ class Inputs:
         """The held-out data, if it has a metric."""
         return self.held_out if isinstance(self.held_out, TaskDataset) else None
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of an epoch, as weights of data sets make it."""
+        return sum(share.per_epoch for share in self.shares) if self.shares else len(self.train)
+
+    def sampler(self, train: TrainConfig) -> StepSampler:
+        """Which rows each step takes."""
+        return StepSampler(self.rows_per_epoch, train.global_batch_size, train.seed, self.shares)
+
     def total_steps(self, run: RunConfig) -> int:
         """Optimizer steps of the run: max_steps, or as many as its epochs take (the last batch is filled from the
         next epoch)."""
         if run.train.max_steps is not None:
             return run.train.max_steps
         assert run.train.epochs is not None
-        return total_steps(len(self.train), run.train.global_batch_size, run.train.epochs)
+        return total_steps(self.rows_per_epoch, run.train.global_batch_size, run.train.epochs)
 
 
 def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
@@ -110,17 +122,12 @@ def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
     if data.task is not None:
         return _task_inputs(data.task, run, tokenizer)
     template = get_template(data.template, data.rewritten_history)
-    dataset, notes = read_part("train", data.train, data, tokenizer, template, data.packing)
-    held_out = None
-    if data.eval is not None:
-        held_out, more = read_part("eval", data.eval, data, tokenizer, template, False)
-        notes += more
-    elif data.eval_size:
-        dataset, held_out = split_eval(dataset, data.eval_size, run.train.seed)
+    rows = read_training_rows(data, run.train.seed, tokenizer, template)
     date = fixed_date_note(tokenizer) if data.template == "tokenizer" else None
-    notes += [date] if date else []
+    notes = [*rows.notes, date] if date else rows.notes
     collator = Collator(pad_token_id(tokenizer), attn_implementation=run.model.attn_implementation)
-    return Inputs(dataset, held_out, collator, template_record(template, tokenizer), notes)
+    record = template_record(template, tokenizer)
+    return Inputs(rows.train, rows.held_out, collator, record, notes, shares=rows.shares)
 
 
 def _task_inputs(task: Task, run: RunConfig, tokenizer: Any) -> Inputs:
@@ -129,7 +136,7 @@ def _task_inputs(task: Task, run: RunConfig, tokenizer: Any) -> Inputs:
     splits = data.eval is None and data.eval_size > 0
     common: dict[str, Any] = {"bad_rows": data.bad_rows}
     # what is held out of the training data must be decoded too
-    train, report = load_task(task, data.train, tokenizer, data.max_length, training=not splits, **common)
+    train, report = load_task(task, data.sets[0].path, tokenizer, data.max_length, training=not splits, **common)
     notes, held_out = report.notes("train"), None
     if data.eval is not None:
         held_out, report = load_task(task, data.eval, tokenizer, data.max_length, training=False, **common)

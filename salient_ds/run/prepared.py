@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from salient_ds.config.run import RunConfig
-from salient_ds.data.sampler import StepSampler
 from salient_ds.engine.checkpoint import kept_rows, load
 from salient_ds.methods.duties import ScoringMethod
 from salient_ds.models.heads import head_facts, pad_with
@@ -85,8 +84,7 @@ class PreparedRun:
         agreed(lambda: data_facts(self.inputs), self.device)
         self.total_steps = self.inputs.total_steps(self.config)
         self.held_out = HeldOut(self.config, self.total_steps)
-        train = self.config.train
-        self.sampler = StepSampler(len(self.inputs.train), train.global_batch_size, train.seed)
+        self.sampler = self.inputs.sampler(self.config.train)
         list(map(self.say, self.inputs.notes))
         config = self.config
         raw, size = load_ds_config(config.deepspeed), hidden_size(config.model)
@@ -184,7 +182,12 @@ class PreparedRun:
         inputs, data = self.inputs, self.config.data
         held_out = len(inputs.held_out) if inputs.held_out is not None else 0
         notes = {f"note {number}": note for number, note in enumerate(inputs.notes, 1)}
-        return {"train": data.train, "items to train on": len(inputs.train), "items held out": held_out, **notes}
+        sets = data.sets
+        named = {"train": sets[0].path} if len(sets) == 1 else {f"train {k}": one.path for k, one in enumerate(sets, 1)}
+        weights = {f"weight {k}": one.weight for k, one in enumerate(sets, 1)} if inputs.shares else {}
+        epoch = {"items of an epoch": inputs.rows_per_epoch} if inputs.shares else {}
+        counts = {"items to train on": len(inputs.train), **epoch, "items held out": held_out}
+        return {**named, **weights, **counts, **notes}
 
     def say(self, text: str) -> None:
         """Print a line for the user, on the main process only."""

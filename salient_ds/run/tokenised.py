@@ -23,12 +23,19 @@ _BYTES_PER_BYTE = 4
 
 
 def read_part(
-    name: str, path: str, data: DataConfig, tokenizer: Any, template: Template, packing: bool
+    name: str,
+    path: str,
+    data: DataConfig,
+    tokenizer: Any,
+    template: Template,
+    packing: bool,
+    fmt: str | None = None,
 ) -> tuple[InstructionDataset, list[str]]:
     """Rows of ``path``, and lines for the log. With or without the cache, the rows are the same.
 
     Args:
         name: the part, as in "train".
+        fmt: format of the rows; None for ``data.format``.
 
     Raises:
         DataError: the file is missing or holds bad rows.
@@ -37,7 +44,7 @@ def read_part(
     """
 
     def build(beat: Beat) -> tuple[InstructionDataset, Facts]:
-        rows, summary = read_data(path, data.format, data.empty_answers, data.bad_rows)
+        rows, summary = read_data(path, fmt or data.format, data.empty_answers, data.bad_rows)
         dataset, report = build_dataset(
             beating(rows, beat), template, tokenizer, data.max_length, packing, progress=True, bad_rows=data.bad_rows
         )
@@ -46,6 +53,7 @@ def read_part(
     place = locate(path) if data.cache else None
     if isinstance(place, Path):
         options = {key: getattr(data, key) for key in _DECIDE} | {"packing": packing, "suffix": place.suffixes}
+        options |= {"format": fmt or data.format}
         key = entry_key(place, template, tokenizer, options)
         found = kept(cache_folder(data.cache_dir), key, path, _BYTES_PER_BYTE * place.stat().st_size, build)
         dataset, facts, more = found.rows, found.facts, [f"{name}: {found.note}"]

@@ -88,14 +88,24 @@ def with_absolute_paths(run: Mapped, folder: Path) -> Mapped:
     """
     run = copy.deepcopy(run)
     for key in _PATHS:
-        section, value = _holder(run, key), _get(run, key)
-        if section is None or not isinstance(value, str):
-            continue
-        places = [Path(value).expanduser()] + ([folder / value] if key == ("deepspeed",) else [])
-        found = next((place for place in places if place.exists()), None)
-        if found is not None:
-            section[key[-1]] = str(found.resolve())
+        for holder, name, value in list(_texts(run, key)):
+            places = [Path(value).expanduser()] + ([folder / value] if key == ("deepspeed",) else [])
+            found = next((place for place in places if place.exists()), None)
+            if found is not None:
+                holder[name] = str(found.resolve())
     return run
+
+
+def _texts(run: Mapped, key: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+    """Texts under a key, each with its holder and its name there. ``data.train`` may be a list of paths or sections."""
+    holder, value = _holder(run, key), _get(run, key)
+    if isinstance(value, str):
+        yield holder, key[-1], value
+    for number, item in enumerate(value if isinstance(value, list) else []):
+        if isinstance(item, str):
+            yield value, number, item
+        elif isinstance(item, dict) and isinstance(item.get("path"), str):
+            yield item, "path", item["path"]
 
 
 def _holder(run: Mapped, key: tuple[str, ...]) -> Mapped | None:
@@ -151,9 +161,9 @@ def fingerprint(run: Mapping[str, Any], held_out: Path | None = None) -> Mapped:
     if held_out is not None:
         found["fresh_eval"] = f"sha256:{_digest(str(held_out))}"
     for key in _FILES:
-        holder, value = _holder(found, key), _get(found, key)
-        if holder is not None and isinstance(value, str) and Path(value).is_file():
-            holder[key[-1]] = f"sha256:{_digest(value)}"
+        for holder, name, value in list(_texts(found, key)):
+            if Path(value).is_file():
+                holder[name] = f"sha256:{_digest(value)}"
     made: Mapped = json.loads(json.dumps(found, sort_keys=True, default=str))
     return made
 

@@ -68,8 +68,8 @@ class DataCache:
 
     def __call__(self, config: RunConfig, tokenizer: Any) -> Inputs:
         seed = config.train.seed if config.data.eval is None and config.data.eval_size else None
-        files = [(Path(p).stat().st_mtime_ns, Path(p).stat().st_size) for p in (config.data.train, config.data.eval)
-                 if p is not None and Path(p).is_file()]  # fmt: skip
+        named = [*(one.path for one in config.data.sets), config.data.eval]
+        files = [(Path(p).stat().st_mtime_ns, Path(p).stat().st_size) for p in named if p and Path(p).is_file()]
         parts = [config.data.model_dump(mode="json"), config.model.model_dump(mode="json"), seed, files]
         key = json.dumps(parts, sort_keys=True)
         if key not in self._kept:
