@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
 done
 
 choose_devices() { # sets where, processes
-    where=(--master_port "${PORT:-29500}")
+    where=(--quiet --master_port "${PORT:-29500}")
     if [ -n "${HOSTFILE:-}" ]; then
         where+=(--hostfile "$HOSTFILE")
         # pdsh would wait for ever for a node whose cable was cut

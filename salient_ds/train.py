@@ -60,19 +60,24 @@ def run_training(
     Args:
         stop: asked in every step whether to save and end; None: only ``train.stop_after`` ends the run early.
     """
+    from salient_ds.run.messages import Messages
     from salient_ds.run.same_everywhere import agreed, setup_facts
     from salient_ds.run.training import Training
     from salient_ds.run.whereabouts import Whereabouts
 
     stop = stop or StopRequest()
     stop.seconds = config.train.stop_after
-    where = Whereabouts()
+    where, messages = Whereabouts(), Messages(int(os.environ.get("RANK", "0")))
+    messages.listen()
 
     def work(device: torch.device) -> None:
         agreed(lambda: setup_facts(config), device)
-        Training(config, device, stop=stop, where=where).run(resume, overwrite, changes)
+        Training(config, device, stop=stop, where=where, messages=messages).run(resume, overwrite, changes)
 
-    return launched(work, config.train.timeout_minutes, where, stop)
+    try:
+        return launched(work, config.train.timeout_minutes, where, stop)
+    finally:
+        messages.close()
 
 
 if __name__ == "__main__":

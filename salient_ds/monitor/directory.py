@@ -15,7 +15,7 @@ from salient_ds.strict import Reported
 
 OWN_FILES = ("run.yaml", "ds_config.json", "allocations.jsonl", "allocations.png", "metrics.jsonl", "run.json",
              "checkpoints", "adapter", "evaluation", "search", "ranks.png", "summary.json", "report.html",
-             "log.csv", "log_runs.json", "tensorboard", "wandb", "monitor", ".shared",
+             "log.csv", "log_runs.json", "tensorboard", "wandb", "monitor", "messages", ".shared",
              "allocations.jsonl.damaged", "metrics.jsonl.damaged", ".lock")  # fmt: skip
 
 

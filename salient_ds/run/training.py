@@ -17,6 +17,7 @@ from salient_ds.monitor.progress import Progress
 from salient_ds.run.active import speed_facts
 from salient_ds.run.export import export_run
 from salient_ds.run.inputs import Inputs, load_inputs, micro_batches
+from salient_ds.run.messages import Messages
 from salient_ds.run.prepared import PreparedRun
 from salient_ds.run.resuming import own_checkpoint, ways_on
 from salient_ds.run.stopping import STOP, Stopped, StopRequest
@@ -38,6 +39,7 @@ class Training(PreparedRun):
         after_step: Callable[[Training, StepReport], None] | None = None,
         stop: StopRequest | None = None,
         where: Whereabouts | None = None,
+        messages: Messages | None = None,
     ) -> None:
         """
         Args:
@@ -45,8 +47,11 @@ class Training(PreparedRun):
             after_step: called after every applied step, once it is logged and saved. It may raise to end the run.
             stop: asked in every step whether to save and end.
             where: is told where this process is.
+            messages: is told where the run directory is, and names its file at the end; None: nothing is kept off the
+                screen.
         """
         super().__init__(config, device, read_inputs, where or Whereabouts())
+        self.messages = messages
         self.after_step, self.stop = after_step, stop or StopRequest()
 
     def run(self, resume: str, overwrite: bool, changes: Sequence[str] = ()) -> None:
@@ -72,6 +77,8 @@ class Training(PreparedRun):
             return
         self.build()
         self.restore()
+        if self.messages is not None:
+            self.messages.keep_in(self.directory.path)
         try:
             self.loop()
             self.finish()
@@ -193,6 +200,9 @@ class Training(PreparedRun):
                 self.engine.method.write_results(self.directory.path, run)
             self.directory.mark_finished(self.engine.step)
             self.say(f"adapter: {self.directory.adapter}")
+            kept = self.messages.note() if self.messages is not None else None
+            if kept is not None:
+                self.say(kept)
             look = "chat" if self.config.data.task is None else "evaluate"
             self.say(f"next: salient-ds {{report,{look},export}} {self.directory.path}")
         all_succeeded(True, self.device)  # no process leaves while the main process still writes

@@ -28,6 +28,8 @@ class Utilisation:
         peak = device_peak(name, train.precision) if train.peak_tflops is None else train.peak_tflops * 1e12
         self.peak = peak or 0.0
         """FLOP/s of this process' device."""
+        if peak is None and device.type == "cpu":
+            return  # nobody looks for it there
         if peak is None:
             self.note = f"no MFU: the peak of {name} in {train.precision} is not known (train.peak_tflops states it)"
             return

@@ -80,7 +80,7 @@ def _become_launcher(script: list[str], launcher: list[str], processes: int) -> 
     if "--hostfile" in launcher:
         os.environ.setdefault("PDSH_SSH_ARGS_APPEND", KEEP_ALIVE)
     count = ["--num_accelerators", str(processes)] if processes else []
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *count, *launcher, "--module", *script]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *count, *launcher, "--module", *script]
     os.execv(sys.executable, command)
     return 0  # not reached: the process is the launcher now
 

@@ -75,6 +75,11 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(runs.metrics(whole)) == 24
     assert runs.digests(resumed) == runs.digests(whole)
     assert len(runs.digests(whole)) == 4
+    assert output.count("Loading weights: 100%") == 1, "one bar, not one per process"
+    assert "FutureWarning" not in output
+    for process in (0, 1):
+        kept = (resumed / "messages" / f"{process}.log").read_text()
+        assert kept.count("started as ") >= 2 and f"RANK={process} " in kept and "WORLD_SIZE=2" in kept
     mine, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (resumed, whole))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)

@@ -67,7 +67,8 @@ def test_all_gpus_of_the_node(tools: Path) -> None:
     done = start(tools, "run.yaml", "train.lr=1", GPUS="4")
     assert done.stdout.splitlines() == [
         "salient-ds check run.yaml train.lr=1 --gpus 4 --resume auto",
-        "deepspeed --master_port 29500 --num_gpus 4 --module salient_ds.train run.yaml train.lr=1 --resume auto",
+        "deepspeed --quiet --master_port 29500 --num_gpus 4 --module salient_ds.train run.yaml train.lr=1 "
+        "--resume auto",
     ]
 
 

@@ -64,9 +64,12 @@ def arm() -> OwnArm:
     return own
 
 
-def test_a_device_without_a_known_peak_is_named_once(arm: OwnArm) -> None:
+def test_a_gpu_without_a_known_peak_is_named_once(arm: OwnArm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    used = Utilisation(arm.allocating, train(), torch.device("cuda"))
+    assert used.note == "no MFU: the peak of Some GPU in bf16 is not known (train.peak_tflops states it)"
     used = Utilisation(arm.allocating, train(), CPU)
-    assert used.note == "no MFU: the peak of cpu in bf16 is not known (train.peak_tflops states it)"
+    assert used.note is None
     assert used.of([MicroBatch({"input_ids": TOKENS}, 30, ())], 1.0) is None
 
 
