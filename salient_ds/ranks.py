@@ -155,7 +155,7 @@ class JoiningView(StepView, Protocol):
     """A view that shows parts which lie side by side as one tensor: one kernel then does the work of many."""
 
     def spans(self, parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-        """``parts`` in order, neighbours together."""
+        """``parts`` in the order in which they lie, neighbours together."""
         ...
 
     def span_value(self, span: tuple[Part, ...]) -> Tensor:
@@ -220,7 +220,7 @@ ReadShard = Callable[[str, Part], "Tensor"]
 
 
 def neighbours(view: StepView, parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-    """``parts`` in order, those together that ``view`` can show as one tensor."""
+    """``parts``, those together that ``view`` can show as one tensor."""
     return view.spans(parts) if isinstance(view, JoiningView) else [(part,) for part in parts]
 
 

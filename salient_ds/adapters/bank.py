@@ -44,7 +44,7 @@ class FactorBank(nn.Module):
         super().__init__()
         self.layers = [list(members) for members in layers]
         self._adapters = [adapter for members in layers for adapter in members]
-        self.takes_gains = all(adapter.takes_gain for adapter in self._adapters)
+        self._fused = all(adapter.takes_gain for adapter in self._adapters)
         self.substitute: Callable[[Tensor], Tensor] | None = None
         """What a forward pass uses in place of the parameters, by plain operations of torch alone (SYNFLOW); None:
         themselves."""
@@ -63,9 +63,7 @@ class FactorBank(nn.Module):
         for adapter in self._adapters:
             _drop_derived(adapter)  # those of the last forward pass belong to another bank's graph
         self._two_scale = two_scale_stack(self._adapters, self._slots)
-        self._stacks: list[Stack | TwoScaleStack] = (
-            self._make_stacks() if self.takes_gains and self._sigma_slots else []
-        )
+        self._stacks: list[Stack | TwoScaleStack] = self._make_stacks() if self._fused and self._sigma_slots else []
         if self._two_scale is not None:
             self._stacks = [self._two_scale]
         self._penalty_graph = PenaltyGraph()
@@ -96,13 +94,15 @@ class FactorBank(nn.Module):
         return [parameter.as_strided(slot.shape, slot.strides, start + slot.offset) for slot in slots]
 
     def keep_addresses(self) -> None:
-        """Write gains to the same memory in every forward pass, for CUDA graphs. Its backward pass has to come next."""
+        """Write what is derived to the same memory in every forward pass. Its backward pass has to come next."""
+        if self._two_scale is not None:
+            self._two_scale.keep_addresses(self.factors)
         self._kept_L = self.factors.new_empty(sum(adapter.rank for adapter in self._adapters))
 
     def _gains(self, gain_L: Tensor) -> tuple[Tensor, ...]:
         """Gains in the factors' precision, one tensor for every adapter."""
         low_L = gain_L.to(self.factors.dtype) if self._kept_L is None else self._kept_L.copy_(gain_L)
-        return low_L.split([adapter.rank for adapter in self._adapters])
+        return low_L.split([a.rank for a in self._adapters])
 
     def _make_stacks(self) -> list[Stack | TwoScaleStack]:
         """Group adjacent factors of one layer that have the same size along the axis that is not the rank axis."""
@@ -124,7 +124,7 @@ class FactorBank(nn.Module):
         if self.substitute is not None:
             self._unpack_plainly(self.substitute)
             return
-        if self.takes_gains:
+        if self._fused:
             self._refresh()
             sigmas = self.sigmas if self._sigma_slots else None
             views = _Unpack.apply(self.factors, sigmas, self)

@@ -63,8 +63,8 @@ class _Merge(torch.autograd.Function):
         ctx.stack, ctx.penalty = stack, penalty
         merged, outer = [factors] * len(stack.adapters), [factors] * len(stack.adapters)
         for block in stack.blocks["A"]:
-            product = torch.bmm(stack.pick(middle_Nkk, block), block.view(factors).float()).to(factors.dtype)
-            _spread(merged, block.members, product)
+            product = torch.bmm(stack.pick(middle_Nkk, block), block.view(factors).float())
+            _spread(merged, block.members, stack.stored(block, product, factors.dtype))
         for block in stack.blocks["bb"]:
             _spread(outer, block.members, block.view(factors))
         return (*merged, *outer)

@@ -65,6 +65,15 @@ class TwoScaleStack:
         self.live_NR: Tensor | None = None
         """Rows that count in the penalty; None: all."""
         self._index: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor] | None = None
+
+    def keep_addresses(self, like: Tensor) -> None:
+        """Store A' of every block in the same memory in every forward pass, in the type of ``like``."""
+        self._kept = {id(block): like.new_empty(len(block.members), *block.shape) for block in self.blocks["A"]}
+
+    def stored(self, block: Block, merged_nkI: Tensor, dtype: torch.dtype) -> Tensor:
+        """A' of a block of "A" in ``dtype``, at a fixed address after :meth:`keep_addresses`."""
+        return merged_nkI.to(dtype) if self._kept is None else self._kept[id(block)].copy_(merged_nkI)
 
     def refresh(self, device: torch.device) -> None:
         """Update everything that depends on the adapters' masks."""

@@ -53,8 +53,8 @@ class SpeedConfig(Strict):
     under auto, layers run uncompiled, with a warning."""
     cuda_graphs: bool = False
     """Launch every compiled layer as a CUDA graph in training, so that steps do not wait for the host. For batches of
-    a fixed shape (`data.packing`): all shapes but the first two run without graphs. Not at ZeRO-3, and not with lora2
-    or modules trained in full."""
+    a fixed shape (`data.packing`): all shapes but the first two run without graphs. Not at ZeRO-3, and not with modules
+    trained in full."""
     fused_statistics: bool = False
     """Update the statistics of adalora and lora2 with one Triton kernel on CUDA devices: 24 instead of 80 bytes of
     memory traffic per adapter parameter and step. Equal to rounding. Other methods and devices ignore it."""

@@ -93,9 +93,10 @@ class LocalView:
         return self.span_grad((part,))
 
     def spans(self, parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-        """``parts`` in order; those that lie side by side in one buffer are together."""
-        left, found = list(parts), []
-        for _, _, numel in _merge_runs([self._at[part] for part in parts]):
+        """``parts`` in the order in which they lie; those that lie side by side in one buffer are together."""
+        left = sorted(parts, key=lambda part: (self._at[part].buffer, self._at[part].off))
+        found = []
+        for _, _, numel in _merge_runs([self._at[part] for part in left]):
             count, filled = 0, 0
             while filled < numel:
                 filled += left[count].numel

@@ -73,10 +73,9 @@ def graph_problem(adapted: AdaptedModel, partitioned: bool) -> str | None:
         return "ZeRO-3 gathers layers at changing addresses"
     if adapted.names_in_full:
         return "modules trained in full accumulate gradients that a graph would overwrite"
-    banks = [] if adapted.packed is None else list(adapted.packed.banks)
-    if not banks or not all(isinstance(bank, FactorBank) and bank.takes_gains for bank in banks):
-        return "adapters of this form do not lie in banks at fixed addresses"
-    return None
+    return (
+        None if adapted.packed is not None else "adapters are not packed, so their gradients have no place of their own"
+    )
 
 
 class GraphedForward:
