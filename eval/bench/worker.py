@@ -76,6 +76,7 @@ def time_arm(spec: ArmSpec, device: Any, log: Any) -> dict[str, Any]:
     """Build the arm, time its steps, run its schedule if there is one, and time steps again after a compaction."""
     import torch
 
+    from .kernels import kernel_table
     from .timing import measure
 
     arm = build(spec, device)
@@ -87,8 +88,6 @@ def time_arm(spec: ArmSpec, device: Any, log: Any) -> dict[str, Any]:
     measured = measure(lambda: arm.step(tokens_BS), arm.watch, settings.warmup, settings.steps, settings.part_steps)
     main = {**spec.key(), **arm.facts(), **times(spec, measured)}
     if settings.kernels:
-        from .kernels import kernel_table
-
         main["kernels"] = kernel_table(lambda: arm.step(tokens_BS), device)
     if log is not None:
         from .scale_arm import scale_facts
@@ -112,6 +111,8 @@ def time_arm(spec: ArmSpec, device: Any, log: Any) -> dict[str, Any]:
             **spec.key(), **arm.facts(), "compacted": True, "rank": settings.target_rank,
             "form": replace(spec, rank=settings.target_rank).form, **times(spec, again), "event_seconds": [],
         }  # fmt: skip
+        if settings.kernels:
+            found["after_compaction"]["kernels"] = kernel_table(lambda: arm.step(tokens_BS), device)
     return found
 
 

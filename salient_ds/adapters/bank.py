@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
 from salient_ds.adapters.penalty_graph import PenaltyGraph
 from salient_ds.adapters.ranked_linear import PlainLinear, RankedLinear, SVDLinear
-from salient_ds.adapters.slots import Slot, join, lay_out, stack_key
+from salient_ds.adapters.slots import Slot, join, lay_out, stackable
 from salient_ds.adapters.stacked_penalty import Stack
 from salient_ds.adapters.two_scale import TwoScaleLinear
 from salient_ds.adapters.two_scale_bank import merge, two_scale_stack
@@ -48,8 +48,8 @@ class FactorBank(nn.Module):
         self.substitute: Callable[[Tensor], Tensor] | None = None
         """What a forward pass uses in place of the parameters, by plain operations of torch alone (SYNFLOW); None:
         themselves."""
-        self._slots = lay_out(self.layers, sigmas=False)
-        self._sigma_slots = lay_out(self.layers, sigmas=True)
+        self._slots = lay_out(self._adapters, sigmas=False)
+        self._sigma_slots = lay_out(self._adapters, sigmas=True)
         first = self._adapters[0].factors()["A"].parameter
         self.factors = self._fill(self._slots, first, copy)
         if self._sigma_slots:
@@ -105,18 +105,14 @@ class FactorBank(nn.Module):
         return low_L.split([a.rank for a in self._adapters])
 
     def _make_stacks(self) -> list[Stack | TwoScaleStack]:
-        """Group adjacent factors of one layer that have the same size along the axis that is not the rank axis."""
-        grouped: dict[tuple[int, str, int], list[Slot]] = {}
-        for slot in self._slots:
-            grouped.setdefault((slot.layer, slot.factor, stack_key(slot.factor, slot.shape)), []).append(slot)
         return [
             Stack(
                 adapters=tuple(slot.adapter for slot in slots),
-                rank_axis=0 if factor == "A" else 1,
+                rank_axis=0 if slots[0].factor == "A" else 1,
                 offset=slots[0].offset,
                 shapes=tuple((slot.shape[0], slot.shape[1]) for slot in slots),
             )
-            for (_, factor, _), slots in grouped.items()
+            for slots in stackable(self._slots)
         ]
 
     def unpack(self) -> None:

@@ -5,6 +5,7 @@ Shape legend: R = rank, I/O = in/out features.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from salient_ds.adapters.ranked_linear import RankedLinear
 
+MOST_ROWS = 768
+"""Rows of one stack whose ranks differ: its Gram matrix takes the square of them, and each stack a dozen kernels."""
+
 
 @dataclass(frozen=True)
 class Slot:
     """Where the bank stores one factor."""
 
     adapter: RankedLinear
-    layer: int
-    """Index of the factor's layer within the bank."""
     factor: str
     shape: tuple[int, ...]
     offset: int
@@ -46,20 +48,39 @@ def stack_key(factor: str, shape: tuple[int, ...]) -> int:
     return shape[1] if factor == "A" else shape[0]
 
 
-def lay_out(layers: list[list[RankedLinear]], sigmas: bool) -> list[Slot]:
-    """Assign offsets layer by layer. Within a layer, factors that can be stacked are adjacent."""
+def lay_out(adapters: Sequence[RankedLinear], sigmas: bool) -> list[Slot]:
+    """Assign offsets. Factors that can be stacked are adjacent, in the order of the adapters."""
+    found = sorted(
+        (factor, stack_key(factor, shape), index, shape)
+        for index, adapter in enumerate(adapters)
+        for factor, (shape, _) in adapter.factor_shapes().items()
+        if (factor == "E") == sigmas
+    )
     slots, offset = [], 0
-    for layer, adapters in enumerate(layers):
-        found = [
-            (factor, stack_key(factor, shape), index, shape)
-            for index, adapter in enumerate(adapters)
-            for factor, (shape, _) in adapter.factor_shapes().items()
-            if (factor == "E") == sigmas
-        ]
-        for factor, _, index, shape in sorted(found):
-            slots.append(Slot(adapters[index], layer, factor, shape, offset))
-            offset += slots[-1].numel
+    for factor, _, index, shape in found:
+        slots.append(Slot(adapters[index], factor, shape, offset))
+        offset += slots[-1].numel
     return slots
+
+
+def stackable(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """The factors A and B by stack: neighbours with the same size along the axis that is not the rank axis.
+
+    Where ranks differ, the Gram matrix of a stack is formed over all of its rows at once (:mod:`.stacked_penalty`). So
+    a stack ends before it would have more than :data:`MOST_ROWS` of them.
+    """
+    groups: list[list[Slot]] = []
+    for _, members in itertools.groupby(slots, key=lambda slot: (slot.factor, stack_key(slot.factor, slot.shape))):
+        together = list(members)
+        ragged, rows = len({slot.shape for slot in together}) > 1, 0
+        for position, slot in enumerate(together):
+            rank = slot.shape[0 if slot.factor == "A" else 1]
+            if position == 0 or (ragged and rows + rank > MOST_ROWS):
+                groups.append([])
+                rows = 0
+            groups[-1].append(slot)
+            rows += rank
+    return groups
 
 
 def join(grads: Sequence[Tensor | None], sizes: list[int], like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Shape legend: n = factors in a stack, R = rank of one, S = sum of their ranks, I = in features (B: out features O).
 The numbers are those that :mod:`salient_ds.adapters.orthogonality` gives for every factor by itself, computed with a
-tenth of the kernels. For example, the 448 factors of LLaMA-7B take 128 batched products instead of 448 small ones.
+fraction of the kernels. For example, the 448 factors of LLaMA-7B take 32 batched products instead of 448 small ones.
 """
 
 from __future__ import annotations
