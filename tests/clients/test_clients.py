@@ -159,7 +159,8 @@ def _converted(served: Served, form: str, tmp_path: Path) -> Path:
     return target
 
 
-FAMILIES = ["mistral", "qwen2", "qwen3", "granite", "phi3"]
+FAMILIES = ["mistral", "qwen2", "qwen3", "granite", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3",
+            "starcoder2"]  # fmt: skip
 
 
 def test_all_families_are_compared() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from salient_ds.export.api import export_adapter
+from salient_ds.export.gguf_format import FAMILIES, _names
+from tests.support.tiny_architectures import tiny_config
 from tests.unit.export.builders import Case
 
 gguf = pytest.importorskip("gguf")
@@ -62,3 +65,18 @@ def test_what_the_format_cannot_hold(llama: Case, case_of, out: Path) -> None:
     with pytest.raises(ValueError, match="pad_to=8 belongs to the padded form"):
         export_adapter(llama.factors, llama.meta, out, "gguf", llama.base, pad_to=8)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_linear_layer_of_a_family_has_a_name(kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = [name for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and ".layers." in name]  # fmt: skip
+    pairs = [SimpleNamespace(name=name) for name in layers]
+    names = _names(gguf, pairs, FAMILIES[kind], config.to_dict())  # type: ignore[arg-type]
+    assert len(set(names.values())) == len(layers) >= 8
+    assert all(theirs.startswith("blk.") and theirs.endswith(".weight") for theirs in names.values())
