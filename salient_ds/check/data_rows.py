@@ -84,7 +84,11 @@ class DataRows:
             self.report.facts["eval_rows"] = rows
 
     def _rows(self, name: str, path: str, fmt: str) -> int | None:
-        """Examples that a set becomes; None if it is loaded by name later."""
+        """Examples that a set becomes; None if nobody knows before training.
+
+        That is so for sets that are loaded by name then, and for the blocks of plain text.
+        """
+        from salient_ds.data.formats import format_of
         from salient_ds.data.sources import count_rows, is_local, loading_note
 
         if not is_local(path):
@@ -93,13 +97,13 @@ class DataRows:
         if self.run.data.task is not None:
             return task_rows(self.run, name, path, self.quick, self.report)
         if self.quick:
-            return count_rows(path)
+            return None if format_of(path, fmt) == "text" else count_rows(path)
         several = name == "train" and len(self.run.data.sets) > 1
         return self._rendered(f"{name} {path}" if several else name, path, fmt)
 
-    def _rendered(self, name: str, path: str, fmt: str) -> int:
-        """Examples that a file becomes once every row is rendered, as training renders it."""
-        from salient_ds.data.formats import check_file
+    def _rendered(self, name: str, path: str, fmt: str) -> int | None:
+        """Examples that a file becomes once every row is rendered, as training renders it; as :meth:`_rows`."""
+        from salient_ds.data.formats import check_file, format_of
         from salient_ds.data.rendering import render_file
         from salient_ds.data.templates import get_template
 
@@ -110,13 +114,23 @@ class DataRows:
             if where is not None:
                 examples, notes = rendered(self.run, path, fmt, where)
                 self.report.notes += [note.replace("{name}", name) for note in notes]
-                return examples
+                return self._examples(name, format_of(path, fmt), examples)
             summary = check_file(path, *reading)
             self.report.notes += [*summary.notes(name), f"{name}: rows were not rendered, the tokenizer is not here"]
-            return summary.rows
+            return self._examples(name, summary.format, summary.rows)
         found = render_file(path, *reading, get_template(data.template), None)
         self.report.notes += found.notes(name)
-        return found.examples
+        assert found.summary is not None, "a file that was read has a summary"
+        return self._examples(name, found.summary.format, found.examples)
+
+    def _examples(self, name: str, fmt: str | None, rows: int) -> int | None:
+        if fmt != "text":
+            return rows
+        self.report.notes.append(
+            f"{name}: {rows:,} plain texts become blocks of data.max_length={self.run.data.max_length} tokens; how "
+            "many, and so the number of steps of an epoch, is known once they are tokenised"
+        )
+        return None
 
     def _tokenizer_folder(self) -> str | None:
         """Where the run's tokenizer is on this machine; None if it is not, or has no chat template."""

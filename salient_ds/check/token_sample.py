@@ -91,7 +91,7 @@ def main(question: dict[str, Any]) -> None:
             for path, fmt in question["sets"]
         )
         whole = TokenizationReport(2**31 - 1)
-        for item in tokenize_all(rows, template, tokenizer, 2**31 - 1, whole, question["bad_rows"]):
+        for item in tokenize_all(rows, template, tokenizer, 2**31 - 1, whole, question["bad_rows"], limit):
             lengths.append(len(item["input_ids"]))
             kept = count_targets(item["labels"][:limit])
             targets.append(kept)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from salient_ds.config.data_sets import TrainSet, as_sets
+from salient_ds.config.data_sets import Format, TrainSet, as_sets
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.table import task_of
 from salient_ds.strict import Strict, did_you_mean
@@ -29,11 +29,13 @@ class DataConfig(Strict):
     """A task with a metric: its name, such as "glue/mnli", "squad/v2" or "summarisation/xsum", or a description with
     `kind` (classification, regression, question-answering, summarisation) or `like` (the name of a task, whose fields
     it replaces). Without `train` and `eval`, the task's own data sets are used. Default: instruction data."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt"] = "auto"
-    """Format of the rows. auto: found from the keys of the first row that fits one of the formats."""
+    format: Format = "auto"
+    """Format of the rows. auto: found from the keys of the first row that fits one of the formats. chosen: of
+    preference pairs (prompt, chosen, rejected), the chosen answers are trained on; auto refuses such rows. text: plain
+    text, every token of which is trained on, cut into blocks of max_length tokens."""
     template: str = "alpaca"
-    """Prompt template: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer (the tokenizer's own chat template), or
-    fastchat:NAME (any template of FastChat)."""
+    """Prompt template: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer (the tokenizer's own chat template), none
+    (prompt and answer as they are, the end token after the answer), or fastchat:NAME (any template of FastChat)."""
     max_length: int = Field(512, gt=1)
     """Maximum number of tokens per example. Longer examples are cut on the right; the log says how many were cut. For
     summaries it limits the source, and question answering cuts longer contexts into windows of this length."""

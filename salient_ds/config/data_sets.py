@@ -11,7 +11,7 @@ from salient_ds.strict import Strict, did_you_mean
 
 MOST = 1000.0
 """The largest weight."""
-Format = Literal["auto", "alpaca", "messages", "sharegpt"]
+Format = Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "chosen", "text"]
 
 
 class TrainSet(Strict):

@@ -45,6 +45,7 @@ class Conversation:
     prints them under separate headings. Other templates use `turns[0]`, where they are joined. `source` is (path,
     line), or (path, row) for formats without lines; both count from 1. `tools` are JSON schemas that the answers may
     call, and `template_kwargs` further variables of the chat template; only the tokenizer's own template takes them.
+    `plain`: plain text, in the only turn, which no template touches. `unit`: what messages call the number in `source`.
     """
 
     system: str | None
@@ -54,6 +55,8 @@ class Conversation:
     source: tuple[str, int] = ("", 0)
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] | None = None
+    plain: bool = False
+    unit: str = "line"
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -64,7 +67,7 @@ class Conversation:
     def where(self) -> str:
         """For messages: "train.jsonl, line 3"."""
         path, line = self.source
-        return f"{path}, line {line}" if path else "this conversation"
+        return f"{path}, {self.unit} {line}" if path else "this conversation"
 
     def messages(self) -> list[dict[str, Any]]:
         """Role/content dicts for `apply_chat_template`, the system message first, each with the turn's further keys."""

@@ -25,6 +25,7 @@ __all__ = [
     "check_file",
     "count_rows",
     "detect_format",
+    "format_of",
     "is_local",
     "read_data",
     "read_rows",
@@ -66,7 +67,7 @@ def read_data(
     """Reads and validates a whole file or data set.
 
     `path`: a JSON list, JSONL (.gz too) or parquet file, or a `datasets` name ("name", "name:config", with an optional
-    "[split]"). `fmt`: "alpaca", "messages", "sharegpt", or "auto" (the first row whose keys fit a format decides).
+    "[split]"). `fmt`: one of FORMATS in rows.py, or "auto" (the first row whose keys fit a format decides).
     `empty_answers`, `bad_rows`: "error" refuses a file with such rows; "skip" leaves them out and counts them by kind
     (`empty_answers` concerns one kind alone: the published Alpaca file has some). Raises DataError that lists every
     kind of problem with its count, and ValueError for an unknown `fmt`.
@@ -90,6 +91,18 @@ def check_file(
     for _ in reading.validated():
         pass
     return reading.summary()
+
+
+def format_of(path: str | Path, fmt: str = "auto") -> str | None:
+    """The format of a source: ``fmt``, or that of the first row that fits one. None if no row does."""
+    if fmt != "auto":
+        return fmt
+    reading = Reading(path, fmt, "skip", "skip")
+    try:
+        next(reading.validated(), None)
+    except DataError:
+        return None
+    return reading.format
 
 
 class Reading:
@@ -149,7 +162,9 @@ class Reading:
         try:
             if self.format is None and isinstance(row, dict):
                 self.format = detect_format(row)
-            parsed = parse_row(row, self.format or "alpaca", (self.container.name, line), self.container.nulls)
+            parsed = parse_row(
+                row, self.format or "alpaca", (self.container.name, line), self.container.nulls, self.container.unit
+            )
         except RowError as error:
             return Problem(error.kind, line, f"{error}{self._other_format(row)}{_remedy(error)}")
         self.ignored.update(parsed.ignored)

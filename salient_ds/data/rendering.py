@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from salient_ds.data.conversation import OnBadRow, Problem, ProblemLog, RowError
 from salient_ds.data.formats import FileSummary, Reading
 from salient_ds.data.template_base import Template
+from salient_ds.data.texts import texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,10 +55,11 @@ def render_file(
         DataError: rows that cannot be read or rendered, every kind with its count.
         ValueError: the template cannot be used with this tokenizer.
     """
-    reading, found, log = Reading(path, fmt, empty_answers, bad_rows), Rendering(), ProblemLog(path)
+    reading, found = Reading(path, fmt, empty_answers, bad_rows), Rendering()
+    log = ProblemLog(path, reading.container.unit)
     for conversation in reading.validated():
         try:
-            texts = template.examples(conversation, tokenizer)
+            texts = texts_of(conversation, template, tokenizer)
         except RowError as error:
             if bad_rows == "skip":
                 found.refused[error.kind] += 1

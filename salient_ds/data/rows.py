@@ -3,13 +3,14 @@
 alpaca    {"instruction", "output", optional "input", "system", "history"}
 messages  {"messages": [{"role": system|user|assistant|tool, "content"}]}
 sharegpt  {"conversations": [{"from": system|human|gpt|function_call|observation, "value"}]}
+prompt_completion, chosen, text: see pairs.py
 
 Keys that mean something for training are in keys.py: each is honoured, or the row is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, RowError, Turn
@@ -23,6 +24,16 @@ from salient_ds.data.keys import (
     refuse_media,
     tools_of,
     without_nulls,
+)
+from salient_ds.data.pairs import (
+    CHOSEN_KEYS,
+    PAIR_KEYS,
+    TEXT,
+    from_chosen,
+    from_completion,
+    from_text,
+    is_preference,
+    preference_refused,
 )
 from salient_ds.data.turns import (
     CHAT,
@@ -38,8 +49,15 @@ from salient_ds.data.turns import (
     text_of,
 )
 
-FORMATS = ("alpaca", "messages", "sharegpt")
-_ALPACA_KEYS = ("instruction", "input", "output")
+_OWN_KEYS = {
+    "alpaca": ("instruction", "input", "output"),
+    "messages": (CHAT.turns,),
+    "sharegpt": (SHAREGPT.turns,),
+    "prompt_completion": PAIR_KEYS,
+    "chosen": CHOSEN_KEYS,
+    "text": (TEXT,),
+}
+FORMATS = tuple(_OWN_KEYS)
 
 
 class ParsedRow(NamedTuple):
@@ -51,12 +69,15 @@ class ParsedRow(NamedTuple):
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
-    """The format that a row's keys belong to: "alpaca", "messages" or "sharegpt".
+    """The format that a row's keys belong to, one of :data:`FORMATS`.
 
-    Raises RowError (a ValueError) naming the keys found and what each format needs.
+    Raises RowError (a ValueError) naming the keys found and what each format needs, or for a preference pair: those
+    are trained on only if ``format`` says so.
     """
     if not absent(row.get("messages")):
         return "messages"
+    if is_preference(row):
+        raise preference_refused()
     if not absent(row.get("conversations")):
         return "sharegpt"
     if "instruction" in row or "output" in row:
@@ -64,32 +85,31 @@ def detect_format(row: Mapping[str, Any]) -> str:
     for key, name in (("messages", "messages"), ("conversations", "sharegpt")):
         if key in row:
             return name
+    if all(key in row for key in PAIR_KEYS):
+        return "prompt_completion"
+    if TEXT in row:
+        return "text"
     near = [hint for key in ("instruction", "messages", "conversations") if (hint := rename_hint(key, row))]
     raise RowError(
         "unknown format",
         f"unknown format: {keys_of(row)}; expected instruction and output (alpaca), messages "
-        f"(chat) or conversations (sharegpt){'; ' + near[0] if near else ''}",
+        f"(chat), conversations (sharegpt), prompt and completion, or text{'; ' + near[0] if near else ''}",
     )
 
 
-def parse_row(row: object, fmt: str, source: tuple[str, int], nulls: bool = False) -> ParsedRow:
+def parse_row(row: object, fmt: str, source: tuple[str, int], nulls: bool = False, unit: str = "line") -> ParsedRow:
     """Validates one row of format `fmt` and normalises it.
 
     `nulls`: the row comes from Parquet or Arrow, whose structs hold null for every field that other rows have.
-    Raises RowError.
+    `unit`: what messages call the number of the row. Raises RowError.
     """
     if not isinstance(row, dict):
         raise RowError("not an object", f"the row is {kind_of(row)}, expected an object with keys")
     if nulls:
         row = {key: without_nulls(value) for key, value in row.items()}
     refuse_media(row)
-    own = _ALPACA_KEYS if fmt == "alpaca" else (CHAT.turns if fmt == "messages" else SHAREGPT.turns,)
-    ignored = [key for key in row if key not in (*own, *ROW_KEYS) and not absent(row[key])]
-    if fmt == "alpaca":
-        found = _from_alpaca(row)
-    else:
-        assert fmt in ("messages", "sharegpt"), fmt
-        found = _from_turns(row, CHAT if fmt == "messages" else SHAREGPT)
+    ignored = [key for key in row if key not in (*_OWN_KEYS[fmt], *ROW_KEYS) and not absent(row[key])]
+    found = _READERS[fmt](row)
     # with further turns there are no headings for the last question alone
     apart = fmt == "alpaca" and absent(row.get(HISTORY))
     conversation = Conversation(
@@ -100,6 +120,8 @@ def parse_row(row: object, fmt: str, source: tuple[str, int], nulls: bool = Fals
         source=source,
         tools=tools_of(row),
         template_kwargs=parsed(row, TEMPLATE_KWARGS, dict, "an object of template variables"),
+        plain=fmt == "text",
+        unit=unit,
     )
     return ParsedRow(conversation, (*ignored, *found.ignored))
 
@@ -141,6 +163,16 @@ def _from_turns(row: Mapping[str, Any], names: Names) -> Turns:
     if found.system is not None and found.system != column:
         raise RowError(SYSTEM_KEY, f'the row has a "{SYSTEM_KEY}" column and a system turn, and they differ: keep one')
     return found._replace(system=column)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], Turns]] = {
+    "alpaca": _from_alpaca,
+    "messages": lambda row: _from_turns(row, CHAT),
+    "sharegpt": lambda row: _from_turns(row, SHAREGPT),
+    "prompt_completion": from_completion,
+    "chosen": from_chosen,
+    "text": from_text,
+}
 
 
 def _items(row: Mapping[str, Any], key: str) -> list[Any]:

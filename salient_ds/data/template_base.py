@@ -11,7 +11,7 @@ from salient_ds.data.segments import Segment, cut_segments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMES = ("alpaca", "vicuna_v1.1", "llama-2", "chatml", "tokenizer")
+NAMES = ("alpaca", "vicuna_v1.1", "llama-2", "chatml", "tokenizer", "none")
 
 
 class Template(ABC):

@@ -1,11 +1,12 @@
 """Prompt templates: they turn a conversation into text segments, each an answer (trained on) or not. No torch.
 
-Five templates have a short name. All others of fastchat are "fastchat:NAME":
+Six templates have a short name. All others of fastchat are "fastchat:NAME":
 alpaca       Stanford Alpaca's training text (tatsu-lab/stanford_alpaca, train.py), with and without an input
 vicuna_v1.1  fastchat's own, which Vicuna was trained with
 llama-2      fastchat's own: `[INST] question [/INST] answer </s><s>[INST] ...`, as Llama 2 was trained
 chatml       <|im_start|>role, text, <|im_end|>
 tokenizer    the tokenizer's chat template
+none         nothing but the texts, and the end token after each answer
 
 An answer's segment starts where the prompt for generation ends. So its leading blank (as in "ASSISTANT: yes") is
 trained on. The segment ends with the end token; what follows up to the next prompt is not trained on. The text of a
@@ -143,6 +144,25 @@ class ChatMLTemplate(FastchatTemplate):
         return ["<|im_end|>"]
 
 
+class BareTemplate(FastchatTemplate):
+    """The texts of all turns as they are, one after the other, and the end token after each answer.
+
+    Example: the prompt "2 + 3 =" and the completion " 5" become "2 + 3 = 5</s>".
+    """
+
+    def __init__(self) -> None:
+        super().__init__("none", "raw")
+
+    def _render(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:
+        self._refuse_what_has_no_place(conversation)
+        end = "</s>" if tokenizer is None else _end_token(tokenizer, self.name)
+        texts = [turn.text + (end if turn.role == ASSISTANT else "") for turn in conversation.turns]
+        return "".join([conversation.system or "", *texts])
+
+    def _ends(self, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+        return ["</s>" if tokenizer is None else _end_token(tokenizer, self.name)]
+
+
 class Llama2Template(FastchatTemplate):
     """Llama 2's chat format. Texts are stripped, as in the released `chat_completion` (llama/generation.py)."""
 
@@ -157,7 +177,7 @@ class Llama2Template(FastchatTemplate):
 
 
 def get_template(name: str, rewritten_history: RewrittenHistory = "per_answer") -> Template:
-    """The template called `name`: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer, or fastchat:NAME.
+    """The template called `name`: alpaca, vicuna_v1.1, llama-2, chatml, tokenizer, none, or fastchat:NAME.
 
     A fastchat template is accepted if a sample of two exchanges can be cut into prompts, answers and end markers.
     Raises ValueError for an unknown name (with the nearest known one), and for a template that cannot be cut (with the
@@ -167,6 +187,8 @@ def get_template(name: str, rewritten_history: RewrittenHistory = "per_answer") 
         return AlpacaTemplate()
     if name == "chatml":
         return ChatMLTemplate()
+    if name == "none":
+        return BareTemplate()
     if name == "tokenizer":
         return TokenizerTemplate(rewritten_history)
     registered = name.removeprefix(_PREFIX)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from salient_ds.data.conversation import IGNORED, Conversation, OnBadRow, Problem, ProblemLog, RowError
 from salient_ds.data.segments import Segment
 from salient_ds.data.template_base import Template
+from salient_ds.data.texts import Text, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,10 @@ class TokenizationReport:
     """Conversations that the template cannot render as they are, left out on request, by kind of problem."""
     split: int = 0
     """Conversations whose history the template rewrites, and which became one example per answer."""
+    documents: int = 0
+    """Rows of plain text, each of which became one example per block."""
+    blocks: int = 0
+    """Examples that they became."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -81,6 +86,10 @@ class TokenizationReport:
             parts.append(f"{sum(self.refused.values()):,} left out by the template ({kinds})")
         if self.split:
             parts.append(f"{self.split:,} with history that the template rewrites became one example per answer")
+        if self.documents:
+            parts.append(
+                f"{self.documents:,} texts became {self.blocks:,} blocks of at most {self.max_length} tokens, whole"
+            )
         if self.control_tokens:
             parts.append(f"{self.control_tokens:,} spell a special token in their text")
         return "; ".join(parts)
@@ -93,8 +102,8 @@ def tokenize_conversation(
     max_length: int | None = None,
 ) -> Example:
     """Tokenises one conversation; only its first `max_length` tokens stay. Raises ValueError as `Template.segments`."""
-    segments = template.segments(conversation, tokenizer)
-    ids, labels = next(_encode([segments], tokenizer, _bos(template, tokenizer)))
+    text = Text(template.segments(conversation, tokenizer))
+    ids, labels = next(_encode([text], tokenizer, _bos(tokenizer), template.adds_bos))
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
@@ -105,22 +114,29 @@ def tokenize_all(
     max_length: int,
     report: TokenizationReport,
     bad_rows: OnBadRow = "error",
+    block: int | None = None,
 ) -> Iterator[Example]:
     """Tokenises and truncates conversations, and counts them in `report`. Those left without an answer are dropped.
 
+    Plain text is not truncated: it becomes blocks of at most `block` tokens (default: `max_length`). The first token
+    of a block is the last one of the block before, so that every token but the first is predicted once.
     `bad_rows`: "skip" leaves out conversations that the template cannot render as they are. Raises DataError with all
     of them by kind otherwise, and ValueError when no answer token is left of any, with the max_length that would help.
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a sequence needs at least 2 tokens, one to read and one to predict")
-    bos = _bos(template, tokenizer)
+    bos = _bos(tokenizer)
     control = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens))) or r"(?!)")
     remaining = iter(conversations)
     log = ProblemLog("")
     while batch := list(islice(remaining, _BATCH)):
         report.control_tokens += sum(any(control.search(turn.text) for turn in item.turns) for item in batch)
         segmented = list(_rendered(batch, template, tokenizer, report, None if bad_rows == "skip" else log))
-        for ids, labels in _encode(segmented, tokenizer, bos) if segmented else ():
+        encoded = _encode(segmented, tokenizer, bos, template.adds_bos) if segmented else iter(())
+        for text, (ids, labels) in zip(segmented, encoded, strict=True):
+            if text.plain:
+                yield from _blocks(ids, labels, block or max_length, report)
+                continue
             example = _cut(ids, labels, max_length, report)
             if example is not None:
                 yield example
@@ -142,16 +158,16 @@ def _rendered(
     tokenizer: PreTrainedTokenizerBase,
     report: TokenizationReport,
     log: ProblemLog | None,
-) -> Iterator[list[Segment]]:
+) -> Iterator[Text]:
     """The training texts of a batch. What cannot be rendered goes to ``log``, or is counted and left out without it."""
     for conversation in batch:
         try:
-            texts = template.examples(conversation, tokenizer)
+            texts = texts_of(conversation, template, tokenizer)
         except RowError as error:
             if log is None:
                 report.refused[error.kind] += 1
             else:
-                log.source = log.source or conversation.source[0]
+                log.source, log.unit = log.source or conversation.source[0], conversation.unit
                 log.add(Problem(error.kind, conversation.source[1], str(error)))
             continue
         report.split += len(texts) > 1
@@ -184,22 +200,45 @@ def _cut(ids: Array, labels: Array, max_length: int, report: TokenizationReport)
     return {"input_ids": ids, "labels": labels}
 
 
-def _bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer itself puts first. None if it puts none, or if the template contains its own."""
+def _blocks(ids: Array, labels: Array, size: int, report: TokenizationReport) -> Iterator[Example]:
+    """Plain text as blocks of at most ``size`` tokens, each of which begins with the last token of the one before."""
+    report.documents += 1
+    report.longest = max(report.longest, len(ids))
+    report.shortest_useful = report.shortest_useful or 2
+    for start in range(0, max(1, len(ids) - 1), size - 1):
+        part = slice(start, start + size)
+        report.examples += 1
+        targets = count_targets(labels[part])
+        if not targets:  # a tokenizer that makes nothing of the text
+            report.dropped += 1
+            continue
+        report.blocks += 1
+        report.kept += 1
+        report.tokens += len(ids[part])
+        report.targets += targets
+        yield {"input_ids": ids[part], "labels": labels[part]}
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer itself puts first. None if it puts none."""
     begin = tokenizer.bos_token_id
-    if not template.adds_bos or begin is None:
+    if begin is None:
         return None
     with_special, plain = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
     return int(begin) if with_special[0] == begin and plain[0] != begin else None
 
 
 def _encode(
-    segmented: list[list[Segment]], tokenizer: PreTrainedTokenizerBase, bos: int | None
+    texts: list[Text], tokenizer: PreTrainedTokenizerBase, bos: int | None, adds_bos: bool
 ) -> Iterator[tuple[Array, Array]]:
-    """Yields (ids, labels) per text, with `bos` in front unless the text already begins with it."""
+    """Yields (ids, labels) per text, with `bos` in front unless the text already begins with it.
+
+    `adds_bos`: whether the template leaves this to the tokenizer. Plain text always does.
+    """
     encode = _encode_by_offsets if tokenizer.is_fast else _encode_by_segments
-    for segments, (ids, is_answer) in zip(segmented, encode(segmented, tokenizer), strict=True):
-        if bos is not None and not segments[0].text.startswith(str(tokenizer.bos_token)):
+    segmented = [text.segments for text in texts]
+    for (segments, plain), (ids, is_answer) in zip(texts, encode(segmented, tokenizer), strict=True):
+        if bos is not None and (plain or adds_bos) and not segments[0].text.startswith(str(tokenizer.bos_token)):
             ids = np.concatenate([np.array([bos], np.int32), ids])
             is_answer = np.concatenate([np.zeros(1, bool), is_answer])
         yield ids, np.where(is_answer, ids, np.int32(IGNORED))

@@ -45,6 +45,8 @@ JINJA = {
     "chatml": "{%- for message in messages %}"
     + "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{%- endfor %}"
     + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}",
+    "none": "{{- BOS }}{%- for message in messages %}{{- message['content'] }}"
+    + "{%- if message['role'] == 'assistant' %}{{- eos_token }}{%- endif %}{%- endfor %}",
 }  # fmt: skip
 """Template -> the same as a chat template for servers. BOS stands for the first token, where the tokenizer adds one."""
 _BEGINNINGS = ("bos_token", "bos_token + ' '", "''")

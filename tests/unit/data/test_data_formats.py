@@ -215,8 +215,8 @@ def test_bad_sharegpt_row(write: Write) -> None:
 
 
 def test_unknown_format(write: Write) -> None:
-    text = error_of(write("a.jsonl", [{"prompt": "x", "completion": "y"}]))
-    assert "line 1: unknown format: keys found: prompt, completion" in text
+    text = error_of(write("a.jsonl", [{"prompt": "x", "response": "y"}]))
+    assert "line 1: unknown format: keys found: prompt, response" in text
     assert 'rename "prompt" to "instruction"?' in text
     with pytest.raises(ValueError, match=r'unknown data format "alpacca".*did you mean "alpaca"'):
         read_rows(write("a.jsonl", [ALPACA]), fmt="alpacca")

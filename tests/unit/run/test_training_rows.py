@@ -150,3 +150,20 @@ def test_a_task_takes_one_set(run: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"data.train lists 3 data sets, and data.task=\S+ takes one"):
         parse_config(run | {"model": run["model"] | {"task": "sequence-classification"},
                             "data": {"task": "glue/rte", "train": run["data"]["train"]}})  # fmt: skip
+
+
+def test_plain_text_beside_other_sets(run: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": "red stone river " * (60 * k)}) for k in range(1, 5)))
+    sets = [str(text), {"path": run["data"]["train"][0], "weight": 2}]
+    config = with_data(run, train=sets, max_length=128, eval_size=0.25)
+    inputs = load_inputs(config, tokenizer)
+    assert isinstance(inputs.train, Mixture) and len(inputs.train.parts[0]) > 4 and len(inputs.train.parts[1]) == 15
+    assert any(note.startswith(f"train {text}: ") and "4 texts became" in note for note in inputs.notes)
+    for quick in (False, True):  # the number of blocks is not known, so neither is that of steps
+        report = preflight(config, quick=quick)
+        assert report.problems == [] and not {"rows", "total_steps"} & report.facts.keys()
+    report = preflight(config)
+    assert any("4 plain texts become blocks of data.max_length=128" in note for note in report.notes)
+    check_tokens(config, report, None)
+    assert report.facts["tokens"]["lengths"]["100"] <= 128 and report.facts["tokens"]["truncated"] == 0
