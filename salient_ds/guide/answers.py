@@ -103,13 +103,14 @@ def _memory(gpus: int, given: str | None, ask: Ask | None, found: list[int]) -> 
 
 
 def ready() -> list[str]:
-    """Names of the methods whose options all have defaults, besides the target."""
+    """Names of the methods whose options all have defaults, besides the target and what follows from the run."""
     return [name for name in methods() if not _needed(name)]
 
 
 def _needed(method: str) -> list[str]:
     fields = methods()[method].model_fields
-    return [key for key, field in fields.items() if field.is_required() and key not in ("name", "target_rank")]
+    chosen = {"name", "target_rank", *methods()[method].suggested(1, 1, 1)}
+    return [key for key, field in fields.items() if field.is_required() and key not in chosen]
 
 
 def gpus_here() -> list[int]:

@@ -16,6 +16,7 @@ from salient_ds.config.run import ModelConfig, RunConfig, load_config
 from salient_ds.guide.answers import Answers
 from salient_ds.guide.run_text import Plan, run_text, target_modules
 from salient_ds.guide.zero_files import zero_text
+from salient_ds.methods.table import methods
 from salient_ds.steps import total_steps
 from salient_ds.strict import ConfigError
 from salient_ds.zero.ds_json import load_ds_config, resolve_ds_config, summary
@@ -55,6 +56,14 @@ def write_run(answers: Answers, output: Path) -> tuple[RunConfig, Report, list[s
     longest = min(LONGEST, positions) if isinstance(positions, int) and positions > 1 else LONGEST
     plan = Plan("zero2" if answers.gpus else "cpu", template, longest, "", 0, answers.processes, None)
     plan = _with_data(answers, plan, modules)
+    unknown = [what for what, value in (("the model", plan.matrices), ("the data", plan.steps)) if value is None]
+    suggested = methods()[answers.method].suggested(1, 1, answers.target_rank)
+    if unknown and suggested:
+        raise ConfigError([
+            f"--method {answers.method}: {', '.join(f'method.{key}' for key in suggested)} follow from the number of "
+            f"matrices and of steps, and {' and '.join(unknown)} could not be looked at: give local files, or begin "
+            "with a recipe of that method"
+        ])  # fmt: skip
     plan, notes = _with_memory(answers, plan, modules)
     text, zero = run_text(answers, plan, modules).replace("train FILE", f"train {output}"), zero_text(plan.zero)
     run, report = _checked(answers, text, plan.zero, output)
@@ -97,6 +106,8 @@ def _with_data(answers: Answers, plan: Plan, modules: str) -> Plan:
         at_99 = tokens["lengths"]["99"]
         length = min(plan.max_length, -(-(at_99 + 1) // 32) * 32)
         why = f"99 % of the examples have at most {at_99}"
+    if report.memory_inputs is not None:
+        plan = replace(plan, matrices=len(report.memory_inputs.layout.modules))
     rows = report.facts.get("rows")
     held_out = 0 if rows is None or rows < 20 else min(200, max(8, rows // 50))
     wanted = 32 if answers.gpus else 16
@@ -108,7 +119,7 @@ def _with_data(answers: Answers, plan: Plan, modules: str) -> Plan:
         return plan
     epochs = max(EPOCHS, -(-FEWEST_STEPS * batch // max(1, rows - held_out)))
     steps = total_steps(max(1, rows - held_out), batch, epochs)
-    return replace(plan, epochs=epochs, eval_every=max(1, min(100, steps // 4)))
+    return replace(plan, epochs=epochs, steps=steps, eval_every=max(1, min(100, steps // 4)))
 
 
 def _with_memory(answers: Answers, plan: Plan, modules: str) -> tuple[Plan, list[str]]:

@@ -29,6 +29,10 @@ class Plan:
     """None if nothing is known about memory."""
     epochs: float = 3
     eval_every: int = 100
+    matrices: int | None = None
+    """Adapted matrices; None: not known."""
+    steps: int | None = None
+    """Optimizer steps of the run; None: not known."""
 
 
 def target_modules(model_type: str | None) -> str:
@@ -45,7 +49,8 @@ def run_text(answers: Answers, plan: Plan, modules: str) -> str:
     name = f"{short_name(answers.model)}-{answers.method}"
     where = f"{answers.gpus} GPU{'s' if answers.gpus > 1 else ''}" if answers.gpus else "one CPU process"
     command = f"salient-ds train FILE --gpus {answers.gpus}" if answers.gpus else "salient-ds train FILE --gpus 1"
-    method = _method(answers)
+    method = _method(answers, plan)
+    grows = methods()[answers.method].grows
     train = _train(answers, plan)
     return f"""{language_server_line()}
 # Written by `salient-ds init` for {where}. `salient-ds check` looks at it, `salient-ds options` explains every key.
@@ -58,7 +63,7 @@ model:
 
 adapter:
   target_modules: {modules}  # which layers
-  rank: {answers.rank}  # at the start, of every matrix
+  rank: {answers.rank}  # {"the most that a matrix may grow to" if grows else "at the start, of every matrix"}
   alpha: {2 * answers.rank}  # updates are scaled by alpha / rank
 
 method:
@@ -72,12 +77,14 @@ train:
 {train}"""
 
 
-def _method(answers: Answers) -> str:
+def _method(answers: Answers, plan: Plan) -> str:
     lines = [f"  name: {answers.method}  # others: {', '.join(n for n in methods() if n != answers.method)}"]
     if "target_rank" in methods()[answers.method].model_fields:
         lines.append(
             f"  target_rank: {answers.target_rank:g}  # mean rank at the end; some matrices keep more, others less"
         )
+    chosen = methods()[answers.method].suggested(plan.matrices or 1, plan.steps or 1, answers.target_rank)
+    lines += [f"  {key}: {value:g}  # {why}" for key, (value, why) in chosen.items()]
     return "\n".join(lines) + "\n"
 
 

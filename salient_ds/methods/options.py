@@ -100,6 +100,15 @@ class MethodConfig(Strict):
         sides = zip(layout.in_features, layout.out_features, ranks or layout.ranks, strict=True)
         return round(sum(form.parameters(wide, tall, rank) for wide, tall, rank in sides))
 
+    @classmethod
+    def suggested(cls, num_matrices: int, total_steps: int, target_rank: float) -> dict[str, tuple[int | float, str]]:
+        """Values for options that depend on the run, for ``salient-ds init``: key -> value and why, in a few words.
+
+        Options without a default have to be among them, or init refuses the method. The keys do not depend on the
+        arguments.
+        """
+        return {}
+
     @property
     def keeps_rates(self) -> bool:
         """Whether singular values learn at the rate of the factors unless ``train.sigma_lr`` says otherwise.

@@ -135,6 +135,27 @@ def default_add(mean_target: float) -> int:
     return DEFAULT_ADD[int(mean_target)]
 
 
+_EVENTS = 24
+"""Events of a suggested schedule, if the run is long enough."""
+
+
+def suggested(matrices: int, total_steps: int, target_rank: float, start: int) -> dict[str, tuple[int | float, str]]:
+    """See :meth:`IncreLoRAConfig.suggested`."""
+    add = DEFAULT_ADD.get(int(target_rank), max(1, round(target_rank / 2)))
+    rows = max(0, round(target_rank * matrices) - start * matrices)
+    half = max(1, total_steps // 2)
+    events = max(1, min(_EVENTS, half // 2 - 1))
+    top_h = max(1, min(matrices, -(-rows // (add * events))))
+    events = max(1, -(-rows // (add * top_h)))
+    interval = max(1, (half - 1) // (events + 1))  # the last event comes after step (events + 1) interval + 1
+    return {
+        "initial_warmup": (interval, "steps before ranks may grow"),
+        "interval": (interval, f"steps between events: growth ends at about half of {total_steps}"),
+        "top_h": (top_h, f"of {matrices} matrices grow at an event"),
+        "add": (add, "rows that each of them gains"),
+    }
+
+
 def growth_events(plan: GrowthPlan) -> list[Event]:
     """All events of a run, for both training and ``salient-ds check``.
 

@@ -77,6 +77,11 @@ class IncreLoRAConfig(TargetConfig):
         method: Method = self._implementation()(self, layout, total_steps, rates)
         return method
 
+    @classmethod
+    def suggested(cls, num_matrices: int, total_steps: int, target_rank: float) -> dict[str, tuple[int | float, str]]:
+        """Growth in at most 24 events that ends at half of the steps, as far as so many matrices can grow at once."""
+        return growth.suggested(num_matrices, total_steps, target_rank, cls.model_fields["start_rank"].default)
+
     def adapter_form(self, num_matrices: int, rank: int, in_flight: bool = False) -> AdapterForm:
         """Rows are active, in reserve, or off.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
@@ -21,6 +21,10 @@ from salient_ds.guide.init import write_run
 from salient_ds.guide.run_text import target_modules
 from salient_ds.guide.schema import run_schema
 from salient_ds.guide.zero_files import FILES, zero_text
+from salient_ds.methods.increlora.options import IncreLoRAConfig
+from salient_ds.methods.options import MethodConfig
+from salient_ds.methods.table import methods
+from salient_ds.ranks import RankLayout
 from salient_ds.strict import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -152,12 +156,51 @@ def test_what_is_missing_is_asked() -> None:
         (("m", "d", -1, None, None), "--gpus -1"),
         (("m", "d", 0, "8GB", None), "of no use with --gpus 0"),
         (("m", "d", 0, None, "salientlor"), "did you mean 'salientlora'"),
-        (("m", "d", 0, None, "increlora"), "cannot choose method.top_h"),
     ],
 )
 def test_without_a_terminal(given: tuple[Any, ...], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         collect(*given, ask=None, found=[])
+
+
+def test_a_method_with_options_that_init_cannot_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(MethodConfig):
+        name: Literal["odd"] = "odd"
+        knob: int
+
+    monkeypatch.setattr(answering, "methods", lambda: methods() | {"odd": Odd})
+    with pytest.raises(ConfigError, match="cannot choose method.knob"):
+        collect("m", "d", 0, None, "odd", None, found=[])
+    assert "increlora" in ready() and "odd" not in ready()
+
+
+def test_growth_is_not_guessed_without_the_model_or_the_data(
+    tiny_llama: Path, tiny_alpaca: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for model, data, what in (
+        ("some/model", str(tiny_alpaca), "the model"),
+        (str(tiny_llama), "some/rows", "the data"),
+        ("some/model", "some/rows", "the model and the data"),
+    ):
+        given = Answers(model, data, 4, 80 * GIB, "increlora")
+        with pytest.raises(ConfigError, match=f"and {what} could not be looked at"):
+            write_run(given, tmp_path / "run.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", [2, 3, 4, 8, 12.5])
+@pytest.mark.parametrize(
+    ("matrices", "steps"), [(1, 8), (2, 40), (14, 40), (14, 41), (224, 60), (224, 1219), (96, 10**6)]
+)
+def test_suggested_growth_ends_before_the_run_does(matrices: int, steps: int, target: float) -> None:
+    values = {key: value for key, (value, _) in IncreLoRAConfig.suggested(matrices, steps, target).items()}
+    options = IncreLoRAConfig.model_validate({"target_rank": target, **values})
+    layout = RankLayout(tuple(map(str, range(matrices))), (16,) * matrices, (64,) * matrices, (64,) * matrices)
+    events = options.events(layout, steps)
+    assert 1 <= len(events) <= 25 and events[-1].total_rank == round(target * matrices)
+    assert events[0].step >= 2 and events[-1].step <= max(steps // 2 + 2, len(events) + 2)
+    assert steps < 100 or events[-1].step > 0.4 * steps
 
 
 def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
