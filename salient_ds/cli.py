@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -204,6 +205,26 @@ def sweep(
     from salient_ds.sweep.command import sweep as body
 
     raise typer.Exit(body(spec, dry_run=dry_run, jobs=jobs, worker=worker, overwrite=overwrite))
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write (default: print it).")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead of run files.")] = False,
+    built_in: Annotated[bool, typer.Option("--built-in", help="Leave out methods of other packages.")] = False,
+) -> None:
+    """Print the JSON schema of run files, for editors: completion, hover text, errors while typing."""
+    from salient_ds.guide.schema import language_server_line
+    from salient_ds.guide.schema import schema_text as of_runs
+    from salient_ds.sweep.schema import schema_text as of_sweeps
+
+    text = of_sweeps(built_in) if sweep else of_runs(built_in)
+    if output is None:
+        print(text, end="")
+        return
+    output.write_text(text, encoding="utf-8")
+    kind = "sweep" if sweep else "run"
+    print(f"{output}; editors find it by a first line in the {kind} file: {language_server_line(output)}")
 
 
 @app.command("convert-toml")

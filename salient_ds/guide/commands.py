@@ -1,4 +1,4 @@
-"""The commands for the first minutes: init, schema, options, report. Bodies are imported when they are called."""
+"""The commands for the first minutes: init, options, report. Bodies are imported when they are called."""
 
 from __future__ import annotations
 
@@ -34,22 +34,6 @@ def init(
     answers = collect(model, data, gpus, gpu_memory, method, ask)
     run, report, notes = write_run(answers, output)
     raise typer.Exit(print_init(output, answers, run, report, notes))
-
-
-@app.command()
-def schema(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write (default: print it).")] = None,
-    built_in: Annotated[bool, typer.Option("--built-in", help="Leave out methods of other packages.")] = False,
-) -> None:
-    """Print the JSON schema of run files, for editors: completion, hover text, errors while typing."""
-    from salient_ds.guide.schema import language_server_line, schema_text
-
-    text = schema_text(built_in)
-    if output is None:
-        print(text, end="")
-        return
-    output.write_text(text, encoding="utf-8")
-    print(f"{output}; editors find it by a first line in the run file: {language_server_line(output)}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from salient_ds.methods.table import methods
 
 FILE = Path(__file__).with_name("run.schema.json")
 """The schema with the built-in methods, as it comes with the package. A test compares it with the classes."""
+TITLE = "Run file of salient_ds"
 DIALECT = "http://json-schema.org/draft-07/schema#"
 """Draft 7, which editors know best."""
 
@@ -71,9 +72,8 @@ def run_schema(built_in_only: bool = False) -> dict[str, Any]:
         "default": text[1],
     }
     run = parts.pop(of[RunConfig])
-    found = {"$schema": DIALECT, **run, "title": "Run file of salient_ds", "definitions": parts}
-    plain: dict[str, Any] = _plain(found)
-    return plain
+    found = {"$schema": DIALECT, **run, "title": TITLE, "definitions": parts}
+    return dict(plain(found, TITLE))
 
 
 def schema_text(built_in_only: bool = False) -> str:
@@ -102,17 +102,21 @@ def _tasks(kinds: dict[str, str]) -> list[dict[str, Any]]:
     return [{"enum": list(NAMED)}, like, _by_key("kind", kinds), {"type": "null"}]
 
 
-def _plain(value: Any) -> Any:
-    """Without pydantic's titles, which repeat the names of keys, and with descriptions in one line."""
+def plain(value: Any, title: str) -> Any:
+    """Without pydantic's titles, which repeat the names of keys, and with descriptions in one line.
+
+    Args:
+        title: of the whole schema, which stays.
+    """
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item, title) for item in value]
     if not isinstance(value, dict):
         return value
-    found = {key: _plain(item) for key, item in value.items() if not _is_title(key, item)}
+    found = {
+        key: plain(item, title)
+        for key, item in value.items()
+        if key != "title" or not isinstance(item, str) or item == title
+    }
     if isinstance(found.get("description"), str):
         found["description"] = " ".join(found["description"].split())
     return found
-
-
-def _is_title(key: str, item: Any) -> bool:
-    return key == "title" and isinstance(item, str) and item != "Run file of salient_ds"
