@@ -1,7 +1,8 @@
 """JSONL files and JSON lists as a stream of (line, row); standard library only.
 
 JSONL is read line by line. Reading continues after a bad line, so that all bad lines can be listed. A JSON list is read
-as a whole and decoded row by row, so that the line of each row is known. It ends at its first syntax error.
+as a whole and decoded row by row, so that the line of each row is known. It ends at its first syntax error. Where
+several rows of a list share a line, rows are counted instead of lines.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 ONE_OBJECT = "one object"
 """Kind of the problem of a file that is one JSON object over several lines."""
 _SMALL = 1 << 28  # bytes up to which a file is read once more to explain an error
+_HEAD = 1 << 16  # bytes that show how a list is written
 _EXCERPT = 40  # characters shown around a syntax error, half of them before it
 
 
@@ -72,6 +74,28 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
             else:
                 yield line, row
             first = False
+
+
+def rows_share_lines(path: Path) -> bool:
+    """Whether the second row of a JSON list begins on the line of the first one, as in a list on one line."""
+    with open_text_bytes(path) as file:
+        text = file.read(_HEAD).removeprefix(_BOM).decode("utf-8", "replace")
+    first = _skip(text, text.find("[") + 1)
+    try:
+        _, end = json.JSONDecoder().raw_decode(text, first)
+    except (ValueError, RecursionError):  # a row longer than the head, or bad JSON
+        return "\n" not in text[first:]
+    end = _skip(text, end)
+    return text.startswith(",", end) and "\n" not in text[first : _skip(text, end + 1)]
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:
+    """As :func:`list_rows`, with the number of the row, from 1, instead of its line."""
+    for number, (_, row) in enumerate(list_rows(path), start=1):
+        if isinstance(row, Problem):
+            number = 0 if row.kind == "encoding" else number  # found before the rows are told apart
+            row = row._replace(line=number)
+        yield number, row
 
 
 def list_rows(path: Path) -> Iterator[tuple[int, object | Problem]]:

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from salient_ds.data.conversation import DataError, Problem
-from salient_ds.data.json_files import count_lines, is_json_list, jsonl_rows, list_rows
+from salient_ds.data.json_files import (
+    count_lines,
+    is_json_list,
+    jsonl_rows,
+    list_rows,
+    numbered_rows,
+    rows_share_lines,
+)
 from salient_ds.data.remote import (
     HubName,
     count_parquet,
@@ -47,6 +54,8 @@ def open_source(path: str | Path) -> Source:
     if _is_parquet(located):
         return Source(str(path), "row", lambda: parquet_rows(located), nulls=True)
     with _unpacking(located):
+        if not is_table(located) and is_json_list(located) and rows_share_lines(located):
+            return Source(str(path), "row", lambda: _unpacked(located, numbered_rows))
         read = table_rows if is_table(located) else list_rows if is_json_list(located) else jsonl_rows
     return Source(str(path), "line", lambda: _unpacked(located, read))
 

@@ -207,6 +207,20 @@ def get_template(name: str, rewritten_history: RewrittenHistory = "per_answer") 
     return template
 
 
+def known_templates() -> list[str]:
+    """Names of FastChat's templates that a run can use, as "fastchat:NAME"."""
+    found = []
+    for registered in fastchat.conv_templates:
+        if registered == ALPACA_REGISTERED:
+            continue
+        try:
+            get_template(_PREFIX + registered)
+        except ValueError:
+            continue
+        found.append(_PREFIX + registered)
+    return found
+
+
 def _suggestion(name: str) -> str:
     known = {**{theirs: _PREFIX + theirs for theirs in fastchat.conv_templates}, **{ours: ours for ours in NAMES}}
     near = nearest(name, known, likeness=0.5)

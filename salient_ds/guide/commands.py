@@ -1,4 +1,4 @@
-"""The commands for the first minutes: init, options, report. Bodies are imported when they are called."""
+"""The commands for the first minutes: init, options, templates. Bodies are imported when they are called."""
 
 from __future__ import annotations
 
@@ -45,3 +45,20 @@ def options(
     from salient_ds.guide.options_page import options_of, options_page
 
     print(options_page(built_in) if key is None else options_of(key), end="")
+
+
+@app.command()
+def templates(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One template (default: all of ours).")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub name: render with its tokens and its chat template.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="FastChat's templates too.")] = False,
+) -> None:
+    """List the prompt templates, each with a rendered sample in which the trained parts are marked."""
+    from rich.console import Console
+
+    from salient_ds.guide.templates import print_templates, samples, tokenizer_of
+
+    loaded = None if tokenizer is None else tokenizer_of(tokenizer)
+    print_templates(Console(highlight=False), samples(name, everything, loaded))

@@ -336,3 +336,26 @@ def test_imports_stay_light() -> None:
     path = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=path)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_list_on_one_line_names_rows(write: Write) -> None:
+    bad: list[Any] = [ALPACA, {"instruction": "x"}, ALPACA, 5]
+    text = error_of(write("a.json", json.dumps(bad)))
+    assert 'row 2: no "output"' in text and "row 4: the row is a number" in text and "  line" not in text
+    for indent in (0, 2):  # rows begin on lines of their own
+        assert "line" in error_of(write("a.json", json.dumps(bad, indent=indent)))
+    packed = f"[{json.dumps(ALPACA)}, {json.dumps(ALPACA)},\n{json.dumps(bad[1])}]"
+    assert 'row 3: no "output"' in error_of(write("a.json", packed))
+    cut = json.dumps([ALPACA] * 3)[:-9]
+    assert "row 3: invalid JSON at column" in error_of(write("a.json", cut))
+    latin = json.dumps([ALPACA, {"instruction": "x", "output": "caf\u00e9"}], ensure_ascii=False).encode("latin-1")
+    assert "a.json: not UTF-8: byte 0xe9 at column" in error_of(write("a.json", latin))
+    assert [row.where.rpartition(", ")[2] for row in read_rows(write("a.json", json.dumps([ALPACA] * 2)))] == [
+        "row 1", "row 2"]  # fmt: skip
+
+
+def test_a_row_longer_than_what_shows_the_layout(write: Write) -> None:
+    long = {"instruction": "x", "output": "y" * 70_000}
+    assert 'row 2: no "output"' in error_of(write("a.json", json.dumps([long, {"instruction": "x"}])))
+    lines = f"[\n{json.dumps(long)},\n{json.dumps({'instruction': 'x'})}\n]"
+    assert 'no "output"' in error_of(write("a.json", lines))
