@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import nn
 
-from salient_ds.adapters.bank import layer_of
+from salient_ds.adapters.packed_model import layer_of
 from salient_ds.adapters.survey import survey
 from salient_ds.config.run import RunConfig, parse_config
 from salient_ds.engine.build import scheduler_factory

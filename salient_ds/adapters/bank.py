@@ -11,7 +11,7 @@ Shape legend: n = adapters in one stack, R = rank, I/O = in/out features, L = si
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,6 @@ from salient_ds.adapters.stacked_penalty import Stack
 from salient_ds.adapters.two_scale import TwoScaleLinear
 from salient_ds.adapters.two_scale_bank import merge, two_scale_stack
 from salient_ds.adapters.two_scale_stack import TwoScaleStack
-
-LAYERS_PER_BANK = 4
-"""A compromise. DeepSpeed spends 0.3 ms of host time per trainable parameter in every backward pass, and more in the
-step, so banks should be few. With all layers in one bank, gradients would be reduced only after the whole backward
-pass."""
 
 
 class FactorBank(nn.Module):
@@ -72,7 +67,8 @@ class FactorBank(nn.Module):
         self._version = -1
         self._gain_L = torch.zeros(0)
         self._added_L: Tensor | None = None
-        self._kept_L: Tensor | None = None
+        self._kept: list[Tensor] | None = None
+        self._resized = not copy
 
     def _parameters_with_slots(self) -> list[tuple[nn.Parameter, list[Slot]]]:
         pairs = [(self.factors, self._slots)]
@@ -97,12 +93,25 @@ class FactorBank(nn.Module):
         """Write what is derived to the same memory in every forward pass. Its backward pass has to come next."""
         if self._two_scale is not None:
             self._two_scale.keep_addresses(self.factors)
-        self._kept_L = self.factors.new_empty(sum(adapter.rank for adapter in self._adapters))
+        self._kept = [self.factors.new_empty(adapter.rank) for adapter in self._adapters]
 
-    def _gains(self, gain_L: Tensor) -> tuple[Tensor, ...]:
-        """Gains in the factors' precision, one tensor for every adapter."""
-        low_L = gain_L.to(self.factors.dtype) if self._kept_L is None else self._kept_L.copy_(gain_L)
-        return low_L.split([a.rank for a in self._adapters])
+    def _gains(self, gain_L: Tensor) -> Sequence[Tensor]:
+        """Gains in the factors' precision, one tensor for every adapter.
+
+        Each has memory of its own. A compiler would tell slices apart by where they begin.
+        """
+        low_L, ranks = gain_L.to(self.factors.dtype), [adapter.rank for adapter in self._adapters]
+        if self._kept is None:
+            return torch.split_with_sizes_copy(low_L, ranks)
+        torch.split_with_sizes_copy(low_L, ranks, out=self._kept)
+        return self._kept
+
+    def _mark_ranks(self, views: Sequence[Tensor], gains: Sequence[Tensor]) -> None:
+        """Tell the compiler that ranks differ from layer to layer. It would find out one matrix after the other."""
+        for slot, view in zip(self._slots, views, strict=True):
+            torch._dynamo.maybe_mark_dynamic(view, 0 if slot.factor == "A" else 1)
+        for gain_R in gains:
+            torch._dynamo.maybe_mark_dynamic(gain_R, 0)
 
     def _make_stacks(self) -> list[Stack | TwoScaleStack]:
         return [
@@ -123,10 +132,13 @@ class FactorBank(nn.Module):
         if self._fused:
             self._refresh()
             sigmas = self.sigmas if self._sigma_slots else None
-            views = _Unpack.apply(self.factors, sigmas, self)
-            for slot, view in zip(self._slots, views, strict=False):
+            found = _Unpack.apply(self.factors, sigmas, self)
+            views, gains = found[: len(self._slots)], found[len(self._slots) :]
+            if self._resized:
+                self._mark_ranks(views, gains)
+            for slot, view in zip(self._slots, views, strict=True):
                 object.__setattr__(slot.adapter, f"lora_{slot.factor}", view)
-            for adapter, gain_R in zip(self._adapters, views[len(self._slots) :], strict=True):
+            for adapter, gain_R in zip(self._adapters, gains, strict=True):
                 object.__setattr__(adapter, "gain_R", gain_R)
             return
         if self._two_scale is not None:
@@ -218,78 +230,3 @@ class _Unpack(torch.autograd.Function):
             return flat, None, None
         grad_L = join(grads[count:], [adapter.rank for adapter in bank._adapters], bank.sigmas)
         return flat, (grad_L.float() * bank._gain_L).to(bank.sigmas.dtype), None
-
-
-def layer_of(module_path: str) -> str:
-    """Path of the layer that a module belongs to: everything up to and including the first number.
-
-    Example: "model.layers.3.self_attn.q_proj" is in "model.layers.3". A path without a number gives "".
-    """
-    parts = module_path.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if first is None else ".".join(parts[: first + 1])
-
-
-class PackedModel(nn.Module):
-    """The adapted model and, beside it, the banks of its layers. The engine that owns the adapters trains this module.
-
-    Banks are not children of the model, so operations on the model's parameters do not reach them.
-    """
-
-    def __init__(self, model: nn.Module, adapters: dict[str, RankedLinear]) -> None:
-        super().__init__()
-        self.model = model
-        self.banks = nn.ModuleList()
-        self._due: set[int] = set()
-        """Banks that the current forward pass has not reached yet."""
-        model.register_forward_pre_hook(self.begin)
-        for paths in _in_groups(adapters):
-            for path in paths:
-                model.get_submodule(path).register_forward_pre_hook(self._unpacker(len(self.banks)))
-            self.banks.append(FactorBank([[a for n, a in adapters.items() if layer_of(n) == path] for path in paths]))
-        self._compare()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def begin(self, *_: Any) -> None:
-        """Let every bank unpack when its layers are reached next. Generation calls the encoder before the model."""
-        self._due = set(range(len(self.banks)))
-
-    def _unpacker(self, index: int) -> Any:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            if index not in self._due:  # also true when a layer is recomputed: its views still exist
-                return
-            self._due.remove(index)
-            bank = self.banks[index]  # looked up here, because a compaction replaces banks
-            assert isinstance(bank, FactorBank)
-            bank.unpack()
-
-        return hook
-
-    def repack(self) -> None:
-        """Create new banks for adapters that have been resized. All values are zero until the caller writes them."""
-        for index, bank in enumerate(self.banks):
-            assert isinstance(bank, FactorBank)
-            self.banks[index] = new = FactorBank(bank.layers, copy=False)
-            if bank._kept_L is not None:
-                new.keep_addresses()
-        self._compare()
-
-    def _compare(self) -> None:
-        """Tell every bank the size of the largest one."""
-        banks = [bank for bank in self.banks if isinstance(bank, FactorBank)]
-        for bank in banks:
-            bank.largest = max(len(other.factors) for other in banks)
-
-
-def _in_groups(adapters: Iterable[str]) -> list[list[str]]:
-    """Paths of the layers that share a bank: adjacent ones of one module list."""
-    groups: list[list[str]] = []
-    for path in dict.fromkeys(layer_of(name) for name in adapters):
-        siblings = groups and groups[-1][0].rpartition(".")[0] == path.rpartition(".")[0]
-        if path and groups and groups[-1][0] and siblings and len(groups[-1]) < LAYERS_PER_BANK:
-            groups[-1].append(path)
-        else:
-            groups.append([path])
-    return groups

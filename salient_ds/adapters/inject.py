@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from salient_ds.adapters.bank import PackedModel
 from salient_ds.adapters.forms import AdapterForm, HasForm, Wrapping
 from salient_ds.adapters.full import is_inside, parts
 from salient_ds.adapters.module_score import ModuleScores
 from salient_ds.adapters.options import AdapterConfig
 from salient_ds.adapters.orthogonality import OrthogonalityPenalty
+from salient_ds.adapters.packed_model import PackedModel
 from salient_ds.adapters.rank_pattern import ranks_of
 from salient_ds.adapters.ranked_linear import RankedLinear
 from salient_ds.adapters.survey import ShapeOf, linear, survey, whole_shape

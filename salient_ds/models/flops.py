@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from salient_ds.adapters.bank import layer_of
 from salient_ds.adapters.full import is_inside
+from salient_ds.adapters.packed_model import layer_of
 from salient_ds.adapters.ranked_linear import RankedLinear
 from salient_ds.adapters.survey import survey
 from salient_ds.models.target_head import uses_target_head

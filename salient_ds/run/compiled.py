@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salient_ds.adapters.bank import FactorBank, layer_of
+from salient_ds.adapters.bank import FactorBank
 from salient_ds.adapters.inject import AdaptedModel
+from salient_ds.adapters.packed_model import layer_of
 
 MOST_SHAPES = 2
 """Shapes of batches that are launched as graphs. Each takes a second to record, and memory for its activations."""
+
+MOST_COMPILATIONS = 64
+"""Variants of a layer that are compiled. PyTorch stops at 8, and runs all others uncompiled."""
 
 
 def compile_layers(
@@ -28,7 +32,7 @@ def compile_layers(
 
     All layers share one compilation. After a compaction, ranks differ from layer to layer and become symbols. Each rank
     is a symbol of its own, even if two are equal (no duck shapes). So one more compilation serves all layers except
-    those with a rank of 0 or 1.
+    the first one, whose input needs no gradient, and those with a rank of 0 or 1: each pattern of these is compiled.
 
     Args:
         may_fail: if the compiler fails, run layers uncompiled instead of raising.
@@ -42,6 +46,7 @@ def compile_layers(
     from torch.fx.experimental import _config as shapes
 
     shapes.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
     torch._functorch.config.activation_memory_budget = activation_memory
     if may_fail:
         torch._dynamo.config.suppress_errors = True

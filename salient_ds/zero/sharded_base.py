@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from salient_ds.adapters.bank import layer_of
+from salient_ds.adapters.packed_model import layer_of
 from salient_ds.config.run import RunConfig
 from salient_ds.zero.collectives import world
 from salient_ds.zero.ds_json import summary

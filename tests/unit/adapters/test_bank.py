@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from salient_ds.adapters.bank import LAYERS_PER_BANK, _in_groups, layer_of
 from salient_ds.adapters.inject import AdaptedModel, inject
 from salient_ds.adapters.options import AdapterConfig
+from salient_ds.adapters.packed_model import LAYERS_PER_BANK, _in_groups, layer_of
 from salient_ds.methods.adalora.options import AdaLoRAConfig
 from salient_ds.methods.increlora.options import IncreLoRAConfig
 from salient_ds.methods.lora.options import LoRAConfig

@@ -11,6 +11,7 @@ from torch import nn
 
 from salient_ds.adapters.bank import FactorBank
 from salient_ds.run.compiled import MOST_SHAPES, GraphedForward, compile_layers, graph_problem
+from tests.unit.adapters import test_bank
 from tests.unit.adapters.test_bank import METHODS, assert_same, backward, make
 
 
@@ -92,7 +93,7 @@ def test_new_banks_keep_addresses_too() -> None:
         assert isinstance(bank, FactorBank)
         bank.keep_addresses()
     adapted.packed.repack()
-    assert all(isinstance(bank, FactorBank) and bank._kept_L is not None for bank in adapted.packed.banks)
+    assert all(isinstance(bank, FactorBank) and bank._kept is not None for bank in adapted.packed.banks)
 
 
 def test_what_rules_graphs_out() -> None:
@@ -100,6 +101,31 @@ def test_what_rules_graphs_out() -> None:
     assert graph_problem(packed, partitioned=False) is None
     assert "ZeRO-3" in str(graph_problem(packed, partitioned=True))
     assert "not packed" in str(graph_problem(apart, partitioned=False))
+
+
+@pytest.mark.parametrize("name", ["salientlora", "lora"])
+def test_one_compilation_serves_layers_whose_ranks_differ(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch compiles at most eight variants by itself, and runs what is left uncompiled without failing."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(test_bank, "LAYERS", 12)
+    adapted = make(METHODS[name], packed=True)
+    compile_layers(adapted, may_fail=False)
+    adapted.model.train()
+    graphs = []
+    for resized in (False, True):
+        if resized:
+            for index, adapter in enumerate(adapted.adapters.values()):
+                adapter.resize(2 + (index * 5) % 4)
+            assert adapted.packed is not None
+            adapted.packed.repack()
+        x = torch.randn(5, test_bank.WIDTH, requires_grad=True)
+        adapted.model(x).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    frames = torch._dynamo.utils.counters["frames"]
+    assert graphs == [1, 2] and frames["total"] == frames["ok"] == 2
 
 
 @pytest.mark.gpu
