@@ -1,8 +1,9 @@
 """Files of our own in a run directory: written whole with a checksum, read with the name of what is wrong. No torch.
 
 ``run.json`` and ``summary.json`` hold the sha256 of the rest of the file under "sha256"; ``run.yaml`` has it in a last
-comment. Lines of ``metrics.jsonl`` and ``allocations.jsonl`` hold a CRC-32 under "crc". Files and lines without one are
-of older versions, and are read as they are.
+comment, which its first line announces, so that a file that was cut off is known. Lines of ``metrics.jsonl`` and
+``allocations.jsonl`` hold a CRC-32 under "crc". Files and lines without one are of older versions, and are read as they
+are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from salient_ds.strict import Reported, extreme
 
 _SUM = re.compile(r"^# sha256 ([0-9a-f]{64})\n\Z", re.MULTILINE)
+_HEAD = "# settings of a run of salient_ds; the last line has the sha256 of all others\n"
 _BROKEN_SUM = re.compile(r"sha256|[0-9a-f]{60}")
 _LARGEST = 2**28
 
@@ -75,7 +77,7 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write YAML with its sha256 in a last comment, all or nothing."""
     import yaml
 
-    text = yaml.safe_dump(dict(settings), sort_keys=False)
+    text = _HEAD + yaml.safe_dump(dict(settings), sort_keys=False)
     write_whole(path, f"{text}# sha256 {hashlib.sha256(text.encode()).hexdigest()}\n")
 
 
@@ -94,8 +96,15 @@ def read_settings(path: Path) -> dict[str, Any]:
         if hashlib.sha256(text[: found.start()].encode()).hexdigest() != found[1]:
             raise _damaged(
                 path,
-                "it does not have the sha256 in its last line; if you have changed it on purpose, remove that line",
+                "it does not have the sha256 in its last line; if you have changed it on purpose, remove that line and "
+                "the first one",
             )
+    elif text.startswith(_HEAD):
+        raise _damaged(
+            path,
+            "its last line, with the sha256, is missing: it was cut off; if you have changed it on purpose, remove the "
+            "first line too",
+        )
     elif _BROKEN_SUM.search(text[-80:]):
         raise _damaged(path, "its last line is no sha256")
     try:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salient_ds.export.meta import RECORD_FILE
+from salient_ds.export.meta import RECORD_FILE, Form
 from salient_ds.own_files import write_whole
 from salient_ds.run.applying import add_checkpoint
-from salient_ds.run.export import checkpoint_facts
+from salient_ds.run.export import best_checkpoint, checkpoint_facts, export_run, newest_checkpoint
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Austria is",
@@ -50,6 +50,23 @@ class Deviation:
             f"{self.largest_logit_difference:.2g} in a logit (they span {self.logit_range:.3g}) on {len(PROMPTS)} "
             f"prompts; the most probable token is the same at {self.same_token} of {self.positions} positions"
         )
+
+
+def export_and_measure(
+    run: Path, form: Form | None, target: Path | None, *, checkpoint: Path | None = None, base: str | None = None,
+    **more: Any,
+) -> Path:  # fmt: skip
+    """What ``salient-ds export`` does: :func:`~salient_ds.run.export.export_run`, and the deviation of a merged model.
+
+    Args:
+        more: as for ``export_run``.
+    """
+    if form == "merged" and checkpoint is None:
+        checkpoint = best_checkpoint(run) or newest_checkpoint(run)
+    written = export_run(run, form, target, checkpoint=checkpoint, base=base, **more)
+    if form == "merged" and checkpoint is not None:
+        report_deviation(run, checkpoint, written, base)
+    return written
 
 
 def report_deviation(run: Path, checkpoint: Path, merged: Path, base: str | None) -> None:

@@ -17,6 +17,7 @@ from salient_ds.models.loading import attention_for, load_base, load_tokenizer
 from salient_ds.run.applying import add_adapter, add_checkpoint
 from salient_ds.run.export import newest_checkpoint
 from salient_ds.run.inputs import Inputs, task_collator
+from salient_ds.run.places import unreachable
 from salient_ds.run.targets import Target, is_adapter
 
 
@@ -44,6 +45,9 @@ def load_target(target: Target, device: torch.device) -> Loaded:
     model = ModelConfig(path=target.base, task=target.task.head, **own)
     sizes = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "lr": 1.0}  # of no training
     train = TrainConfig.model_validate(sizes | {"precision": target.precision})
+    problem = unreachable(target.base, model.revision)
+    if problem is not None:
+        raise ValueError(f"{problem}: give its directory (--base)")
     try:
         if "attn_implementation" not in own:
             model = model.model_copy(update={"attn_implementation": attention_for(model)})

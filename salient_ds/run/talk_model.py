@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from salient_ds.adapters.ranked_linear import RankedLinear
@@ -18,9 +17,10 @@ from salient_ds.data.conversation import Conversation
 from salient_ds.data.template_base import Template
 from salient_ds.data.templates import get_template
 from salient_ds.models.loading import load_tokenizer
+from salient_ds.own_files import read_settings
 from salient_ds.run.applying import add_adapter, add_checkpoint
 from salient_ds.run.export import newest_checkpoint
-from salient_ds.run.places import missing_folder, not_on_the_hub
+from salient_ds.run.places import missing_folder, not_on_the_hub, unreachable
 from salient_ds.run.targets import ADAPTER_FILES, adapter_facts, is_adapter
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,7 +69,7 @@ def speech_of(place: str, base: str | None = None) -> Speech:
 
 
 def _of_run(folder: Path, base: str | None) -> Speech:
-    config = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    config = read_settings(folder / "run.yaml")
     if config["data"].get("task") is not None or config["model"]["task"] != "causal-lm":
         raise _not_for_talking(str(folder))
     known = {
@@ -138,6 +138,9 @@ def load_talker(speech: Speech, place: str, template: str | None, precision: str
     gpu = torch.cuda.is_available()
     dtype = PRECISIONS[precision or ("bf16" if gpu else "fp32")]
     chosen = _template(speech, template, place)
+    problem = unreachable(speech.model.path, speech.model.revision)
+    if problem is not None:
+        raise ValueError(problem)
     try:
         tokenizer = load_tokenizer(speech.model)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(

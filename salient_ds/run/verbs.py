@@ -162,8 +162,7 @@ def export(
     """
     import torch
 
-    from salient_ds.run.deviation import report_deviation
-    from salient_ds.run.export import best_checkpoint, export_run, newest_checkpoint
+    from salient_ds.run.deviation import export_and_measure
     from salient_ds.run.shrink import rows_of
 
     folder = Path(target) if target else None
@@ -176,13 +175,7 @@ def export(
 
     def work() -> int:
         chosen = cast("Form | None", form)  # the command line has checked it
-        place = Path(run)
-        source = best_checkpoint(place) or newest_checkpoint(place) if chosen == "merged" else None
-        written = export_run(
-            place, chosen, folder, overwrite=overwrite, checkpoint=source, base=base, dtype=kind, pad_to=pad
-        )
-        if source is not None:
-            report_deviation(place, source, written, base)
+        written = export_and_measure(Path(run), chosen, folder, overwrite=overwrite, base=base, dtype=kind, pad_to=pad)
         print(written)
         return 0
 

@@ -145,12 +145,15 @@ def test_the_command_line_hands_it_on(
     from typer.testing import CliRunner
 
     from salient_ds.cli import app
-    from salient_ds.run import deviation, export
+    from salient_ds.run import deviation
 
     given: dict = {}
-    monkeypatch.setattr(export, "newest_checkpoint", lambda run: Path("checkpoint"))
-    monkeypatch.setattr(deviation, "report_deviation", lambda *_: None)
-    monkeypatch.setattr(export, "export_run", lambda *_, **more: given.update(more) or Path("written"))
+    measured: list = []
+    monkeypatch.setattr(deviation, "newest_checkpoint", lambda run: Path("checkpoint"))
+    monkeypatch.setattr(deviation, "report_deviation", lambda *given: measured.append(given))
+    monkeypatch.setattr(deviation, "export_run", lambda *_, **more: given.update(more) or Path("written"))
     assert CliRunner().invoke(app, ["export", "run", *options]).exit_code == 0
     assert given["dtype"] == dtype
+    wanted = [(Path("run"), Path("checkpoint"), Path("written"), None)] if "merged" in options else []
+    assert measured == wanted and given["checkpoint"] == (Path("checkpoint") if wanted else None)
     assert CliRunner().invoke(app, ["export", "run", "--dtype", "int8"]).exit_code == 2

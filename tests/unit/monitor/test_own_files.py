@@ -117,12 +117,27 @@ def test_files_of_older_versions_and_changes_on_purpose(tmp_path: Path) -> None:
     assert read_settings(path) == {"model": {"path": "x"}}
     write_settings(path, {"model": {"path": "x"}})
     path.write_text(path.read_text().replace("path: x", "path: y"))
-    with pytest.raises(OwnFileError, match="changed it on purpose, remove that line"):
+    with pytest.raises(OwnFileError, match="changed it on purpose, remove that line and the first one"):
         read_settings(path)
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(OwnFileError, match=r"with the sha256, is missing: it was cut off.*remove the first line too"):
+        read_settings(path)
+    path.write_text("\n".join(path.read_text().splitlines()[1:]) + "\n")
     assert read_settings(path) == {"model": {"path": "y"}}
     with pytest.raises(OwnFileError, match=r"run.yaml is damaged .it lacks something: KeyError 'data'"), reading(path):
         read_settings(path)["data"]["train"]
+
+
+def test_settings_that_were_cut_off_anywhere_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    settings = {"model": {"path": "x", "task": "causal-lm"}, "train": {"lr": 1e-3}, "speed": {"packing": "auto"}}
+    write_settings(path, settings)
+    whole = path.read_bytes()
+    assert read_settings(path) == settings
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(OwnFileError):
+            read_settings(path)
 
 
 def test_a_run_is_finished_only_if_its_files_are_whole(tmp_path: Path) -> None:

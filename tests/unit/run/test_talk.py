@@ -15,6 +15,8 @@ from salient_ds.cli import app
 from salient_ds.export.api import export_adapter
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.meta import ExportMeta
+from salient_ds.own_files import write_settings
+from salient_ds.run.places import unreachable
 from salient_ds.run.talk import TalkOptions, _before_stop, chat
 from tests.support.tiny import make_llama
 
@@ -150,6 +152,48 @@ def test_a_bad_path_is_said_to_be_one(
         code, _, error = run(command, place, *more)
         assert code == (1 if command != "evaluate" else code) and code and message in " ".join(error.split()), error
         assert "hub" not in error.partition(": give")[0]
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    asked = []
+
+    def model_info(self: Any, name: str, **settings: Any) -> None:
+        asked.append((name, settings["timeout"]))
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    code, _, error = run("generate", "some-run", "hello")
+    assert code == 1 and asked == [("some-run", 10.0)]
+    assert "there is no folder 'some-run' here" in error and "no route to host" in " ".join(error.split())
+
+
+def test_what_need_not_be_asked_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub import HfApi
+
+    def model_info(self: Any, name: str, **settings: Any) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert unreachable("some/model") is None, "without the network, the cache alone decides"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert unreachable(str(tmp_path)) is None
+    assert unreachable("no/name/of/a/model") is None, "left to the loader's message"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    assert unreachable("some/model") is None
+
+
+def test_a_run_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    settings = {"model": {"path": "x", "task": "causal-lm"}, "adapter": {}, "data": {"train": "d"}, "speed": {}}
+    write_settings(tmp_path / "run.yaml", settings)
+    whole = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(whole.partition("speed")[0])
+    code, _, error = run("generate", str(tmp_path), "hello")
+    assert code == 1 and "run.yaml is damaged (its last line, with the sha256, is missing" in " ".join(error.split())
 
 
 def test_what_cannot_be_talked_to(adapter: Path, model: Path, tmp_path: Path) -> None:
