@@ -227,10 +227,16 @@ def _to_micro(
     batch = collator([dataset[int(i)] for i in rows])
     segments = _segments(batch["position_ids"]) if "position_ids" in batch else None
     batch = batch | {name: make(batch) for name, make in (extras or {}).items()}
+    made = MicroBatch(batch, int(dataset.num_targets[rows].sum()), tuple(int(i) for i in rows), segments)
+    return placed(made, device)
+
+
+def placed(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch of host memory on the device. The copy is queued, and nothing waits for it."""
+    inputs = batch.inputs
     if device.type == "cuda":  # a copy from memory that is not pinned waits for everything queued on the device
-        batch = {k: v.pin_memory() for k, v in batch.items()}
-    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    return MicroBatch(inputs, int(dataset.num_targets[rows].sum()), tuple(int(i) for i in rows), segments)
+        inputs = {k: v.pin_memory() for k, v in inputs.items()}
+    return replace(batch, inputs={k: v.to(device, non_blocking=True) for k, v in inputs.items()})
 
 
 def _segments(position_BS: torch.Tensor) -> tuple[int, ...]:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from salient_ds.config.run import RunConfig
-from salient_ds.engine.reports import Diverged, NonFiniteLoss, StepReport
+from salient_ds.engine.reports import Diverged, MicroBatch, NonFiniteLoss, StepReport
 from salient_ds.methods.duties import ReportingMethod
 from salient_ds.monitor.progress import Progress
 from salient_ds.run.active import speed_facts
 from salient_ds.run.export import export_run
-from salient_ds.run.inputs import Inputs, load_inputs, micro_batches
+from salient_ds.run.inputs import Inputs, load_inputs, micro_batches, placed
 from salient_ds.run.messages import Messages
+from salient_ds.run.prefetch import Prefetched
 from salient_ds.run.prepared import PreparedRun
 from salient_ds.run.resuming import own_checkpoint, ways_on
 from salient_ds.run.stopping import STOP, Stopped, StopRequest
@@ -94,16 +95,14 @@ class Training(PreparedRun):
         total, used = engine.decisions.latest.total, Utilisation(engine, train, self.device)
         if used.note is not None:
             self.say(used.note)
-        with Progress(self.total_steps, engine.step, main=self.is_main, every=train.log_every, total_rank=total) as bar:
+        shown = Progress(self.total_steps, engine.step, main=self.is_main, every=train.log_every, total_rank=total)
+        with shown as bar, Prefetched(self._batches_of) as ahead:
             self.bar = bar
             while engine.step < self.total_steps and not self.held_out.exhausted:
                 began = time.perf_counter()
                 self.where.at(lambda: f"step {engine.step + 1} ({engine.phase})")
-                batches, targets = micro_batches(
-                    self.inputs, self.sampler, self.counters.batches,
-                    global_rank=self.global_rank, world_size=self.world_size, size=train.micro_batch_size,
-                    device=self.device, model=engine.adapted.model,
-                )  # fmt: skip
+                on_host, targets = ahead.take(self.counters.batches)
+                batches = [placed(batch, self.device) for batch in on_host]
                 rate = float(engine.engine.get_lr()[0])  # the schedule moves on with the step
                 report = self._step(batches, targets)
                 self.keeper.after_step(report)
@@ -125,6 +124,14 @@ class Training(PreparedRun):
                     self.after_step(self, report)
                 if STOP in report.raised and not last:
                     self.end_early()
+
+    def _batches_of(self, number: int) -> tuple[list[MicroBatch], int]:
+        """This process' part of a global batch, in host memory. A thread calls it ahead of time."""
+        return micro_batches(
+            self.inputs, self.sampler, number,
+            global_rank=self.global_rank, world_size=self.world_size, size=self.config.train.micro_batch_size,
+            device=torch.device("cpu"), model=self.engine.adapted.model,
+        )  # fmt: skip
 
     def _step(self, batches: list[Any], targets: int) -> StepReport:
         try:
