@@ -17,9 +17,8 @@ COMPILED, FUSED_LOSS, GRAPHS = "compile", "liger", "graphs"
 """Options of an arm, appended to its name with "+": compiled decoder layers, the fused loss of liger-kernel, and
 compiled layers launched as CUDA graphs."""
 SPEED: dict[str, dict[str, Any]] = {
-    "statistics": {"fused_statistics": True},
+    "unfused": {"fused_statistics": False, "flat_gradients": False},
     "targets": {"target_head": True},
-    "flat": {"flat_gradients": True},
     GRAPHS: {"cuda_graphs": True},
     "unpacked": {"packing": "none"},
 }

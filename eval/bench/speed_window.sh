@@ -33,7 +33,7 @@ echo "parts done after $((SECONDS - BEGAN)) s"
 # their statistics; at rank 480, AdaLoRA's statistics in eight passes or one, events every ten steps, and gradients.
 arms plain peft_lora+compile@64,peft_lora+compile+liger@64
 arms 2 salientlora+compile@64,lora2+compile@64,heterolora+compile@64,increlora@64,adalora+compile@480,\
-adalora+compile+statistics@480,salientlora+compile@480,salientlora+compile+flat@480 --target-rank 16
+adalora+compile@480,salientlora+compile+unfused@480,salientlora+compile@480 --target-rank 16
 arms 2 lora2+unpacked@64,heterolora+unpacked@64,adalora+compile@64,salientlora+compile+targets@64,spectral+compile@64 \
     --target-rank 16
 echo "window ended after $((SECONDS - BEGAN)) s"

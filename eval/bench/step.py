@@ -41,9 +41,10 @@ def main(
         str,
         typer.Option(
             help="peft_lora, peft_adalora, unsloth and methods of this package. NAME@64+480 sets the ranks of one arm, "
-            "NAME+compile compiles its layers one by one, NAME+liger uses the fused loss of liger-kernel. Own methods "
-            "also: +statistics, +targets, +flat, +unpacked (speed.fused_statistics, target_head, flat_gradients, "
-            "packing=none), +memory50 (train.activation_memory=0.5; 0, 25, 50 or 75)."
+            "NAME+compile compiles its layers one by one, NAME+compile+graphs launches them as CUDA graphs, NAME+liger "
+            "uses the fused loss of liger-kernel. Own methods also: +targets, +unfused, +unpacked (speed.target_head, "
+            "neither fused_statistics nor flat_gradients, packing=none), +memory50 (train.activation_memory=0.5; 0, "
+            "25, 50 or 75)."
         ),
     ] = "peft_lora,peft_lora+compile,peft_adalora,salientlora",
     zero: Annotated[str, typer.Option(help="Any of plain (no DeepSpeed), 0, 1, 2, 3.")] = "plain,2,3",

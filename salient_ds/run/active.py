@@ -17,6 +17,7 @@ from salient_ds.methods.duties import FusingMethod
 from salient_ds.models.kernels import has_fused_loss
 from salient_ds.models.target_head import uses_target_head
 from salient_ds.run.compiled import GraphedForward, layer_paths
+from salient_ds.salience.sensitivity_kernel import AVAILABLE as KERNEL_AVAILABLE
 from salient_ds.zero.internals.engine_state import basic_optimizer
 
 
@@ -46,7 +47,7 @@ def speed_facts(engine: AllocatingEngine) -> dict[str, Any]:
         "fused_loss": has_fused_loss(model),
         "target_head": uses_target_head(model),
         "fused_optimizer": all(bool(group.get("fused")) for group in optimizer.param_groups),
-        "fused_statistics": on_gpu and isinstance(method, FusingMethod) and method.fused,
+        "fused_statistics": on_gpu and isinstance(method, FusingMethod) and method.fused and KERNEL_AVAILABLE,
     }
     return {"speed": facts}
 

@@ -55,11 +55,12 @@ def update(
     """
     assert len(state.sensitivity) == len(values) == len(grads)
     if fused and values and values[0].is_cuda:
-        from salient_ds.salience.sensitivity_kernel import update_span
+        from salient_ds.salience.sensitivity_kernel import AVAILABLE, update_span
 
-        for each in zip(state.sensitivity, state.uncertainty, values, grads, strict=True):
-            update_span(*each, beta1, beta2)
-        return state
+        if AVAILABLE:
+            for each in zip(state.sensitivity, state.uncertainty, values, grads, strict=True):
+                update_span(*each, beta1, beta2)
+            return state
     values, grads, means, spreads = (_cut(list_) for list_ in (values, grads, state.sensitivity, state.uncertainty))
     for span in _chunks(values):
         now = torch._foreach_mul(values[span], grads[span])  # one launch for many small parts

@@ -104,14 +104,14 @@ def test_compiled_arms_are_those_whose_layers_deepspeed_does_not_gather() -> Non
 
 
 def test_own_arms_have_further_options() -> None:
-    arms = parse_arms("adalora+compile+statistics@8,lora2+unpacked@8", [8])
+    arms = parse_arms("adalora+compile+unfused@8,lora2+unpacked@8", [8])
     run, _ = plan(arms, parse_zero("2"), [1], ["none"], settings())
     assert [(s.arm, s.compiled, s.speed) for s in run] == [
-        ("adalora", True, ("statistics",)), ("lora2", False, ("unpacked",)),
+        ("adalora", True, ("unfused",)), ("lora2", False, ("unpacked",)),
     ]  # fmt: skip
-    assert run[0].title.endswith("compiled statistics") and run[0].key()["speed"] == ["statistics"]
+    assert run[0].title.endswith("compiled unfused") and run[0].key()["speed"] == ["unfused"]
     with pytest.raises(ValueError, match="is unknown"):
-        parse_arms("peft_lora+statistics", [8])
+        parse_arms("peft_lora+unfused", [8])
 
 
 def test_the_fused_loss_is_an_option_beside_compiled_layers() -> None:
