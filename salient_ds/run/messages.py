@@ -1,7 +1,7 @@
 """Keeps messages that are not for the user off the screen: in a file of the run that the main process names.
 
-Hidden are warnings from one library to another (deprecations, and what setuptools says while something is compiled),
-and loading bars of processes besides the main one. Errors and all other warnings are shown as ever.
+Hidden are warnings from one library to another (deprecations, and what setuptools says while something is compiled).
+Errors and all other warnings are shown as ever. Loading bars are shown by the main process only.
 """
 
 from __future__ import annotations
@@ -34,12 +34,6 @@ class Messages:
     def listen(self) -> None:
         """Begin. Warnings that are shown go on to whoever showed them before."""
         self._shown, warnings.showwarning = warnings.showwarning, self._take
-        if self.global_rank:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the package is imported
-            os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()
 
     def close(self) -> None:
         """Show everything again."""
@@ -84,6 +78,17 @@ class Messages:
         assert self.path is not None
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as out:
             out.write(text)
+
+
+def leave_bars_to_main(global_rank: int) -> None:
+    """Show no loading bars of other packages on processes besides the main one."""
+    if global_rank == 0:
+        return
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the package is imported
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _is_between_libraries(category: type[Warning], filename: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from salient_ds.run.exits import RUN_ERROR, STOPPED, USAGE_ERROR, known, print_problems, sentences
+from salient_ds.run.messages import leave_bars_to_main
 from salient_ds.run.stopping import Stopped, StopRequest
 from salient_ds.run.whereabouts import Whereabouts
 from salient_ds.zero.launchers import describe_process
@@ -61,6 +62,7 @@ def launched(
     from salient_ds.zero.environment import start, stop
 
     where = where or Whereabouts()
+    leave_bars_to_main(int(os.environ.get("RANK", "0")))
     try:
         with without_frames():
             device = start(timeout_minutes)

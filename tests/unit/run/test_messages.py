@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from salient_ds.run.messages import Messages
+from salient_ds.run.messages import Messages, leave_bars_to_main
 
 LIBRARY = "/env/lib/python3.11/site-packages/torch/distributed/c10d_logger.py"
 
@@ -78,16 +78,16 @@ def test_a_folder_that_cannot_be_written_costs_the_messages_only(shown: list[str
     assert shown == []
 
 
-def test_loading_bars_are_those_of_the_main_process(monkeypatch: pytest.MonkeyPatch, shown: list[str]) -> None:
+def test_loading_bars_are_those_of_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.utils import logging
 
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         monkeypatch.delenv(name, raising=False)
     logging.enable_progress_bar()
-    Messages(0).listen()
+    leave_bars_to_main(0)
     assert logging.is_progress_bar_enabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
     try:
-        Messages(1).listen()
+        leave_bars_to_main(1)
         assert not logging.is_progress_bar_enabled() and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     finally:
         logging.enable_progress_bar()
