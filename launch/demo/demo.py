@@ -151,6 +151,11 @@ def execute(command: list[str]) -> None:
         raise SystemExit(status if status > 0 else 1)
 
 
+def check(demo: Demo) -> None:
+    """Check the run as it will be started: an earlier one in its directory is continued or replaced."""
+    execute(["salient-ds", "check", *demo.arguments, "--gpus", str(processes()), *how_to_start(demo).split()])
+
+
 def train(demo: Demo) -> None:
     """Launch the training processes and wait until they end."""
     count = processes()
@@ -205,7 +210,7 @@ def main() -> None:
         console.rule("1 model and data")
         (prepare.tiny if demo.tiny else prepare.smollm2)(demo.config, args.cache, demo.held_out)
         console.rule("2 check")
-        execute(["salient-ds", "check", *demo.arguments, "--gpus", str(processes())])
+        check(demo)
         console.rule("3 accuracy before")
         import score
 

@@ -13,7 +13,9 @@ import demo
 import prepare
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from salient_ds.cli import app
 from salient_ds.strict import ConfigError
 
 
@@ -32,7 +34,7 @@ def tiny_demo(cache: Path, steps: int | None = None) -> demo.Demo:
 
 def write_run(run: demo.Demo, finished: bool) -> None:
     """What an earlier training leaves in the run directory."""
-    (run.run / "checkpoints").mkdir(parents=True)
+    (run.run / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run.run / "run.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json", by_alias=True)))
     if finished:
         run.adapter.mkdir()
@@ -100,6 +102,22 @@ def test_training_is_the_real_launcher_on_a_port_of_its_own(tmp_path: Path, monk
     assert first[0] == "deepspeed" and first[first.index("--module") + 1] == "salient_ds.train"
     assert 1024 < int(first[first.index("--master_port") + 1]) < 65536
     assert second[-1] == "--overwrite" and first[-1] != "--overwrite"
+
+
+def test_the_check_knows_how_the_run_will_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second `make demo` was refused by the check, because the first one's run is there."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(demo, "execute", seen.append)
+    run = tiny_demo(tmp_path)
+    prepare.tiny(run.config, tmp_path, run.held_out)
+    for finished, wanted in ((None, []), (False, ["--resume", "auto"]), (True, ["--overwrite"])):
+        if finished is not None:
+            write_run(run, finished=finished)
+        demo.check(run)
+        command = seen.pop()
+        assert command[:2] == ["salient-ds", "check"] and command[command.index("--gpus") + 2 :] == wanted
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert CliRunner().invoke(app, command[1:-1]).exit_code == 1, "without the option it is refused"
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_status(
