@@ -109,15 +109,24 @@ def test_the_check_knows_how_the_run_will_be_started(tmp_path: Path, monkeypatch
     seen: list[list[str]] = []
     monkeypatch.setattr(demo, "execute", seen.append)
     run = tiny_demo(tmp_path)
-    prepare.tiny(run.config, tmp_path, run.held_out)
     for finished, wanted in ((None, []), (False, ["--resume", "auto"]), (True, ["--overwrite"])):
         if finished is not None:
             write_run(run, finished=finished)
         demo.check(run)
         command = seen.pop()
         assert command[:2] == ["salient-ds", "check"] and command[command.index("--gpus") + 2 :] == wanted
-    assert CliRunner().invoke(app, command[1:]).exit_code == 0
-    assert CliRunner().invoke(app, command[1:-1]).exit_code == 1, "without the option it is refused"
+
+
+@pytest.mark.slow
+def test_the_check_lets_an_earlier_run_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(demo, "execute", seen.append)
+    run = tiny_demo(tmp_path)
+    prepare.tiny(run.config, tmp_path, run.held_out)
+    write_run(run, finished=True)
+    demo.check(run)
+    assert CliRunner().invoke(app, seen[0][1:]).exit_code == 0
+    assert CliRunner().invoke(app, seen[0][1:-1]).exit_code == 1, "without the option it is refused"
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_status(
