@@ -36,7 +36,7 @@ def rendered(run: RunConfig, path: str, fmt: str, tokenizer: str) -> tuple[int, 
 
 def main(question: dict[str, Any]) -> None:
     """Answer one question."""
-    from salient_ds.data.chat_template import fixed_date_note
+    from salient_ds.data.chat_source import fixed_date_note
     from salient_ds.data.formats import read_data
     from salient_ds.data.rendering import render_file
     from salient_ds.data.templates import get_template

@@ -12,23 +12,21 @@ Three ways tell answers from the rest, in this order:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from salient_ds.data.chat_messages import as_parts, parts_only, prints_repr, with_text_arguments
+from salient_ds.data.chat_source import source_of, variables_of
 from salient_ds.data.conversation import ASSISTANT, Conversation, RowError
 from salient_ds.data.keys import REASONING_KEYS, TOOL_CALLS
 from salient_ds.data.segments import Segment
-from salient_ds.data.template_base import NAMES, Template
+from salient_ds.data.template_base import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RewrittenHistory = Literal["per_answer", "last_answer"]
-# A chat template that prints today's date would give another text every day, and a resumed run other data. So templates
-# are given this date (the default date in Llama 3.1's template), whatever the day.
-_DATE = datetime(2024, 7, 26)
-_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BOUNDARY = re.compile(r"[\n>\]:]")
 
@@ -46,13 +44,14 @@ class TokenizerTemplate(Template):
     def __init__(self, rewritten_history: RewrittenHistory = "per_answer") -> None:
         self.rewritten_history = rewritten_history
         self._known_ends: tuple[object, int, list[str]] = (None, 0, [])
+        self._parts_only: dict[str, bool] = {}
 
     def examples(
         self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> list[list[Segment]]:
         """One training text, or one per answer if the template rewrites history."""
         self._refuse_what_is_not_printed(conversation, tokenizer)
-        if _MARKED.search(_source(conversation, tokenizer)):
+        if _MARKED.search(source_of(conversation, tokenizer)):
             return [self._marked(conversation, tokenizer)]
         try:
             return [self._cut(conversation, tokenizer)]
@@ -144,13 +143,14 @@ class TokenizerTemplate(Template):
         assert tokenizer is not None, "the source has been read"
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        variables = {**tokenizer.special_tokens_map, **_variables(conversation)}
+        variables = {**tokenizer.special_tokens_map, **variables_of(conversation)}
         (text,), (spans,) = self._guarded(
             conversation,
-            lambda: render_jinja_template(
-                [conversation.messages()],
+            tokenizer,
+            lambda messages: render_jinja_template(
+                [messages],
                 tools=cast(Any, conversation.tools),
-                chat_template=_source(conversation, tokenizer),
+                chat_template=source_of(conversation, tokenizer),
                 return_assistant_tokens_mask=True,
                 **variables,
             ),
@@ -176,37 +176,62 @@ class TokenizerTemplate(Template):
 
     def _render(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None, opens: bool = True) -> str:
         """The text; ``opens``: after a turn that asks, also the words that open an answer."""
-        source = _source(conversation, tokenizer)
+        source = source_of(conversation, tokenizer)
         assert tokenizer is not None, "the source has been read"
         return str(
             self._guarded(
                 conversation,
-                lambda: tokenizer.apply_chat_template(
-                    conversation.messages(),
+                tokenizer,
+                lambda messages: tokenizer.apply_chat_template(
+                    messages,
                     tools=cast(Any, conversation.tools),
                     chat_template=source,
                     tokenize=False,
                     add_generation_prompt=opens and conversation.turns[-1].role != ASSISTANT,
-                    **_variables(conversation),
+                    **variables_of(conversation),
                 ),
             )
         )
 
-    def _guarded(self, conversation: Conversation, render: Any) -> Any:
+    def _guarded(
+        self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, render: Callable[[list[Any]], Any]
+    ) -> Any:
+        """What ``render`` makes of the messages, in the form in which the template reads them.
+
+        Templates differ in two things. Some read content as a list of parts only. And some take the arguments of a
+        tool call as JSON text: given an object, they fail, or print it as Python does.
+        """
         import jinja2
 
+        messages = conversation.messages()
         try:
-            return render()
+            if self._reads_parts_only(conversation, tokenizer):
+                messages = as_parts(messages)
+            in_text = with_text_arguments(messages)
+            try:
+                found = render(messages)
+            except TypeError:
+                if in_text is None:
+                    raise
+                return render(in_text)
+            text = found if isinstance(found, str) else found[0][0]
+            return render(in_text) if in_text is not None and prints_repr(messages, text) else found
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError) as error:
             raise RowError(
                 "chat template", f"the chat template of the tokenizer refuses {conversation.where}: {error}"
             ) from None
 
+    def _reads_parts_only(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+        source = source_of(conversation, tokenizer)
+        if source not in self._parts_only:
+            self._parts_only[source] = parts_only(source, tokenizer)
+        return self._parts_only[source]
+
     def _refuse_what_is_not_printed(
         self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         """Raise RowError for tools, tool calls, reasoning or variables that leave no trace in the text."""
-        source = _source(conversation, tokenizer)
+        source = source_of(conversation, tokenizer)
         unread = [key for key in conversation.template_kwargs or {} if not re.search(rf"\b{re.escape(key)}\b", source)]
         if unread:
             raise RowError(
@@ -236,43 +261,6 @@ class TokenizerTemplate(Template):
             ends = sorted(special - no_end, key=lambda text: (-len(text), text))
             self._known_ends = (tokenizer, len(tokenizer), ends)
         return ends
-
-
-def fixed_date_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """That the tokenizer's template prints today's date, and which one it prints here; None if it does not."""
-    source = tokenizer.chat_template
-    if isinstance(source, str) and ("strftime_now" in source or "date_string" in source):
-        return f"the chat template prints today's date: it is fixed to {_DATE:%d %b %Y} for all runs"
-    return None
-
-
-def _source(conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The template's text, with today's date replaced by a fixed one.
-
-    Raises:
-        ValueError: there is no template, or it asks for the date in a way that cannot be fixed.
-    """
-    if tokenizer is None:
-        raise ValueError('template "tokenizer" is the tokenizer\'s own: it cannot be rendered without one')
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f'template "tokenizer": the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} '
-            f"has no chat template; choose one of {', '.join(NAMES)}, or set its chat_template"
-        )
-    source = tokenizer.get_chat_template(None, conversation.tools)
-    if "strftime_now" not in source:
-        return source
-    fixed = _NOW.sub(lambda match: repr(_DATE.strftime(match[2])), source)
-    if "strftime_now(" in fixed:
-        raise ValueError(
-            'template "tokenizer": the chat template prints today\'s date in a form that changes while it runs '
-            "(strftime_now without a literal format): every day would give other data; write a fixed date into it"
-        )
-    return fixed
-
-
-def _variables(conversation: Conversation) -> dict[str, Any]:
-    return {"date_string": f"{_DATE:%d %b %Y}", **(conversation.template_kwargs or {})}
 
 
 def _without_tools(conversation: Conversation) -> Conversation:

@@ -130,7 +130,8 @@ def template_values(turn: Mapping[str, Any], label: str, is_answer: bool) -> dic
     """
     found = {key: turn[key] for key in TEMPLATE_KEYS if not absent(turn.get(key))}
     if TOOL_CALLS in found:
-        found[TOOL_CALLS] = _objects(parsed(found, TOOL_CALLS, list, "a list of calls"))
+        calls = _objects(parsed(found, TOOL_CALLS, list, "a list of calls"))
+        found[TOOL_CALLS] = [_with_arguments(call, label) for call in calls]
     for key in (TOOL_CALLS, *REASONING_KEYS):
         if key in found and not is_answer:
             raise RowError(key, f'{label} holds "{key}", which only an answer can have')
@@ -138,3 +139,20 @@ def template_values(turn: Mapping[str, Any], label: str, is_answer: bool) -> dic
         if key in found and not isinstance(found[key], str):
             raise RowError(key, f'{label}["{key}"] is {type(found[key]).__name__}, expected text')
     return found
+
+
+def _with_arguments(call: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """A call whose arguments are an object. OpenAI writes them as JSON text, which templates would quote once more."""
+    inside = call.get("function")
+    function = inside if isinstance(inside, Mapping) else call
+    given = function.get("arguments")
+    if not isinstance(given, str):
+        return dict(call)
+    try:
+        arguments = json.loads(given) if given.strip() else {}
+    except ValueError as error:
+        raise RowError(
+            TOOL_CALLS, f"{label} calls a tool with arguments that are no JSON ({error}): {given[:40]!r}"
+        ) from None
+    written = {**function, "arguments": arguments}
+    return {**call, "function": written} if function is not call else written

@@ -24,7 +24,10 @@ class Names(NamedTuple):
     roles: Mapping[str, str]
 
 
-CHAT = Names("messages", "role", "content", {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL})
+CHAT = Names(
+    "messages", "role", "content",
+    {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL, "function": TOOL},
+)  # fmt: skip
 SHAREGPT = Names(
     "conversations", "from", "value",
     {"system": SYSTEM, "human": USER, "gpt": ASSISTANT, CALL: ASSISTANT, "observation": TOOL, "tool": TOOL},
@@ -54,7 +57,8 @@ def read_turns(items: list[Any], names: Names) -> Turns:
         if not isinstance(item, dict):
             wanted = f"an object with {names.role} and {names.content}"
             raise RowError("wrong turn", f"{label} is {kind_of(item)}, expected {wanted}")
-        unread = [key for key in item if key not in (names.role, names.content, *TURN_KEYS) and not absent(item[key])]
+        read = (names.role, names.content, *TURN_KEYS, *((CALL,) if names.content == CHAT.content else ()))
+        unread = [key for key in item if key not in read and not absent(item[key])]
         ignored |= dict.fromkeys(f"{names.turns}[].{key}" for key in unread)
         name = text_of(item, names.role, label)
         role = names.roles.get(name)
@@ -75,6 +79,8 @@ def read_turns(items: list[Any], names: Names) -> Turns:
 
 def _turn(item: Mapping[str, Any], role: str, name: str, names: Names, label: str) -> Turn:
     is_answer = role == ASSISTANT
+    if names.content == CHAT.content and not absent(item.get(CALL)):
+        item = _newer_call(item, label)
     extra = template_values(item, label, is_answer)
     if name == CALL:
         text, extra[TOOL_CALLS] = "", [_call(text_of(item, names.content, label), label)]
@@ -99,6 +105,18 @@ def _content(item: Mapping[str, Any], names: Names, label: str) -> str:
             raise RowError("content parts", f"{label} has a part of type {shown}: this package trains on text alone")
         texts.append(text_of(part, "text", f"{label}: a part"))
     return "".join(texts)
+
+
+def _newer_call(item: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """A chat turn with OpenAI's older key for one call, "function_call", as a turn with "tool_calls"."""
+    if not absent(item.get(TOOL_CALLS)):
+        raise RowError(CALL, f'{label} holds "{CALL}" and "{TOOL_CALLS}": keep one')
+    call = item[CALL]
+    if not isinstance(call, dict):
+        raise RowError(CALL, f'{label}["{CALL}"] is {kind_of(call)}, expected an object with name and arguments')
+    return {key: value for key, value in item.items() if key != CALL} | {
+        TOOL_CALLS: [{"type": "function", "function": call}]
+    }
 
 
 def _call(text: str, label: str) -> dict[str, Any]:

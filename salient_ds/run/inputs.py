@@ -13,7 +13,7 @@ import torch
 
 from salient_ds.config.run import RunConfig
 from salient_ds.config.train import TrainConfig
-from salient_ds.data.chat_template import fixed_date_note
+from salient_ds.data.chat_source import fixed_date_note
 from salient_ds.data.collate import Collator, pad_token_id
 from salient_ds.data.record import TemplateRecord, template_record
 from salient_ds.data.sampler import StepSampler

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from salient_ds.data.chat_template import TokenizerTemplate, fixed_date_note
+from salient_ds.data.chat_source import fixed_date_note
+from salient_ds.data.chat_template import TokenizerTemplate
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, RowError, Turn
 from salient_ds.data.record import template_record
 from salient_ds.data.templates import get_template
