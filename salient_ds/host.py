@@ -1,9 +1,11 @@
-"""What this host offers to a run: ports and installed packages. Imports no other part of this package."""
+"""What this host offers to a run: ports, installed packages and files. Imports no other part of this package."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import socket
+from pathlib import Path
 
 
 def is_taken(port: int) -> bool:
@@ -30,3 +32,9 @@ def installed_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,6 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from salient_ds.host import file_sha256
+
 from .prompts import PromptSet, load_prompts
 
 # sha256 of FastChat's files at commit 0e6d3e4beaab66f4d3f93db72541a4abab8af28d (all unchanged since 2023-07-04).
@@ -175,7 +177,7 @@ def _from_hub(fetch: Callable[[str], bytes]) -> dict[str, Path]:
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "salient_ds" / "mt_bench"
     files = {name: base / name for name in MT_BENCH_SHA256}
     for name, target in files.items():
-        if target.is_file() and sha256_of(target) == MT_BENCH_SHA256[name]:
+        if target.is_file() and file_sha256(target) == MT_BENCH_SHA256[name]:
             continue
         data = _first_matching(name, fetch)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +216,7 @@ def _http_get(url: str) -> bytes:
 def _load(
     bench: str, origin: str, files: Mapping[str, Path], pinned: Mapping[str, str], references: str
 ) -> QuestionSet:
-    found = {name: sha256_of(file) for name, file in files.items()}
+    found = {name: file_sha256(file) for name, file in files.items()}
     wrong = [f"{files[n]} has sha256 {found[n]}, pinned is {pinned[n]}" for n in files if found[n] != pinned[n]]
     if wrong:
         raise ValueError(
@@ -226,10 +228,10 @@ def _load(
     reference_file = next(file for name, file in files.items() if "reference_answer" in name)
     answers = {row["question_id"]: tuple(row["choices"][0]["turns"]) for row in _rows(reference_file)}
     if references == "corrected":
-        if sha256_of(CORRECTIONS_FILE) != CORRECTIONS_SHA256:
+        if file_sha256(CORRECTIONS_FILE) != CORRECTIONS_SHA256:
             raise ValueError(f"{CORRECTIONS_FILE} was changed: its scores would carry a name that is not theirs")
         answers = apply_corrections(answers)
-        found = {**found, CORRECTIONS_FILE.name: sha256_of(CORRECTIONS_FILE)}
+        found = {**found, CORRECTIONS_FILE.name: file_sha256(CORRECTIONS_FILE)}
     prompts = load_prompts(by_role["judge_prompts.jsonl"])
     return QuestionSet(
         bench=bench,
@@ -253,10 +255,6 @@ def apply_corrections(answers: Mapping[int, Sequence[str]]) -> dict[int, tuple[s
 def corrections() -> list[dict[str, Any]]:
     """Return the reference turns known to be wrong: question_id, turn, what is wrong, and our answer."""
     return _rows(CORRECTIONS_FILE)
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _lines(path: Path) -> list[str]:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from salient_ds.sweep.statistics import holm
+
 from .store import Row
 
 Array = npt.NDArray[np.float64]
@@ -206,16 +208,6 @@ def sign_flip_p(differences_Q: Array, resamples: int = 9999, seed: int = 0) -> f
         rng=np.random.default_rng(seed),
     )
     return float(test.pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values (Holm 1979), in the given order."""
-    order = np.argsort(p_values)
-    adjusted, running = [1.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
 
 
 def length_statistics(lengths: Sequence[int], scores: Sequence[float]) -> dict[str, float | None]:

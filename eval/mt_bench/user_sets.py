@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from salient_ds.host import file_sha256
+
 from .prompts import PromptSet, load_prompts
 from .questions import (
     MT_BENCH_SHA256,
@@ -25,7 +27,6 @@ from .questions import (
     QuestionSet,
     find_mt_bench,
     load_question_set,
-    sha256_of,
 )
 
 PINNED = ("mt_bench", "own")
@@ -79,7 +80,7 @@ def _user_set(options: SetOptions) -> QuestionSet:
     questions = tuple(_questions(file))
     if not questions:
         raise ValueError(f"{file} holds no question")
-    digest = sha256_of(file)
+    digest = file_sha256(file)
     if bench in RESERVED and options.bench_name:
         raise ValueError(f"--bench-name {bench} is the name of a pinned set; give another")
     if bench in RESERVED:
@@ -89,7 +90,7 @@ def _user_set(options: SetOptions) -> QuestionSet:
     reference_file = _reference_file(file.parent / "reference_answer", options.references)
     if reference_file is not None:
         name, references = reference_file.stem, dict(_references(reference_file))
-        hashes[f"reference_answer/{reference_file.name}"] = sha256_of(reference_file)
+        hashes[f"reference_answer/{reference_file.name}"] = file_sha256(reference_file)
     wanted = (options.reference_categories or REFERENCE_CATEGORIES) if options.references else ()
     marked = tuple(q.model_copy(update={"with_reference": q.category in wanted}) for q in questions)
     _check_references(marked, references, file)
@@ -185,7 +186,7 @@ def _prompts_beside(file: Path) -> tuple[PromptSet, str]:
     """Return the prompts beside the questions, or one folder up as in FastChat, or our own."""
     places = [file.parent / "judge_prompts.jsonl", file.parent.parent / "judge_prompts.jsonl"]
     found = next((place for place in places if place.is_file()), OWN_FOLDER / "judge_prompts.jsonl")
-    return load_prompts(found), sha256_of(found)
+    return load_prompts(found), file_sha256(found)
 
 
 def with_prompts(found: QuestionSet, wanted: str) -> QuestionSet:
@@ -196,13 +197,13 @@ def with_prompts(found: QuestionSet, wanted: str) -> QuestionSet:
     """
     if wanted == "mt_bench":
         path = find_mt_bench(None)[1]["judge_prompts.jsonl"]
-        if sha256_of(path) != MT_BENCH_SHA256["judge_prompts.jsonl"]:
+        if file_sha256(path) != MT_BENCH_SHA256["judge_prompts.jsonl"]:
             raise ValueError(f"{path} is not MT-Bench's prompt file")
     else:
         path = OWN_FOLDER / "judge_prompts.jsonl" if wanted == "own" else Path(wanted).expanduser()
     if not path.is_file():
         raise ValueError(f"--judge-prompts {wanted}: there is no such file; or use mt_bench or own")
-    digest = sha256_of(path)
+    digest = file_sha256(path)
     name = next((key for key in found.sha256 if key.endswith("judge_prompts.jsonl")), "judge_prompts.jsonl")
     if found.sha256.get(name) == digest:
         return found

@@ -102,7 +102,8 @@ class FactorBank(nn.Module):
         """
         low_L, ranks = gain_L.to(self.factors.dtype), [adapter.rank for adapter in self._adapters]
         if self._kept is None:
-            return torch.split_with_sizes_copy(low_L, ranks)
+            found: list[Tensor] = torch.ops.aten.split_with_sizes_copy(low_L, ranks)
+            return found
         torch.split_with_sizes_copy(low_L, ranks, out=self._kept)
         return self._kept
 

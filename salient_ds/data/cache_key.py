@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from salient_ds.data.record import template_record
 from salient_ds.data.template_base import Template
+from salient_ds.host import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +30,11 @@ def entry_key(file: Path, template: Template, tokenizer: PreTrainedTokenizerBase
         options: settings that decide on the rows, as plain data.
     """
     parts = {
-        "file": _sha256(file),
+        "file": file_sha256(file),
         "template": template_record(template, tokenizer).sha256,
         "tokenizer": tokenizer_digest(tokenizer),
         "options": dict(options),
-        "code": [_sha256(path) for path in _CODE],
+        "code": [file_sha256(path) for path in _CODE],
         "versions": [platform.python_version(), *map(_version, _PACKAGES)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -45,13 +46,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            digest.update(f"{path.relative_to(folder)}:{_sha256(path)};".encode())
+            digest.update(f"{path.relative_to(folder)}:{file_sha256(path)};".encode())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from salient_ds.host import file_sha256
 from salient_ds.ranks import Part
 from salient_ds.strict import Reported
 
@@ -134,15 +135,9 @@ def damage(path: Path, contents: bool = False, share: tuple[int, int] = (0, 1)) 
     return None
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sums(paths: Sequence[Path]) -> list[str]:
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-        return list(pool.map(sha256_of, paths))
+        return list(pool.map(file_sha256, paths))
 
 
 def shard_key(statistic: str, owner: str, lo: int) -> str:

@@ -8,7 +8,6 @@ Shape legend: I = in features, O = out features, r = rank of a module.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import re
@@ -25,6 +24,7 @@ from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.lora_config import CONFIG_FILE, read_lora_config
 from salient_ds.export.meta import RECORD_FILE
 from salient_ds.export.streamed import DTYPES, Entry
+from salient_ds.host import file_sha256
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -162,11 +162,7 @@ class LoraFolder:
 
     def sha256(self) -> dict[str, str]:
         """File name -> sha256 of its content."""
-        sums = {}
-        for path in (self.weights.path, self.lora.path):
-            with path.open("rb") as file:
-                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return sums
+        return {path.name: file_sha256(path) for path in (self.weights.path, self.lora.path)}
 
     def notes(self) -> list[str]:
         """What a user should know about the directory."""

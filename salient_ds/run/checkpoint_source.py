@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from salient_ds.adapters.targets import is_shortcut
-from salient_ds.engine.shard_files import MANIFEST, ShardReader, sha256_of
+from salient_ds.engine.shard_files import MANIFEST, ShardReader
 from salient_ds.export.fold import AdapterFactors
 from salient_ds.export.streamed import Entry
 from salient_ds.heterolora.export import refuse_shortcuts
+from salient_ds.host import file_sha256
 from salient_ds.run.export import CheckpointFactors, checkpoint_facts, newest_checkpoint
 
 
@@ -67,4 +68,4 @@ class CheckpointSource:
 
     def sha256(self) -> dict[str, str]:
         """The sha256 of the checkpoint's manifest, which lists those of all its files."""
-        return {MANIFEST: sha256_of(self.place / MANIFEST)}
+        return {MANIFEST: file_sha256(self.place / MANIFEST)}

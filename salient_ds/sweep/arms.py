@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from salient_ds.config.yaml_files import read_yaml
+from salient_ds.host import file_sha256
 from salient_ds.strict import ConfigError
 from salient_ds.sweep.spec import Arm, SweepSpec
 
@@ -176,8 +176,7 @@ def _digest(path: str) -> str:
     state = Path(path).stat()
     key = (path, state.st_size, state.st_mtime_ns)
     if key not in _digests:
-        with open(path, "rb") as file:
-            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        _digests[key] = file_sha256(Path(path))[:16]
     return _digests[key]
 
 

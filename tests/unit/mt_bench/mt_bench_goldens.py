@@ -15,6 +15,8 @@ from salient_eval.mt_bench.prompts import MT_BENCH_NAMES, OWN_NAMES
 from salient_eval.mt_bench.questions import QuestionSet, load_question_set
 from salient_eval.mt_bench.store import load_answers
 
+from salient_ds.host import file_sha256
+
 OWN_FOLDER = Path(__file__).resolve().parents[2] / "golden" / "mtbench"
 
 
@@ -103,4 +105,4 @@ def write_stand_in(folder: Path) -> Mapping[str, str]:
     for name, rows in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {name: questions.sha256_of(folder / name) for name in content}
+    return {name: file_sha256(folder / name) for name in content}

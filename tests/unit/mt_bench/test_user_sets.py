@@ -12,10 +12,12 @@ from mt_bench_helpers import write_answer_file
 from raw_server import RawServer, completion
 from salient_eval.mt_bench.answering import question_temperatures
 from salient_eval.mt_bench.cli import app
-from salient_eval.mt_bench.questions import OWN_FOLDER, QuestionSet, sha256_of
+from salient_eval.mt_bench.questions import OWN_FOLDER, QuestionSet
 from salient_eval.mt_bench.store import Layout, read_rows
 from salient_eval.mt_bench.user_sets import SetOptions, load_questions
 from typer.testing import CliRunner
+
+from salient_ds.host import file_sha256
 
 JAPANESE: list[dict[str, Any]] = [
     {"question_id": 1, "category": "writing", "turns": ["\u4e00\u6587\u66f8\u3044\u3066\u3002", "\u3082\u3046"]},
@@ -71,7 +73,7 @@ def test_a_folder_like_fastchats_is_read_by_folder_file_or_bench_name(tmp_path: 
             "japanese_mt_bench", "base-gpt4o-ref", by_name.questions)  # fmt: skip
     assert [q.needs_reference for q in by_name.questions] == [False, True, False]
     assert by_name.questions[2].turns[0].startswith("\u2028"), "no end of a line"
-    assert by_name.sha256["judge_prompts.jsonl"] == sha256_of(data / "judge_prompts.jsonl")
+    assert by_name.sha256["judge_prompts.jsonl"] == file_sha256(data / "judge_prompts.jsonl")
     assert set(by_name.sha256) == {"question.jsonl", "reference_answer/base-gpt4o-ref.jsonl", "judge_prompts.jsonl"}
     assert "(not MT-Bench)" in by_name.title
     with pytest.raises(ValueError, match="give --bench-name, one of .'japanese_mt_bench', 'vicuna_bench'"):
@@ -130,7 +132,7 @@ def test_references_are_chosen_by_name_and_must_be_complete(tmp_path: Path) -> N
 
 def test_the_name_of_mt_bench_is_never_given_to_another_set(tmp_path: Path) -> None:
     file = lines(tmp_path / "mt_bench" / "question.jsonl", VICUNA[:2])
-    assert load(file).bench == f"mt_bench-{sha256_of(file)[:8]}" and "not MT-Bench" in load(file).title
+    assert load(file).bench == f"mt_bench-{file_sha256(file)[:8]}" and "not MT-Bench" in load(file).title
     with pytest.raises(ValueError, match="pinned set"):
         load(file, bench_name="mt_bench")
     for bad in ("../x", ".x", "a/b", ""):
@@ -175,7 +177,7 @@ def test_a_set_of_the_user_from_answers_to_report(tmp_path: Path) -> None:
     assert [(r["question_id"], r["judge"][1]) for r in rows] == [
         (1, "single-v1"), (2, "single-v1"), (3, "single-math-v1")]  # fmt: skip
     assert rows[0]["bench"] == "vicuna_bench" and rows[0]["references"] == "gpt-4"
-    assert rows[0]["sha256"]["question.jsonl"] == sha256_of(sets / "vicuna_bench/question.jsonl")[:16]
+    assert rows[0]["sha256"]["question.jsonl"] == file_sha256(sets / "vicuna_bench/question.jsonl")[:16]
     cli("report", *where, "--judge-model", "j", "--out", tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "common-sense" in text and "score on vicuna_bench" in text and "MT-Bench score" not in text
@@ -193,7 +195,7 @@ def test_other_judge_prompts_have_their_hash_and_files_of_their_own(tmp_path: Pa
         cli(*common, "--judge-prompts", file)
         assert len(server.requests) == 64
         assert server.requests[-1].body["messages"][0]["content"] == "Our own words."
-    digest = sha256_of(file)
+    digest = file_sha256(file)
     layout = Layout(data, "salient_own")
     (row, *_) = read_rows(layout.judgments("j", "single", f"own+prompts-{digest[:8]}"))
     assert row["sha256"]["judge_prompts.jsonl"] == digest[:16] and row["references"] == f"own+prompts-{digest[:8]}"
