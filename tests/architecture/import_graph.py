@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,16 +19,25 @@ def modules(package: Path, name: str) -> dict[str, Path]:
     return found
 
 
-def imported(path: Path, module: str) -> Iterator[str]:
+def imported(path: Path, module: str) -> tuple[str, ...]:
     """Dotted names that a file imports, wherever in it; imports for type checkers count."""
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    return _imported(path.read_text(), path.name, module)
+
+
+@functools.cache  # tests that plant a violation look at a copy of the package
+def _imported(text: str, file: str, module: str) -> tuple[str, ...]:
+    return tuple(_each_import(ast.parse(text), file, module))
+
+
+def _each_import(tree: ast.Module, file: str, module: str) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 above = module.split(".")
-                above = above if path.name == "__init__.py" else above[:-1]
+                above = above if file == "__init__.py" else above[:-1]
                 base = ".".join(above[: len(above) - (node.level - 1)] + ([base] if base else []))
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)

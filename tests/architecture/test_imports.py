@@ -11,6 +11,7 @@ Each check is a function of a source tree, so that the last tests can show it fa
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
@@ -70,9 +71,14 @@ LIGHT = (
 HEAVY = ("torch", "deepspeed", "transformers")
 
 
-def imported_names(path: Path) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imported_names(text: str) -> tuple[tuple[int, str], ...]:
     """(line, dotted name) of everything a file imports, wherever in it, ``importlib`` with a literal included."""
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    return tuple(_each_name(ast.parse(text)))
+
+
+def _each_name(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -93,7 +99,7 @@ def violations(package: Path, files: list[Path], forbidden: tuple[str, ...]) -> 
     return [
         f"{path.relative_to(package)}:{line} imports {name}"
         for path in files
-        for line, name in imported_names(path)
+        for line, name in imported_names(path.read_text())
         if any(is_inside(name, other) for other in forbidden)
     ]
 

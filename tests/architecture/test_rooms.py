@@ -6,6 +6,7 @@ Each check is a function of a source tree, so that the last tests can show it fa
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -62,11 +63,20 @@ def method_names_outside(package: Path) -> list[str]:
         place = path.relative_to(package)
         if place.parts[0] in METHOD_ROOMS:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.id] if isinstance(node, ast.Name) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-            found += [f"{place}:{node.lineno} names {name}" for name in names if name in classes]
+        found += [f"{place}:{line} names {name}" for line, name in used_names(path.read_text()) if name in classes]
     return found
+
+
+@functools.cache
+def used_names(text: str) -> tuple[tuple[int, str], ...]:
+    """(line, name) of every name that a file uses or imports from elsewhere."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            found.append((node.lineno, node.id))
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.lineno, alias.name) for alias in node.names]
+    return tuple(found)
 
 
 def private_names_outside(package: Path) -> list[str]:
