@@ -54,9 +54,9 @@ class DataConfig(Strict):
     """Pack several examples into one sequence of up to max_length tokens. They do not attend to each other. Models that
     were not tested to keep them apart are refused (salient_ds/models/README.md lists those that were)."""
     cache: bool = True
-    """Tokenise a local file once per machine, keep the result in `cache_dir`, and map it into the memory of all
-    processes. It is made anew when the file, tokenizer, template, a setting of this section or our code changes. Data
-    sets loaded by name, and tasks, are not kept."""
+    """Tokenise a file or data set once per machine, keep the result in `cache_dir`, and map it into the memory of all
+    processes. It is made anew when the rows, tokenizer, template, a setting of this section or our code changes. Tasks
+    are not kept."""
     cache_dir: str | None = None
     """Folder of the cache; its parts may be deleted at any time. Default: $SALIENT_DS_CACHE, else $HF_HOME/salient_ds,
     else ~/.cache/salient_ds."""

@@ -18,19 +18,32 @@ from salient_ds.host import file_sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PACKAGES = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "jinja2", "fschat", "pyarrow", "numpy")
+_PACKAGES = (
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "tiktoken",
+    "jinja2",
+    "fschat",
+    "pyarrow",
+    "numpy",
+    "datasets",
+)
 _HERE = Path(__file__).resolve().parent
 _CODE = (*sorted(_HERE.glob("*.py")), _HERE.parent / "strict.py")
 
 
-def entry_key(file: Path, template: Template, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
-    """sha256 over the content of ``file``, the template, the tokenizer, our code, and versions of libraries.
+def entry_key(
+    source: Path | str, template: Template, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> str:
+    """sha256 over the content of ``source``, the template, the tokenizer, our code, and versions of libraries.
 
     Args:
+        source: a file; or the fingerprint that `datasets` has for the rows of a data set loaded by name.
         options: settings that decide on the rows, as plain data.
     """
     parts = {
-        "file": file_sha256(file),
+        "file": file_sha256(source) if isinstance(source, Path) else source,
         "template": template_record(template, tokenizer).sha256,
         "tokenizer": tokenizer_digest(tokenizer),
         "options": dict(options),

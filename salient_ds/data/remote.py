@@ -86,7 +86,12 @@ def how_to_fetch(hub: HubName) -> str:
 
 
 def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
-    """Yields (row number from 1, row) of a data set loaded with `datasets.load_dataset` (which keeps its own cache).
+    """Yields (row number from 1, row) of a data set. Raises as :func:`load_named`."""
+    yield from enumerate(load_named(text, hub), start=1)
+
+
+def load_named(text: str, hub: HubName) -> Any:
+    """A data set as `datasets.load_dataset` gives it (which keeps its own cache, mapped into memory).
 
     Without a split in the name, "train" is taken, or the only split. Raises DataError when the data set cannot be
     loaded, or when the split must be named.
@@ -110,4 +115,4 @@ def hub_rows(text: str, hub: HubName) -> Iterator[tuple[int, object]]:
             names = ", ".join(loaded)
             raise DataError.of(text, "split", f'no split "train"; name one of {names}: "{text}[{next(iter(loaded))}]"')
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    yield from enumerate(loaded, start=1)
+    return loaded

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from salient_ds.config.data import DataConfig
 from salient_ds.data.cache import Beat, Facts, beating, cache_folder, kept
 from salient_ds.data.cache_key import entry_key
 from salient_ds.data.dataset import InstructionDataset, build_dataset
 from salient_ds.data.formats import FileSummary, read_data
+from salient_ds.data.remote import load_named
 from salient_ds.data.sources import locate
 from salient_ds.data.template_base import Template
 from salient_ds.data.tokenize import TokenizationReport
@@ -50,12 +51,12 @@ def read_part(
         )
         return dataset, {"file": asdict(summary), "report": asdict(report)}
 
-    place = locate(path) if data.cache else None
-    if isinstance(place, Path):
-        options = {key: getattr(data, key) for key in _DECIDE} | {"packing": packing, "suffix": place.suffixes}
+    source = _identified(path) if data.cache else None
+    if source is not None:
+        options = {key: getattr(data, key) for key in _DECIDE} | {"packing": packing, "suffix": source.suffixes}
         options |= {"format": fmt or data.format}
-        key = entry_key(place, template, tokenizer, options)
-        found = kept(cache_folder(data.cache_dir), key, path, _BYTES_PER_BYTE * place.stat().st_size, build)
+        key = entry_key(source.content, template, tokenizer, options)
+        found = kept(cache_folder(data.cache_dir), key, path, _BYTES_PER_BYTE * source.size, build)
         dataset, facts, more = found.rows, found.facts, [f"{name}: {found.note}"]
     else:
         dataset, facts = build(lambda: None)
@@ -63,3 +64,23 @@ def read_part(
     summary = replace(FileSummary(**facts["file"]), path=path)
     report = TokenizationReport(**(facts["report"] | {"refused": Counter(facts["report"]["refused"])}))
     return dataset, [*summary.notes(name), f"{name}: {report.summary()}", *more]
+
+
+class _Identified(NamedTuple):
+    """What the rows of a source are known by, and bytes that they have."""
+
+    content: Path | str
+    suffixes: list[str]
+    size: int
+
+
+def _identified(path: str) -> _Identified | None:
+    """A source that the cache can know again; None for a data set by name without a fingerprint."""
+    place = locate(path)
+    if isinstance(place, Path):
+        return _Identified(place, place.suffixes, place.stat().st_size)
+    loaded = load_named(path, place)
+    content, table = getattr(loaded, "_fingerprint", None), getattr(loaded, "data", None)
+    if not content or table is None:
+        return None
+    return _Identified(f"datasets:{content}:{len(loaded)}", [], int(table.nbytes))

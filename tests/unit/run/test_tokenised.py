@@ -117,3 +117,26 @@ def test_changed_code_has_another_key(
     assert entry_key(tiny_alpaca, template, tokenizer, {}) == before
     code.write_text("a = 2\n")
     assert entry_key(tiny_alpaca, template, tokenizer, {}) != before
+
+
+def test_a_data_set_loaded_by_name_is_kept_by_its_fingerprint(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    monkeypatch.chdir(tmp_path)
+    folder, place = tmp_path / "owner" / "name", tmp_path / "cache"
+    folder.mkdir(parents=True)
+    rows = json.loads(write_alpaca(tmp_path / "rows.json", 9).read_text())
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = Path("owner/name")
+    plain, _ = read(name, tokenizer, cache=False)
+    made, first = read(name, tokenizer, cache_dir=str(place))
+    again, second = read(name, tokenizer, cache_dir=str(place))
+    assert "tokenised, and kept" in first[-1] and "read from the cache" in second[-1]
+    assert plain.fingerprint() == made.fingerprint() == again.fingerprint() and len(again) == 9
+    part, _ = read(Path("owner/name[train[:4]]"), tokenizer, cache_dir=str(place))
+    assert len(part) == 4 and entries(place) == 2
+    (folder / "train.jsonl").write_text(json.dumps({"instruction": "Name a river.", "output": "The Elbe."}) + "\n")
+    assert len(read(name, tokenizer, cache_dir=str(place))[0]) == 1 and entries(place) == 3
