@@ -40,7 +40,8 @@ def main(question: dict[str, Any]) -> None:
     from salient_ds.data.formats import read_data
     from salient_ds.data.rendering import render_file
     from salient_ds.data.templates import get_template
-    from salient_ds.data.tokenize import TokenizationReport, tokenize_all
+    from salient_ds.data.token_report import TokenizationReport
+    from salient_ds.data.tokenize import tokenize_all
 
     tokenizer = tokenizer_of(question)
     if tokenizer is None:

@@ -57,6 +57,9 @@ class DataConfig(Strict):
     """Tokenise a file or data set once per machine, keep the result in `cache_dir`, and map it into the memory of all
     processes. It is made anew when the rows, tokenizer, template, a setting of this section or our code changes. Tasks
     are not kept."""
+    workers: int = Field(default=1, ge=1, le=256)
+    """Processes that tokenise instruction data, for all processes of a machine together (without `cache`, for each of
+    them). The rows are the same for any number. Each takes seconds to start, and needs a free core."""
     cache_dir: str | None = None
     """Folder of the cache; its parts may be deleted at any time. Default: $SALIENT_DS_CACHE, else $HF_HOME/salient_ds,
     else ~/.cache/salient_ds."""

@@ -127,6 +127,12 @@ class ProblemLog:
         if len(self.problems) < self.limit:
             self.problems.append(problem)
 
+    def extend(self, other: ProblemLog) -> None:
+        """Adds the problems of rows that follow."""
+        self.source, self.unit = self.source or other.source, other.unit if other.source else self.unit
+        self.counts += other.counts
+        self.problems += other.problems[: max(0, self.limit - len(self.problems))]
+
     def raise_if_any(self) -> None:
         """Raises DataError when anything was added."""
         if self.problems:

@@ -14,7 +14,8 @@ from salient_ds.data.conversation import Conversation, OnBadRow
 from salient_ds.data.packing import pack_examples
 from salient_ds.data.sampler import frozen_permutation
 from salient_ds.data.template_base import Template
-from salient_ds.data.tokenize import TokenizationReport, count_targets, tokenize_all
+from salient_ds.data.token_report import TokenizationReport
+from salient_ds.data.tokenize import count_targets, tokenize_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,10 +145,12 @@ def build_dataset(
     packing: bool = False,
     progress: bool = False,
     bad_rows: OnBadRow = "error",
+    workers: int = 1,
 ) -> tuple[InstructionDataset, TokenizationReport]:
     """Tokenises conversations, and packs them if `packing` is on (:func:`salient_ds.data.packing.plan_packs`).
 
-    `max_length` is in tokens and limits both examples and packed sequences. `progress`: a bar on a terminal. Raises
+    `max_length` is in tokens and limits both examples and packed sequences. `progress`: a bar on a terminal. `workers`:
+    processes that tokenise. Raises
     ValueError when there are no rows, or when truncation leaves no answer in any of them.
     """
     report = TokenizationReport(max_length)
@@ -155,7 +158,7 @@ def build_dataset(
         from tqdm import tqdm
 
         rows = tqdm(rows, desc="tokenize", unit=" examples", leave=False, disable=None)
-    dataset = InstructionDataset(tokenize_all(rows, template, tokenizer, max_length, report, bad_rows))
+    dataset = InstructionDataset(tokenize_all(rows, template, tokenizer, max_length, report, bad_rows, workers=workers))
     if not len(dataset):
         raise ValueError("there are no conversations to tokenise")
     if packing:

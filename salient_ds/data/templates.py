@@ -114,6 +114,10 @@ class AlpacaTemplate(FastchatTemplate):
             override=True,
         )
 
+    def __reduce__(self) -> tuple[type[AlpacaTemplate], tuple[()]]:
+        """Pickled for another process, which has to register the template, too."""
+        return AlpacaTemplate, ()
+
     def _render(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase | None) -> str:
         if conversation.input:
             question = f"{conversation.instruction}\n\n### Input:\n{conversation.input}"

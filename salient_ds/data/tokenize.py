@@ -7,11 +7,9 @@ the same length. `starts` holds the character at which each token begins. A boun
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +18,8 @@ from salient_ds.data.conversation import IGNORED, Conversation, OnBadRow, Proble
 from salient_ds.data.segments import Segment
 from salient_ds.data.template_base import Template
 from salient_ds.data.texts import Text, texts_of
+from salient_ds.data.token_processes import CannotStart, Workers
+from salient_ds.data.token_report import TokenizationReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,66 +33,6 @@ class Example(TypedDict):
 
     input_ids: Array
     labels: Array
-
-
-@dataclass
-class TokenizationReport:
-    """What tokenisation did. Lengths are in tokens; `targets` counts labels that the shifted loss sees."""
-
-    max_length: int
-    examples: int = 0
-    """Number of conversations."""
-    kept: int = 0
-    truncated: int = 0
-    """Conversations longer than max_length, whether kept or dropped."""
-    tokens_cut: int = 0
-    dropped: int = 0
-    """Conversations without any answer token after truncation; they are left out."""
-    tokens: int = 0
-    """Tokens in kept examples, after truncation."""
-    targets: int = 0
-    longest: int = 0
-    """Length of the longest conversation, before truncation."""
-    control_tokens: int = 0
-    """Conversations whose own text spells a special token, which the model then reads as that token."""
-    sequences: int = 0
-    """Rows of the data set: the same as `kept`, or fewer if examples are packed."""
-    shortest_useful: int = 0
-    """The smallest max_length at which any conversation keeps an answer token."""
-    refused: Counter[str] = field(default_factory=Counter)
-    """Conversations that the template cannot render as they are, left out on request, by kind of problem."""
-    split: int = 0
-    """Conversations whose history the template rewrites, and which became one example per answer."""
-    documents: int = 0
-    """Rows of plain text, each of which became one example per block."""
-    blocks: int = 0
-    """Examples that they became."""
-
-    def summary(self) -> str:
-        """One line for the log."""
-        parts = [f"{self.kept:,} examples, {self.tokens:,} tokens, {self.targets:,} of them trained on"]
-        if 0 < self.sequences < self.kept:
-            filled = self.tokens / (self.sequences * self.max_length)
-            parts.append(f"packed into {self.sequences:,} sequences ({filled:.1%} filled)")
-        if self.truncated:
-            parts.append(
-                f"{self.truncated:,} cut at {self.max_length} tokens ({self.tokens_cut:,} tokens, the "
-                f"longest had {self.longest:,})"
-            )
-        if self.dropped:
-            parts.append(f"{self.dropped:,} of them dropped: no answer left")
-        if self.refused:
-            kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.refused.most_common())
-            parts.append(f"{sum(self.refused.values()):,} left out by the template ({kinds})")
-        if self.split:
-            parts.append(f"{self.split:,} with history that the template rewrites became one example per answer")
-        if self.documents:
-            parts.append(
-                f"{self.documents:,} texts became {self.blocks:,} blocks of at most {self.max_length} tokens, whole"
-            )
-        if self.control_tokens:
-            parts.append(f"{self.control_tokens:,} spell a special token in their text")
-        return "; ".join(parts)
 
 
 def tokenize_conversation(
@@ -115,31 +55,29 @@ def tokenize_all(
     report: TokenizationReport,
     bad_rows: OnBadRow = "error",
     block: int | None = None,
+    workers: int = 1,
 ) -> Iterator[Example]:
     """Tokenises and truncates conversations, and counts them in `report`. Those left without an answer are dropped.
 
     Plain text is not truncated: it becomes blocks of at most `block` tokens (default: `max_length`). The first token
     of a block is the last one of the block before, so that every token but the first is predicted once.
+
+    `workers`: processes that tokenise; the examples are the same for any number of them.
     `bad_rows`: "skip" leaves out conversations that the template cannot render as they are. Raises DataError with all
     of them by kind otherwise, and ValueError when no answer token is left of any, with the max_length that would help.
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a sequence needs at least 2 tokens, one to read and one to predict")
-    bos = _bos(tokenizer)
-    control = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens))) or r"(?!)")
-    remaining = iter(conversations)
     log = ProblemLog("")
-    while batch := list(islice(remaining, _BATCH)):
-        report.control_tokens += sum(any(control.search(turn.text) for turn in item.turns) for item in batch)
-        segmented = list(_rendered(batch, template, tokenizer, report, None if bad_rows == "skip" else log))
-        encoded = _encode(segmented, tokenizer, bos, template.adds_bos) if segmented else iter(())
-        for text, (ids, labels) in zip(segmented, encoded, strict=True):
-            if text.plain:
-                yield from _blocks(ids, labels, block or max_length, report)
-                continue
-            example = _cut(ids, labels, max_length, report)
-            if example is not None:
-                yield example
+    kept, size = None if bad_rows == "skip" else log, block or max_length
+    many = _started(workers, template, tokenizer, max_length, kept is None, size) if workers > 1 else None
+    if many is None:
+        yield from tokenize_rows(conversations, template, tokenizer, max_length, report, kept, size)
+    else:
+        try:
+            yield from many.tokenized(conversations, report, kept)
+        finally:
+            many.close()
     log.raise_if_any()
     if report.refused and not report.examples:
         kinds = ", ".join(report.refused)
@@ -150,6 +88,40 @@ def tokenize_all(
             f"longest has {report.longest} tokens): raise max_length to {report.shortest_useful} or more, or "
             "shorten the prompts"
         )
+
+
+def _started(count: int, *setup: Any) -> Workers | None:
+    """Processes that tokenise; None if the tokenizer cannot be used in other processes."""
+    try:
+        return Workers(count, *setup)
+    except CannotStart:
+        return None
+
+
+def tokenize_rows(
+    conversations: Iterable[Conversation],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    report: TokenizationReport,
+    log: ProblemLog | None,
+    block: int,
+) -> Iterator[Example]:
+    """Tokenises some of the rows of a data set. What cannot be rendered goes to ``log``, or is left out without it."""
+    bos = _bos(tokenizer)
+    control = re.compile("|".join(map(re.escape, sorted(tokenizer.all_special_tokens))) or r"(?!)")
+    remaining = iter(conversations)
+    while batch := list(islice(remaining, _BATCH)):
+        report.control_tokens += sum(any(control.search(turn.text) for turn in item.turns) for item in batch)
+        segmented = list(_rendered(batch, template, tokenizer, report, log))
+        encoded = _encode(segmented, tokenizer, bos, template.adds_bos) if segmented else iter(())
+        for text, (ids, labels) in zip(segmented, encoded, strict=True):
+            if text.plain:
+                yield from _blocks(ids, labels, block, report)
+                continue
+            example = _cut(ids, labels, max_length, report)
+            if example is not None:
+                yield example
 
 
 def _rendered(

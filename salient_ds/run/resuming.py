@@ -96,7 +96,7 @@ def open_run(
     return directory, start
 
 
-_NO_ROWS = ("eval", "cache", "cache_dir")
+_NO_ROWS = ("eval", "cache", "cache_dir", "workers")
 """Keys of section ``data`` that do not decide on which rows are trained."""
 
 

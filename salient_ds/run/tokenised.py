@@ -15,7 +15,7 @@ from salient_ds.data.formats import FileSummary, read_data
 from salient_ds.data.remote import load_named
 from salient_ds.data.sources import locate
 from salient_ds.data.template_base import Template
-from salient_ds.data.tokenize import TokenizationReport
+from salient_ds.data.token_report import TokenizationReport
 
 _DECIDE = ("format", "max_length", "empty_answers", "bad_rows", "rewritten_history")
 """Keys of section ``data`` that decide on the rows, besides the template and packing."""
@@ -46,8 +46,9 @@ def read_part(
 
     def build(beat: Beat) -> tuple[InstructionDataset, Facts]:
         rows, summary = read_data(path, fmt or data.format, data.empty_answers, data.bad_rows)
+        items, limit = beating(rows, beat), data.max_length
         dataset, report = build_dataset(
-            beating(rows, beat), template, tokenizer, data.max_length, packing, progress=True, bad_rows=data.bad_rows
+            items, template, tokenizer, limit, packing, progress=True, bad_rows=data.bad_rows, workers=data.workers
         )
         return dataset, {"file": asdict(summary), "report": asdict(report)}
 

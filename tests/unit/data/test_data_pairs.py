@@ -15,7 +15,7 @@ from salient_ds.data.dataset import InstructionDataset, build_dataset
 from salient_ds.data.formats import format_of, read_rows
 from salient_ds.data.rendering import render_file
 from salient_ds.data.templates import get_template
-from salient_ds.data.tokenize import TokenizationReport
+from salient_ds.data.token_report import TokenizationReport
 
 Write = Callable[..., Path]
 USER, BOT = {"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Elbe."}
