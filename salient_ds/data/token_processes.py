@@ -24,8 +24,7 @@ from salient_ds.strict import Reported
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from salient_ds.data.token_report import TokenizationReport
-    from salient_ds.data.tokenize import Example
+    from salient_ds.data.token_report import Example, TokenizationReport
 
 CHUNK = 1024
 """Rows that a process gets at once."""

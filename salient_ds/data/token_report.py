@@ -1,9 +1,22 @@
-"""What tokenisation did to the rows of a data set. Standard library only."""
+"""Tokenised examples, and what tokenisation did to the rows of a data set."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.int32]
+
+
+class Example(TypedDict):
+    """One tokenised conversation; both arrays have the same length."""
+
+    input_ids: Array
+    labels: Array
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +19,12 @@ from salient_ds.data.segments import Segment
 from salient_ds.data.template_base import Template
 from salient_ds.data.texts import Text, texts_of
 from salient_ds.data.token_processes import CannotStart, Workers
-from salient_ds.data.token_report import TokenizationReport
+from salient_ds.data.token_report import Array, Example, TokenizationReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 256  # texts per call of a fast tokenizer, which spreads a batch over threads
-Array = npt.NDArray[np.int32]
-
-
-class Example(TypedDict):
-    """One tokenised conversation; both arrays have the same length."""
-
-    input_ids: Array
-    labels: Array
 
 
 def tokenize_conversation(

@@ -11,13 +11,8 @@ import pytest
 
 from salient_ds.data.conversation import ASSISTANT, USER, Conversation, Turn
 from salient_ds.data.templates import get_template
-from salient_ds.data.tokenize import (
-    Example,
-    TokenizationReport,
-    count_targets,
-    tokenize_all,
-    tokenize_conversation,
-)
+from salient_ds.data.token_report import TokenizationReport
+from salient_ds.data.tokenize import Example, count_targets, tokenize_all, tokenize_conversation
 
 
 def answers_of(example: Example, tokenizer: Any) -> list[str]:
