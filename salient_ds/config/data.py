@@ -59,7 +59,8 @@ class DataConfig(Strict):
     are not kept."""
     workers: int = Field(default=1, ge=1, le=256)
     """Processes that tokenise instruction data, for all processes of a machine together (without `cache`, for each of
-    them). The rows are the same for any number. Each takes seconds to start, and needs a free core."""
+    them). The rows are the same for any number. Each takes seconds to start, and needs a free core;
+    there are never more than one per 1,024 rows."""
     cache_dir: str | None = None
     """Folder of the cache; its parts may be deleted at any time. Default: $SALIENT_DS_CACHE, else $HF_HOME/salient_ds,
     else ~/.cache/salient_ds."""

@@ -30,6 +30,11 @@ CHUNK = 1024
 """Rows that a process gets at once."""
 
 
+def useful(wanted: int, rows: int) -> int:
+    """How many of ``wanted`` processes get a chunk of ``rows`` rows; at least 1."""
+    return max(1, min(wanted, -(-rows // CHUNK)))
+
+
 class WorkerDied(RuntimeError, Reported):
     """A process that tokenises has ended before its work. The message has its exit code, and the remedy."""
 

@@ -15,6 +15,7 @@ from salient_ds.data.formats import FileSummary, read_data
 from salient_ds.data.remote import load_named
 from salient_ds.data.sources import locate
 from salient_ds.data.template_base import Template
+from salient_ds.data.token_processes import useful
 from salient_ds.data.token_report import TokenizationReport
 
 _DECIDE = ("format", "max_length", "empty_answers", "bad_rows", "rewritten_history")
@@ -46,9 +47,9 @@ def read_part(
 
     def build(beat: Beat) -> tuple[InstructionDataset, Facts]:
         rows, summary = read_data(path, fmt or data.format, data.empty_answers, data.bad_rows)
-        items, limit = beating(rows, beat), data.max_length
+        items, workers = beating(rows, beat), useful(data.workers, len(rows))
         dataset, report = build_dataset(
-            items, template, tokenizer, limit, packing, progress=True, bad_rows=data.bad_rows, workers=data.workers
+            items, template, tokenizer, data.max_length, packing, True, data.bad_rows, workers
         )
         return dataset, {"file": asdict(summary), "report": asdict(report)}
 

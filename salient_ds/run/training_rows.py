@@ -92,6 +92,6 @@ def _one_of_several(one: TrainSet, part: InstructionDataset, held_out: int, shar
 
 
 def _counted(part: InstructionDataset) -> str:
-    return (
-        f"{len(part):,} rows to train on, {int(part.lengths.sum()):,} tokens, {int(part.num_targets.sum()):,} targets"
-    )
+    unit = "sequences" if "segment_ids" in part.columns else "rows"
+    tokens, targets = int(part.lengths.sum()), int(part.num_targets.sum())
+    return f"{len(part):,} {unit} to train on, {tokens:,} tokens, {targets:,} targets"

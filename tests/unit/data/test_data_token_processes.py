@@ -17,7 +17,7 @@ from salient_ds.data.conversation import ASSISTANT, USER, Conversation, DataErro
 from salient_ds.data.dataset import build_dataset
 from salient_ds.data.template_base import NAMES
 from salient_ds.data.templates import ALPACA_REGISTERED, get_template
-from salient_ds.data.token_processes import CannotStart, WorkerDied, Workers
+from salient_ds.data.token_processes import CannotStart, WorkerDied, Workers, useful
 from salient_ds.data.token_report import TokenizationReport
 from salient_ds.data.token_worker import serve
 
@@ -100,6 +100,10 @@ def test_a_template_sent_to_another_process_says_what_it_needs(name: str) -> Non
         assert template.name == name and (name == "tokenizer" or template.text(talk(1)))
     finally:
         fastchat.conv_templates[ALPACA_REGISTERED] = ours
+
+
+def test_no_process_is_started_that_gets_nothing() -> None:
+    assert [useful(3, rows) for rows in (0, 1, 7, 8, 15, 100)] == [1, 1, 1, 2, 3, 3] and useful(1, 100) == 1
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ def test_sets_of_several_formats_are_packed_one_by_one(run: dict[str, Any], toke
     sets = [run["data"]["train"][1], {"path": str(chat), "format": "messages"}]
     inputs = load_inputs(with_data(run, train=sets, packing=True, max_length=256), tokenizer)
     assert isinstance(inputs.train, Mixture) and all("segment_ids" in row for row in inputs.train)
+    assert sum("sequences to train on" in note for note in inputs.notes) == 2
     with pytest.raises(ValueError, match=r"chat.jsonl.*instruction"):
         load_inputs(with_data(run, train=[sets[0], {"path": str(chat), "format": "alpaca"}]), tokenizer)
 
