@@ -74,32 +74,52 @@ EXTRA = {
 }  # fmt: skip
 TWO = {(m, p): Case(method=METHODS[m], **PLACES[p]) for m, p in CELLS} | EXTRA
 ONE = {(m, p): case for (m, p), case in TWO.items() if m not in FEWER and (m, p) not in EXTRA}
-ALL_IDS = [("1", key) for key in ONE] + [("2", key) for key in TWO]
+EVERYWHERE = [method for method in METHODS if method not in FEWER]
+USUAL = {(m, p) for i, m in enumerate(EVERYWHERE) for j, p in enumerate(PLACES) if (i - j) % 2 == 0}
+USUAL |= {(method, FEWER[method][-1]) for method in FEWER} | {
+    ("adalora", "stage3, pieces of 40"),
+    ("lora2", "stage2, offloaded"),
+}
+"""Cells of every run of the tests: every method, every stage. All others are slow."""
+GROUPS = {
+    "1": [key for key in ONE if key in USUAL],
+    "2": [key for key in TWO if key in USUAL],
+    "1, others": [key for key in ONE if key not in USUAL],
+    "2, others": [key for key in TWO if key not in USUAL],
+}
 TARGET = 2 * 6  # q_proj, v_proj and down_proj of two layers
 
-each_cell = pytest.mark.parametrize(("processes", "key"), ALL_IDS, ids=lambda v: v if len(v) == 1 else "-".join(v))
+each_cell = pytest.mark.parametrize(
+    ("group", "key"),
+    [
+        pytest.param(group, key, id="-".join((group, *key)), marks=[pytest.mark.slow] if len(group) > 1 else [])
+        for group, keys in GROUPS.items()
+        for key in keys
+    ],
+)
 
 
 class Matrix(dict[str, Any]):
-    """By number of processes and cell: what every process reports. One start of processes per number, on demand."""
+    """By group and cell: what every process reports. One start of processes per group, on demand."""
 
     def __init__(self, model: Path, folder: Path) -> None:
         super().__init__()
         self.model, self.folder = model, folder
 
-    def __missing__(self, processes: str) -> Any:
-        self[processes] = self._alone() if processes == "1" else self._in_twos()
-        return self[processes]
+    def __missing__(self, group: str) -> Any:
+        self[group] = self._alone(group) if group[0] == "1" else self._in_twos(group)
+        return self[group]
 
-    def _alone(self) -> Any:
-        halves = [list(ONE)[::2], list(ONE)[1::2]]
-        groups = [(self.model, [ONE[k] for k in keys], self.folder / f"1-{i}") for i, keys in enumerate(halves)]
-        reports = spawn_apart(methods_worker.run, *groups)
+    def _alone(self, group: str) -> Any:
+        halves = [GROUPS[group][::2], GROUPS[group][1::2]]
+        places = [(self.model, [ONE[k] for k in keys], self.folder / f"{group}-{i}") for i, keys in enumerate(halves)]
+        reports = spawn_apart(methods_worker.run, *places)
         return {key: [report] for half in zip(halves, reports, strict=True) for key, report in zip(*half, strict=True)}
 
-    def _in_twos(self) -> Any:
-        reports = spawn(2, methods_worker.run, self.model, list(TWO.values()), self.folder / "2", timeout=560)
-        return {key: [report[i] for report in reports] for i, key in enumerate(TWO)}
+    def _in_twos(self, group: str) -> Any:
+        keys = GROUPS[group]
+        reports = spawn(2, methods_worker.run, self.model, [TWO[k] for k in keys], self.folder / group, timeout=560)
+        return {key: [report[i] for report in reports] for i, key in enumerate(keys)}
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +133,15 @@ def plain(tiny_llama: Path) -> dict[str, Any]:
 
 
 @each_cell
-def test_a_fresh_model_is_the_base(results: Matrix, processes: str, key: tuple[str, str]) -> None:
-    assert all(report["fresh"] for report in results[processes][key])
+def test_a_fresh_model_is_the_base(results: Matrix, group: str, key: tuple[str, str]) -> None:
+    assert all(report["fresh"] for report in results[group][key])
 
 
 @each_cell
 def test_decisions_and_factors_are_those_of_plain_torch(
-    results: Matrix, plain: dict[str, Any], processes: str, key: tuple[str, str]
+    results: Matrix, plain: dict[str, Any], group: str, key: tuple[str, str]
 ) -> None:
-    expected, reports = plain[key[0]], results[processes][key]
+    expected, reports = plain[key[0]], results[group][key]
     for report in reports:
         assert report["whole"]["digests"] == [d.digest() for d in expected["decisions"]]
         assert report["whole"]["losses"] == pytest.approx(expected["losses"], rel=2e-4)
@@ -130,13 +150,13 @@ def test_decisions_and_factors_are_those_of_plain_torch(
 
 
 @each_cell
-def test_two_runs_are_bitwise_equal(results: Matrix, processes: str, key: tuple[str, str]) -> None:
-    assert [report["repeat"] for report in results[processes][key]] == [[]] * int(processes)
+def test_two_runs_are_bitwise_equal(results: Matrix, group: str, key: tuple[str, str]) -> None:
+    assert [report["repeat"] for report in results[group][key]] == [[]] * int(group[0])
 
 
 @each_cell
-def test_resumed_equals_uninterrupted(results: Matrix, processes: str, key: tuple[str, str]) -> None:
-    for report in results[processes][key]:
+def test_resumed_equals_uninterrupted(results: Matrix, group: str, key: tuple[str, str]) -> None:
+    for report in results[group][key]:
         whole, again = report["whole"], report["again"]
         for name in ("losses", "digests", "lr"):
             assert whole[name] == again[name], name
@@ -148,10 +168,10 @@ def test_resumed_equals_uninterrupted(results: Matrix, processes: str, key: tupl
 
 
 @each_cell
-def test_final_budget(results: Matrix, processes: str, key: tuple[str, str]) -> None:
+def test_final_budget(results: Matrix, group: str, key: tuple[str, str]) -> None:
     """Exactly the target; what was dropped is zero in master and copies, and only that."""
     plain_factors = key[0].startswith("spectral")
-    for report in results[processes][key]:
+    for report in results[group][key]:
         if key[0] not in ALLOCATING:
             assert report["decisions"] == []
             continue
@@ -169,7 +189,7 @@ def test_final_budget(results: Matrix, processes: str, key: tuple[str, str]) -> 
         for module, factor, shape, lo, copy in report["whole"]["state"]["copies"]:
             if factor == "E" or plain_factors:
                 assert torch.equal(copy != 0, of_elements(masks[module], factor, shape)[lo : lo + copy.numel()])
-        assert seen or processes == "2"
+        assert seen or group[0] == "2"
 
 
 def of_elements(mask_R: torch.Tensor, factor: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -179,7 +199,7 @@ def of_elements(mask_R: torch.Tensor, factor: str, shape: tuple[int, ...]) -> to
 
 @each_cell
 def test_export_of_the_end_and_of_the_middle(
-    results: Matrix, plain: dict[str, Any], processes: str, key: tuple[str, str]
+    results: Matrix, plain: dict[str, Any], group: str, key: tuple[str, str]
 ) -> None:
     """The last checkpoint folds into pairs of the final ranks; rows that may grow back are still in force before."""
     expected = plain[key[0]]
@@ -187,7 +207,7 @@ def test_export_of_the_end_and_of_the_middle(
     ranks_then = middle[0].ranks(expected["adapted"].layout) if middle else [5] * 6
     final = expected["decisions"][-1:] or [None]
     ranks = final[0].ranks(expected["adapted"].layout) if final[0] is not None else [5] * 6
-    for report in results[processes][key]:
+    for report in results[group][key]:
         assert report["exported_ranks"] == ranks_then
         assert [rank for rank, _ in report["exported"]] == [rank for rank in ranks if rank]
         adapters = [a for a, rank in zip(expected["adapted"].adapters.values(), ranks, strict=True) if rank]

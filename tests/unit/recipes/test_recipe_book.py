@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from salient_ds.adapters.targets import select_modules
-from salient_ds.check import preflight as preflight_module
+from salient_ds.check import data_rows as data_rows_module
 from salient_ds.check.preflight import preflight
 from salient_ds.config.run import RunConfig, load_config
 from salient_ds.ranks import RankLayout
@@ -134,7 +134,7 @@ def test_a_recipe_ends_at_its_budget(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_passes_the_check(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = recipe(name)
-    monkeypatch.setattr(preflight_module, "task_rows", lambda *args: found.rows)
+    monkeypatch.setattr(data_rows_module, "task_rows", lambda *args: found.rows)
     run = on_this_machine(found, tmp_path)
     report = preflight(run, 1, quick=True)
     assert report.problems == []
@@ -150,7 +150,7 @@ def test_the_whole_check_of_one_recipe_of_each_model(
 ) -> None:
     """The model is built without weights, so that its layers, heads and attention are compared with the recipe."""
     found = next(found for found in recipes().values() if found.model == model)
-    monkeypatch.setattr(preflight_module, "task_rows", lambda *args: found.rows)
+    monkeypatch.setattr(data_rows_module, "task_rows", lambda *args: found.rows)
     report = preflight(on_this_machine(found, tmp_path), 1)
     assert report.problems == []
     assert report.facts["modules"] - report.facts.get("shortcuts", 0) == MATRICES[model]
