@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from salient_ds.config.data_sets import Format, TrainSet, as_sets
+from salient_ds.config.data_sets import Format, TrainSet, as_sets, by_file
 from salient_ds.data.tasks.base import Task
 from salient_ds.data.tasks.table import task_of
 from salient_ds.strict import Strict, did_you_mean
@@ -18,7 +18,8 @@ class DataConfig(Strict):
 
     train: str | list[TrainSet]
     """Training data: a .json, .jsonl, .csv or .parquet file, or a `datasets` name ("name", "name:config",
-    "name[split]"). Or a list of them, with weights: `[{path: a.jsonl, weight: 2}, b.parquet]`."""
+    "name[split]"). Or a pattern of files: `shards/*.parquet`. Or a list of these, with weights: `[{path: a.jsonl,
+    weight: 2}, b.parquet]`."""
     eval: str | None = None
     """Held-out data, in the same form as `train`."""
     eval_size: float = Field(0, ge=0)
@@ -91,8 +92,9 @@ class DataConfig(Strict):
 
     @property
     def sets(self) -> tuple[TrainSet, ...]:
-        """The training data as a list of sets, of one if `train` is a path or a name."""
-        return (TrainSet(path=self.train),) if isinstance(self.train, str) else tuple(self.train)
+        """The training data as a list of sets, of one if `train` is a path or a name. A pattern is a set per file."""
+        named = (TrainSet(path=self.train),) if isinstance(self.train, str) else tuple(self.train)
+        return tuple(file for one in named for file in by_file(one))
 
     @field_validator("task", mode="before")
     @classmethod

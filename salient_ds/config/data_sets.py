@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from salient_ds.strict import Strict, did_you_mean
+from salient_ds.strict import Strict, did_you_mean, expanded
 
 MOST = 1000.0
 """The largest weight."""
@@ -18,7 +19,7 @@ class TrainSet(Strict):
     """One of several data sets that are trained on together."""
 
     path: str
-    """A file or a `datasets` name, as in `data.train`."""
+    """A file, a pattern of files or a `datasets` name, as in `data.train`."""
     weight: float = Field(default=1, gt=0, le=MOST)
     """How often an epoch takes each row of this set. 1: once. 2: twice. 0.5: an epoch takes half of the rows, and the
     next epoch the other half."""
@@ -54,6 +55,17 @@ def as_sets(items: Sequence[Any]) -> list[TrainSet]:
     if problems:
         raise ValueError("\n".join(problems))
     return sets
+
+
+def by_file(one: TrainSet) -> list[TrainSet]:
+    """A set for each file that matches the path, sorted by name; the set itself if nothing does or it is no pattern."""
+    if not set(one.path) & set("*?"):
+        return [one]
+    pattern = Path(expanded(one.path))
+    found = sorted(
+        path for path in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))) if path.is_file()
+    )
+    return [one.model_copy(update={"path": str(path)}) for path in found] or [one]
 
 
 def _said(error: Any) -> str:

@@ -100,7 +100,7 @@ def locate(path: str | Path) -> Path | HubName:
     if local.is_file():
         return local
     text = str(path)
-    looks_local = isinstance(path, Path) or local.suffix in _SUFFIXES or text.startswith((".", "/", "~"))
+    looks_local = isinstance(path, Path) or local.suffix in _SUFFIXES or text.startswith((".", "/", "~")) or "*" in text
     hub = parse_hub_name(text)
     if hub is not None and (not looks_local or Path(hub.name).expanduser().is_dir()):
         return hub
@@ -127,6 +127,8 @@ def _unpacking(path: Path) -> Iterator[None]:
 
 def _missing_file(path: Path) -> str:
     folder = path.parent
+    if set(str(path)) & set("*?"):
+        return "no file matches this pattern"
     if not folder.is_dir():
         return f"file not found: there is no folder {folder}"
     near = nearest(path.name, [entry.name for entry in folder.iterdir()])

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from rich.console import Console
 
@@ -168,3 +170,24 @@ def test_plain_text_beside_other_sets(run: dict[str, Any], tokenizer: Any, tmp_p
     assert any("4 plain texts become blocks of data.max_length=128" in note for note in report.notes)
     check_tokens(config, report, None)
     assert report.facts["tokens"]["lengths"]["100"] <= 128 and report.facts["tokens"]["truncated"] == 0
+
+
+def test_a_pattern_is_a_set_per_file(run: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, rows in (("b", 5), ("a", 7)):
+        table = pyarrow.Table.from_pylist(json.loads(write_alpaca(tmp_path / "rows.json", rows, rows).read_text()))
+        parquet.write_table(table, shards / f"{name}.parquet")
+    config = with_data(run, train=[{"path": str(shards / "*.parquet"), "weight": 2}, run["data"]["train"][0]])
+    assert [Path(one.path).name for one in config.data.sets] == ["a.parquet", "b.parquet", "a.json"]
+    inputs = load_inputs(config, tokenizer)
+    assert isinstance(inputs.train, Mixture) and [len(part) for part in inputs.train.parts] == [7, 5, 20]
+    assert inputs.rows_per_epoch == 14 + 10 + 20
+    one = load_inputs(with_data(run, train=str(shards / "a*")), tokenizer)
+    assert len(one.train) == 7
+
+
+def test_a_pattern_without_files_is_named(run: dict[str, Any], tmp_path: Path) -> None:
+    report = preflight(with_data(run, train=str(tmp_path / "*.parquet")), 1)
+    (problem,) = report.problems
+    assert "*.parquet" in problem and "no file matches this pattern" in problem
