@@ -23,9 +23,14 @@ def can_flatten_in_fp32(ds_config: dict[str, Any], precision: str) -> bool:
 
 
 def flatten_in_fp32(engine: Any) -> None:
-    """Let the engine's step take over fp32 gradients that are made in one pass."""
+    """Let the engine's step take over fp32 gradients that are made in one pass.
+
+    Does nothing where DeepSpeed has another optimizer than that of ZeRO-1 and 2. With bf16 and ``grad_accum_dtype`` fp32
+    its gradients are fp32 before.
+    """
     zero = engine.optimizer
-    assert type(zero).__name__ == "DeepSpeedZeroOptimizer"
+    if type(zero).__name__ != "DeepSpeedZeroOptimizer":
+        return
     own = zero._get_preflattened_grad_partition
 
     def flat_partition(group: int) -> Tensor:
