@@ -25,8 +25,7 @@ def can_flatten_in_fp32(ds_config: dict[str, Any], precision: str) -> bool:
 def flatten_in_fp32(engine: Any) -> None:
     """Let the engine's step take over fp32 gradients that are made in one pass.
 
-    Does nothing where DeepSpeed has another optimizer than that of ZeRO-1 and 2. With bf16 and ``grad_accum_dtype`` fp32
-    its gradients are fp32 before.
+    Does nothing where DeepSpeed has another optimizer than that of ZeRO-1 and 2, as with ``grad_accum_dtype`` fp32.
     """
     zero = engine.optimizer
     if type(zero).__name__ != "DeepSpeedZeroOptimizer":
