@@ -136,6 +136,24 @@ def row_multiple(speed: SpeedConfig, on_gpu: bool) -> int:
     return speed.compaction_multiple
 
 
+def _graph_problems(speed: SpeedConfig, method: MethodConfig, packed: bool, stage: int) -> list[str]:
+    """Conflicts of ``speed.cuda_graphs``: at most one sentence."""
+    if not speed.cuda_graphs:
+        return []
+    if stage == 3:
+        return [
+            "speed.cuda_graphs=true does not work at ZeRO-3, which gathers layers at changing addresses: use stage 2"
+        ]
+    if not packed:
+        return ["speed.cuda_graphs=true needs packed adapters: set it to false, or use packing: auto"]
+    if not compiles(speed, method, packed, on_gpu=True):
+        return [
+            f"speed.cuda_graphs=true launches compiled layers, which speed.compile_layers={speed.compile_layers}, method "
+            f"{method.name} and speed.liger={speed.liger} rule out: set it to false, or use compile_layers: true"
+        ]
+    return []
+
+
 def replaced_weights_problems(speed: SpeedConfig, method: MethodConfig) -> list[str]:
     """Conflicts with a method that replaces weights while the model runs, one sentence each."""
     option = method.replaces_weights
@@ -157,9 +175,9 @@ def replaced_weights_problems(speed: SpeedConfig, method: MethodConfig) -> list[
 
 def speed_problems(speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool = False) -> list[str]:
     """Contradictions among the choices, one sentence each with value and remedy."""
-    problems = []
     plan = speed_plan(speed, method, stage, shortcuts)
     packed, partitioned = plan.packed, stage == 3 and not plan.sharded_base
+    problems = _graph_problems(speed, method, packed, stage)
     if speed.packing == "layer" and not packed:
         apart = method.packable and not shortcuts
         why = "zero3: partitioned keeps adapters apart" if apart else f"not with {method.name}"

@@ -101,6 +101,8 @@ def assemble(
             "pass (train.activation_checkpointing: all)", share,
         )  # fmt: skip
         recompute_layers(model)
+    elif config.speed.cuda_graphs:
+        log.warning("speed.cuda_graphs has no effect here: layers are compiled on GPUs, and this is %s", device.type)
     layout = all_rows(adapted)
     rates = rate_plan(config.train, total_steps)
     method = config.method.build(layout, total_steps, rates, steps_per_epoch)

@@ -25,6 +25,10 @@ from tests.unit.check.test_memory import config, work
         ({"growth": "in_flight", "zero3": "partitioned"}, "increlora", 3, "growth=in_flight needs packed adapters"),
         ({"compaction": "every"}, "adalora", 2, "compaction=every works with salientlora, spectral, not with adalora"),
         ({"compile_layers": True, "zero3": "partitioned"}, "lora", 3, "compile_layers does not work .*partitioned"),
+        ({"cuda_graphs": True}, "lora", 3, "cuda_graphs=true does not work at ZeRO-3"),
+        ({"cuda_graphs": True, "packing": "none"}, "lora", 2, "cuda_graphs=true needs packed"),
+        ({"cuda_graphs": True}, "increlora", 2, "cuda_graphs=true launches compiled layers, .*method increlora"),
+        ({"cuda_graphs": True, "compile_layers": False}, "salientlora", 2, "compile_layers=False, .* rule out"),
     ],
 )  # fmt: skip
 def test_contradictions_are_named_with_the_way_out(
