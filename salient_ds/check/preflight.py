@@ -199,7 +199,7 @@ class _Checks:
         speed, method = self.run.speed, self.run.method
         self.report.problems.extend(speed_problems(speed, method, zero.stage, shortcuts))
         events = bool(self.facts.get("events"))
-        self.report.notes.extend(speed_notes(speed, method, zero.stage, shortcuts, events))
+        self.report.notes.extend(speed_notes(speed, method, zero.stage, shortcuts, events, self.run.data.packing))
         self._room(plan.grows_in_flight)
         self.report.problems += sharding_problems(self.run, self.files, plan.sharded_base and self.world_size > 1)
         if plan.sharded_base:

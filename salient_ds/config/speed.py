@@ -148,8 +148,8 @@ def _graph_problems(speed: SpeedConfig, method: MethodConfig, packed: bool, stag
         return ["speed.cuda_graphs=true needs packed adapters: set it to false, or use packing: auto"]
     if not compiles(speed, method, packed, on_gpu=True):
         return [
-            f"speed.cuda_graphs=true launches compiled layers, which speed.compile_layers={speed.compile_layers}, method "
-            f"{method.name} and speed.liger={speed.liger} rule out: set it to false, or use compile_layers: true"
+            f"speed.cuda_graphs=true launches compiled layers, which speed.compile_layers={speed.compile_layers}, "
+            f"method {method.name} and speed.liger={speed.liger} rule out: set it to false, or use compile_layers: true"
         ]
     return []
 
@@ -218,13 +218,21 @@ def speed_problems(speed: SpeedConfig, method: MethodConfig, stage: int, shortcu
     return problems
 
 
-def speed_notes(speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool, events: bool) -> list[str]:
-    """Optimisations that the run goes without because of its method or its shortcuts, one sentence each.
+def speed_notes(
+    speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool, events: bool, one_shape: bool = True
+) -> list[str]:
+    """Optimisations that the run goes without because of its method, shortcuts or data, one sentence each.
 
     Args:
         events: whether the run has allocation events (without any there are no rows to drop).
+        one_shape: whether all batches have one shape (``data.packing``).
     """
     notes = []
+    if speed.cuda_graphs and not one_shape:
+        notes.append(
+            "speed.cuda_graphs: batches are filled up to their longest example, and only the first two shapes become "
+            "graphs; data.packing=true makes all batches one shape"
+        )
     if speed.packing == "auto" and not method.packable:
         notes.append(
             f"method {method.name} does not declare packing: every factor is a parameter of its own, which costs host "
