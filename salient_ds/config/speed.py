@@ -52,9 +52,10 @@ class SpeedConfig(Strict):
     packed, the method is not increlora (nor heterolora with synflow), and `liger` is not all. If the compiler fails
     under auto, layers run uncompiled, with a warning."""
     cuda_graphs: bool = False
-    """Launch every compiled layer as a CUDA graph in training, so that steps do not wait for the host. For batches of
-    a fixed shape (`data.packing`): all shapes but the first two run without graphs. Not at ZeRO-3, and not with modules
-    trained in full."""
+    """Launch every compiled layer as a CUDA graph in training, so that steps do not wait for the host. Batches of
+    instruction data are then filled up to `data.max_length`, because a graph has one shape: use it with `data.packing`,
+    which leaves little to fill. (Other batches have graphs for their first two shapes.) Not at ZeRO-3, and not with
+    modules trained in full."""
     fused_statistics: bool = True
     """Update the statistics of adalora and lora2 with one Triton kernel on CUDA devices: 24 instead of 80 bytes of
     memory traffic per adapter parameter and step. Equal to rounding. Without Triton, which PyTorch's builds for GPUs
@@ -219,19 +220,19 @@ def speed_problems(speed: SpeedConfig, method: MethodConfig, stage: int, shortcu
 
 
 def speed_notes(
-    speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool, events: bool, one_shape: bool = True
+    speed: SpeedConfig, method: MethodConfig, stage: int, shortcuts: bool, events: bool, packed: bool = True
 ) -> list[str]:
     """Optimisations that the run goes without because of its method, shortcuts or data, one sentence each.
 
     Args:
         events: whether the run has allocation events (without any there are no rows to drop).
-        one_shape: whether all batches have one shape (``data.packing``).
+        packed: whether rows are filled with several examples (``data.packing``).
     """
     notes = []
-    if speed.cuda_graphs and not one_shape:
+    if speed.cuda_graphs and not packed:
         notes.append(
-            "speed.cuda_graphs: batches are filled up to their longest example, and only the first two shapes become "
-            "graphs; data.packing=true makes all batches one shape"
+            "speed.cuda_graphs fills every row up to data.max_length, and without data.packing most of that may be "
+            "padding: set data.packing=true"
         )
     if speed.packing == "auto" and not method.packable:
         notes.append(

@@ -31,9 +31,13 @@ class Collator:
     token of the padding has position 0, so it is an example by itself. The model must run without a cache.
 
     With "flash_attention_2" all packed examples are in one row (1, B * S): that attention looks at a single row.
+
+    `fill_to`: fill every row up to this many tokens, so that batches have one shape. 0: to the longest of the batch.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 8, attn_implementation: str = "sdpa") -> None:
+    def __init__(
+        self, pad_token_id: int, pad_to_multiple_of: int = 8, attn_implementation: str = "sdpa", fill_to: int = 0
+    ) -> None:
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of}: must be at least 1")
         if attn_implementation not in _ATTENTION:
@@ -41,6 +45,7 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.multiple = pad_to_multiple_of
         self.attention = attn_implementation
+        self.fill_to = fill_to
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         assert examples, "an empty batch"
@@ -55,15 +60,17 @@ class Collator:
     def _packed(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [{name: column for name, column in example.items() if name != _SEGMENTS} for example in examples]
         if self.attention == "flash_attention_2":
-            rows = [{name: np.concatenate([row[name] for row in rows]) for name in rows[0]}]
+            joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+            return self._padded([joined], self.fill_to * len(rows))
         return self._padded(rows)
 
-    def _padded(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        return {name: self._pad(name, [example[name] for example in examples]) for name in examples[0]}
+    def _padded(self, examples: Sequence[Mapping[str, Any]], least: int | None = None) -> dict[str, torch.Tensor]:
+        least = self.fill_to if least is None else least
+        return {name: self._pad(name, [example[name] for example in examples], least) for name in examples[0]}
 
-    def _pad(self, name: str, rows: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
+    def _pad(self, name: str, rows: Sequence[npt.NDArray[Any]], least: int) -> torch.Tensor:
         fill = self.pad_token_id if name == "input_ids" else _FILL.get(name, 0)
-        size = _round_up(max(len(row) for row in rows), self.multiple)
+        size = _round_up(max(least, *(len(row) for row in rows)), self.multiple)
         padded_BS = np.full((len(rows), size), fill, np.int64)
         for row_S, values in zip(padded_BS, rows, strict=True):
             row_S[: len(values)] = values

@@ -125,7 +125,8 @@ def load_inputs(run: RunConfig, tokenizer: Any) -> Inputs:
     rows = read_training_rows(data, run.train.seed, tokenizer, template)
     date = fixed_date_note(tokenizer) if data.template == "tokenizer" else None
     notes = [*rows.notes, date] if date else rows.notes
-    collator = Collator(pad_token_id(tokenizer), attn_implementation=run.model.attn_implementation)
+    fill_to = run.data.max_length if run.speed.cuda_graphs else 0
+    collator = Collator(pad_token_id(tokenizer), attn_implementation=run.model.attn_implementation, fill_to=fill_to)
     record = template_record(template, tokenizer)
     return Inputs(rows.train, rows.held_out, collator, record, notes, shares=rows.shares)
 

@@ -40,11 +40,11 @@ def test_contradictions_are_named_with_the_way_out(
     assert re.search(expected, problem) and "use" in problem
 
 
-def test_graphs_want_batches_of_one_shape() -> None:
+def test_graphs_want_packed_rows() -> None:
     graphs = SpeedConfig(cuda_graphs=True)
-    (note,) = speed_notes(graphs, OPTIONS["salientlora"], 2, False, True, one_shape=False)
+    (note,) = speed_notes(graphs, OPTIONS["salientlora"], 2, False, True, packed=False)
     assert "data.packing=true" in note
-    assert speed_notes(graphs, OPTIONS["salientlora"], 2, False, True, one_shape=True) == []
+    assert speed_notes(graphs, OPTIONS["salientlora"], 2, False, True, packed=True) == []
 
 
 @pytest.mark.parametrize(

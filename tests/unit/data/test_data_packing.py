@@ -282,3 +282,20 @@ def test_pad_token_id(llama: Any, chatml: Any) -> None:
     chatml.pad_token = chatml.eos_token = None
     with pytest.raises(ValueError, match="neither pad_token nor eos_token"):
         pad_token_id(chatml)
+
+
+def test_batches_of_one_shape_have_the_same_content(examples: InstructionDataset) -> None:
+    """``fill_to``: what is added is padding, in batches of any rows."""
+    for rows in (list(examples)[:2], list(examples)[2:], list(packed(examples))[:1]):
+        usual, filled = Collator(7)(rows), Collator(7, fill_to=40)(rows)
+        size = usual["input_ids"].shape[1]
+        assert size < 40 and {column.shape for column in filled.values()} == {(len(rows), 40)}
+        for name, column in filled.items():
+            assert torch.equal(column[:, :size], usual[name])
+            assert bool((column[:, size:] == {"input_ids": 7, "labels": -100}.get(name, 0)).all())
+
+
+def test_longer_rows_are_not_cut_and_one_row_for_all_has_one_shape_too(examples: InstructionDataset) -> None:
+    assert Collator(0, fill_to=8)(list(examples))["input_ids"].shape == (len(LENGTHS), 16)
+    flat, rows = Collator(0, attn_implementation="flash_attention_2", fill_to=16), list(packed(examples))
+    assert {flat(rows[i : i + 2])["input_ids"].shape for i in range(len(rows) - 1)} == {(1, 32)}
