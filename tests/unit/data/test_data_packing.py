@@ -285,7 +285,6 @@ def test_pad_token_id(llama: Any, chatml: Any) -> None:
 
 
 def test_batches_of_one_shape_have_the_same_content(examples: InstructionDataset) -> None:
-    """``fill_to``: what is added is padding, in batches of any rows."""
     for rows in (list(examples)[:2], list(examples)[2:], list(packed(examples))[:1]):
         usual, filled = Collator(7)(rows), Collator(7, fill_to=40)(rows)
         size = usual["input_ids"].shape[1]
