@@ -115,8 +115,13 @@ def compiles(speed: SpeedConfig, method: MethodConfig, packed: bool, on_gpu: boo
 
 
 def activation_problems(train: TrainConfig, speed: SpeedConfig, method: MethodConfig) -> list[str]:
-    """Conflicts of ``train.activation_memory``, one sentence each."""
+    """Conflicts of ``train.activation_memory`` and ``train.activation_checkpointing``, one sentence each."""
     share, other = train.activation_memory, train.activation_checkpointing
+    if speed.cuda_graphs and other != "none":
+        return [
+            f"speed.cuda_graphs=true and train.activation_checkpointing={other}: layers that are recomputed in the "
+            "backward pass cannot be graphs, use train.activation_memory, or set one of them back"
+        ]
     if share == 1:
         return []
     if other != "none":

@@ -78,17 +78,15 @@ def graph_problem(adapted: AdaptedModel, partitioned: bool) -> str | None:
         return "ZeRO-3 gathers layers at changing addresses"
     if adapted.names_in_full:
         return "modules trained in full accumulate gradients that a graph would overwrite"
-    return (
-        None if adapted.packed is not None else "adapters are not packed, so their gradients have no place of their own"
-    )
+    return "adapters are not packed" if adapted.packed is None else None
 
 
 class GraphedForward:
     """The forward pass of a layer: a CUDA graph in training for the first shapes of a batch, else compiled code.
 
     A graph reads its inputs at fixed addresses and holds for one shape. Batches that are filled up to their longest
-    example have many shapes, so all but the first :data:`MOST_SHAPES` run as compiled code without a graph. Packed
-    batches have one shape.
+    example have many shapes, so all but the first :data:`MOST_SHAPES` run as compiled code without a graph. Batches of
+    instruction data are filled up to one shape (:class:`salient_ds.data.collate.Collator`).
 
     Args:
         layer: the layer; its current ``forward`` is compiled a second time, for graphs.

@@ -81,6 +81,7 @@ def test_layers_that_are_not_compiled_are_recomputed_aloud(
     ("train", "speed", "message"),
     [
         ({"activation_memory": 0.5, "activation_checkpointing": "all"}, {}, "both recompute: use one"),
+        ({"activation_checkpointing": "all"}, {"cuda_graphs": True}, "cannot be graphs, use train.activation_memory"),
         ({"activation_memory": 0.5}, {"compile_layers": False}, "needs compiled layers"),
         ({"activation_memory": 0.5}, {"liger": "all"}, "needs compiled layers"),
         ({"activation_memory": 1.5}, {}, "less than or equal to 1"),
