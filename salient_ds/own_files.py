@@ -168,14 +168,16 @@ def split_lines(
 ) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """The complete lines of a .jsonl file, and the numbers of the damaged ones with what is wrong with each.
 
-    A last line without a newline was torn by a crash, and belongs to neither. A file that does not exist has no lines.
+    A last line without a newline was torn by a crash, and belongs to neither, unless it holds zero bytes: then the end
+    of the file is lost, as after a power failure. A file that does not exist has no lines.
 
     Args:
         check: raises ValueError if a line does not hold what it should.
     """
     content = path.read_bytes() if path.exists() else b""
     whole, broken = [], []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+    *lines, torn = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
         try:
             values = parse_line(line)
             check(values)
@@ -183,6 +185,8 @@ def split_lines(
             broken.append((number, str(error)))
         else:
             whole.append(values)
+    if b"\0" in torn:
+        broken.append((len(lines) + 1, "holds zero bytes to the end of the file, where lines may have been"))
     return whole, broken
 
 

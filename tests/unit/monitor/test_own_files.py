@@ -99,6 +99,21 @@ def test_damaged_lines_are_set_aside(tmp_path: Path) -> None:
     assert path.with_name("metrics.jsonl.damaged").read_text() == damaged
 
 
+@pytest.mark.parametrize("left", [0, 1, 30, 75])
+def test_an_end_of_zero_bytes_is_named(left: int, tmp_path: Path) -> None:
+    """As a power failure leaves a file whose length was written before its content; a torn line is no damage."""
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1, 4):
+        append_metrics(path, {"step": step})
+    content = path.read_bytes()
+    path.write_bytes(content[:left] + bytes(len(content) - left))
+    (note,) = mend_lines(path)
+    assert "holds zero bytes to the end" in note and "kept as metrics.jsonl.damaged" in note
+    assert [row["step"] for row in read_metrics(path)] == list(range(1, 1 + content[:left].count(b"\n")))
+    path.write_bytes(content[:-5])
+    assert mend_lines(path) == [] and [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
 @pytest.mark.parametrize("content", [
     b"", b"\xff", b"[]", b"{", b"5", b"[" * 99_999, b'{"a": ' + b"9" * 5000 + b"}", b"\0", b'{"a": "\\ud800"}',
     b"{" * 300 + b"}" * 300,
