@@ -16,12 +16,13 @@ from salient_ds.ranks import RankLayout
 
 from .models import ds_config, load_base, model_directory, run_config
 from .own_arms import STEADY_STEPS, make_engine
+from .peer_arm import PeerArm
 from .plan import PLAIN, ArmSpec
 from .timing import Stopwatch
 
 
 @dataclass
-class PeftArm:
+class PeftArm(PeerArm):
     """A PEFT model in its engine.
 
     AdaLoRA's ``update_and_allocate`` reads gradients. In the plain loop it is called after the optimizer step, where
@@ -31,9 +32,7 @@ class PeftArm:
     """
 
     spec: ArmSpec
-    engine: Any
     adapter_model: Any
-    watch: Stopwatch
     keep_alive: Any
     count: int = 0
 
@@ -50,17 +49,14 @@ class PeftArm:
         nothing = RankLayout((), (), (), ())
         low = spec.loop == PLAIN and run.train.precision != "fp32"
         engine = make_engine(spec, AdaptedModel(model, {}, nothing, None), run, ds, device, autocast=low)
-        return cls(spec, engine, model.base_model, Stopwatch(device), hf_deepspeed_config(spec, ds))
+        return cls(engine, Stopwatch(device), spec, model.base_model, hf_deepspeed_config(spec, ds))
 
     def step(self, tokens_BS: Tensor) -> Tensor:
         """Run one optimizer step and return its loss (device tensor)."""
         self.count += 1
         if self.spec.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with self.watch.part("forward"):
-            loss: Tensor = self.engine(input_ids=tokens_BS, labels=tokens_BS).loss
-        with self.watch.part("backward"):
-            self.engine.backward(loss)
+        loss = self.forward_backward(tokens_BS)
         plain, adaptive = self.spec.loop == PLAIN, self.spec.arm == "peft_adalora"
         if not adaptive:
             with self.watch.part("step"):
@@ -74,21 +70,11 @@ class PeftArm:
             self.allocate()
             with self.watch.part("step"):
                 self.engine.step()
-        return loss.detach()
+        return loss
 
     def allocate(self) -> None:
         with self.watch.part("allocate"):
             self.adapter_model.update_and_allocate(self.count)
-
-    def loss(self, tokens_BS: Tensor) -> float:
-        return float(self.step(tokens_BS))
-
-    def facts(self) -> dict[str, Any]:
-        return {"compacted": False}
-
-    def run_schedule(self, tokens_BS: Tensor, log: Any = None) -> dict[str, Any]:
-        """Return nothing: PEFT has no separate events, its allocation is part of every step."""
-        return {}
 
 
 def compile_decoder_layers(base: Any, graphs: bool = False) -> int:

@@ -5,17 +5,18 @@ Unsloth is not among this project's requirements. Install it where the baseline 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .models import run_config
+from .models import model_directory, run_config
+from .peer_arm import PeerArm
 from .plain_engine import PlainEngine
 from .plan import ArmSpec
 from .timing import Stopwatch
@@ -35,12 +36,8 @@ def import_first() -> None:
     import unsloth  # noqa: F401
 
 
-@dataclass
-class UnslothArm:
+class UnslothArm(PeerArm):
     """An Unsloth model and fused AdamW: fp32 adapters and bf16 autocast, as Unsloth's trainer runs them."""
-
-    engine: PlainEngine
-    watch: Stopwatch
 
     @classmethod
     def build(cls, spec: ArmSpec, device: torch.device) -> UnslothArm:
@@ -48,8 +45,9 @@ class UnslothArm:
 
         run = run_config(spec, "unused", {"name": "lora"})
         length = max(MINIMUM_LENGTH, spec.settings.seq)
-        with tempfile.TemporaryDirectory() as folder:
-            write_model_folder(Path(folder), spec.settings.config)
+        config = {**spec.settings.config, "dtype": "bfloat16", "pad_token_id": 0}
+        with model_directory(config) as folder:
+            write_tokenizer(Path(folder), int(config["vocab_size"]))
             with random_base(folder, device, spec.settings.seed):
                 model, _ = FastLanguageModel.from_pretrained(
                     folder, max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=False
@@ -69,67 +67,42 @@ class UnslothArm:
         engine = PlainEngine(model, [{"params": trained}], adamw, spec.settings.clip, autocast=True)
         return cls(engine, Stopwatch(device))
 
-    def step(self, tokens_BS: Tensor) -> Tensor:
-        """Run one optimizer step and return its loss (device tensor)."""
-        with self.watch.part("forward"):
-            loss: Tensor = self.engine(input_ids=tokens_BS, labels=tokens_BS).loss
-        with self.watch.part("backward"):
-            self.engine.backward(loss)
-        with self.watch.part("step"):
-            self.engine.step()
-        return loss.detach()
 
-    def loss(self, tokens_BS: Tensor) -> float:
-        return float(self.step(tokens_BS))
-
-    def facts(self) -> dict[str, Any]:
-        return {"compacted": False}
-
-    def run_schedule(self, tokens_BS: Tensor, log: Any = None) -> dict[str, Any]:
-        """Return nothing: LoRA has no events."""
-        return {}
-
-
-class random_base:  # noqa: N801 - used as a context manager
+@contextlib.contextmanager
+def random_base(folder: str, device: torch.device, seed: int) -> Iterator[None]:
     """While this is entered, Unsloth builds its base model with random weights instead of reading a checkpoint."""
+    import unsloth.models.llama as llama
 
-    def __init__(self, folder: str, device: torch.device, seed: int) -> None:
-        self.folder, self.device, self.seed = folder, device, seed
+    real = llama.AutoModelForCausalLM
 
-    def __enter__(self) -> None:
-        import unsloth.models.llama as llama
+    class WithRandomWeights(real):  # type: ignore[misc,valid-type]
+        @classmethod
+        def from_pretrained(
+            cls, name: str, *args: Any, config: Any = None, attn_implementation: str | None = None, **more: Any
+        ) -> Any:
+            from transformers import AutoConfig
 
-        self.module, self.real = llama, llama.AutoModelForCausalLM
-        outer, real = self, self.real
+            config = config or AutoConfig.from_pretrained(folder)
+            torch.manual_seed(seed)
+            with device:
+                model = real.from_config(
+                    config, attn_implementation=attn_implementation or "sdpa", dtype=torch.bfloat16
+                )
+            model.config._name_or_path = folder
+            return model
 
-        class WithRandomWeights(real):  # type: ignore[misc,valid-type]
-            @classmethod
-            def from_pretrained(
-                cls, name: str, *args: Any, config: Any = None, attn_implementation: str | None = None, **more: Any
-            ) -> Any:
-                from transformers import AutoConfig
-
-                config = config or AutoConfig.from_pretrained(outer.folder)
-                torch.manual_seed(outer.seed)
-                with outer.device:
-                    model = real.from_config(
-                        config, attn_implementation=attn_implementation or "sdpa", dtype=torch.bfloat16
-                    )
-                model.config._name_or_path = outer.folder
-                return model
-
-        llama.AutoModelForCausalLM = WithRandomWeights
-
-    def __exit__(self, *error: object) -> None:
-        self.module.AutoModelForCausalLM = self.real
+    llama.AutoModelForCausalLM = WithRandomWeights
+    try:
+        yield
+    finally:
+        llama.AutoModelForCausalLM = real
 
 
-def write_model_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json and a tokenizer that only counts words: Unsloth loads one with every model."""
+def write_tokenizer(folder: Path, words: int) -> None:
+    """Write a tokenizer that only counts words: Unsloth loads one with every model."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "pad_token_id": 0}))
-    names = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, int(config["vocab_size"])))]
+    names = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, words))]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -95,6 +95,13 @@ class FactorBank(nn.Module):
             self._two_scale.keep_addresses(self.factors)
         self._kept = [self.factors.new_empty(adapter.rank) for adapter in self._adapters]
 
+    def anew(self) -> FactorBank:
+        """A bank for the same adapters after they have been resized. Its parameters are zero."""
+        found = FactorBank(self.layers, copy=False)
+        if self._kept is not None:
+            found.keep_addresses()
+        return found
+
     def _gains(self, gain_L: Tensor) -> Sequence[Tensor]:
         """Gains in the factors' precision, one tensor for every adapter.
 

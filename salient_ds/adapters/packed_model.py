@@ -67,10 +67,14 @@ class PackedModel(nn.Module):
         """Create new banks for adapters that have been resized. All values are zero until the caller writes them."""
         for index, bank in enumerate(self.banks):
             assert isinstance(bank, FactorBank)
-            self.banks[index] = new = FactorBank(bank.layers, copy=False)
-            if bank._kept is not None:
-                new.keep_addresses()
+            self.banks[index] = bank.anew()
         self._compare()
+
+    def keep_addresses(self) -> None:
+        """See :meth:`FactorBank.keep_addresses`."""
+        for bank in self.banks:
+            assert isinstance(bank, FactorBank)
+            bank.keep_addresses()
 
     def _compare(self) -> None:
         """Tell every bank the size of the largest one."""

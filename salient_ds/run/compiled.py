@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salient_ds.adapters.bank import FactorBank
 from salient_ds.adapters.inject import AdaptedModel
 from salient_ds.adapters.packed_model import layer_of
 
@@ -42,7 +41,6 @@ def compile_layers(
             :func:`graph_problem` before.
     """
     import torch._functorch.config
-    import torch._inductor.config
     from torch.fx.experimental import _config as shapes
 
     shapes.use_duck_shape = False
@@ -57,9 +55,7 @@ def compile_layers(
         layer.forward = GraphedForward(layer, plain, known) if cuda_graphs else plain
     if cuda_graphs:
         assert adapted.packed is not None
-        for bank in adapted.packed.banks:
-            assert isinstance(bank, FactorBank)
-            bank.keep_addresses()
+        adapted.packed.keep_addresses()
         adapted.model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
 
 
